@@ -1,0 +1,52 @@
+"""Counter-based random numbers: a draw is a pure function of (seed, position, stream).
+
+A sample therefore does not depend on which other requests share its batch, on the draft length, or on how often a
+position was drafted and thrown away; every tensor-parallel rank draws the same number without talking to the others.
+"""
+
+from __future__ import annotations
+
+import torch
+
+STUDENT, TEACHER = 0, 1  # streams: the student's proposals, the teacher's replacements
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the odd constants of SplitMix64, as signed 64-bit integers
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift; torch's `>>` on int64 keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seed_N: torch.Tensor, position_N: torch.Tensor, stream: int) -> torch.Tensor:
+    """Uniform numbers in the open interval (0, 1).
+
+    Args:
+        seed_N: int64 [N], one seed a request.
+        position_N: integer [N], index of the token in its sequence (prompt included).
+        stream: `STUDENT` or `TEACHER`; draws of different streams are independent.
+
+    Returns:
+        float64 [N].
+    """
+    counter = (position_N.to(torch.int64) * 2 + stream + 1) * _GOLDEN
+    bits = _shift_right(_mix(_mix(seed_N) + counter), 11)
+    return (bits.to(torch.float64) + 0.5) * 2.0**-53
+
+
+def derive_seed(*parts: int) -> int:
+    """One signed 64-bit seed from several integers, e.g. (run seed, step, sample number)."""
+    state = torch.zeros(1, dtype=torch.int64)
+    for part in parts:
+        signed = (part + (1 << 63)) % (1 << 64) - (1 << 63)
+        state = _mix(state + _GOLDEN + signed)
+    return int(state.item())

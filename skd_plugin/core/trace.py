@@ -1,0 +1,78 @@
+"""The record of one sampled response: which model each token is from, and what both models thought of it.
+
+Shapes: R response tokens, K teacher entries kept a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from skd_plugin.core.accept import NOTHING
+
+SOURCE_LETTERS = "stu"  # by the codes of core.accept: the student's, the teacher's, undrafted
+
+
+@dataclass
+class Trace:
+    """Packed record of one response. Log-probabilities are natural, at temperature 1, over the whole vocabulary.
+
+    A value that does not exist is NaN: nothing is known of the student where no token was drafted.
+    """
+
+    response_ids: torch.Tensor  # int32 [R]
+    source: torch.Tensor  # uint8 [R], codes of core.accept
+    rejected_ids: torch.Tensor  # int32 [R], the student's proposal that was thrown away; NOTHING elsewhere
+    draft_rank: torch.Tensor  # int32 [R], rank of the student's proposal under the teacher; NOTHING if undrafted
+    student_logp: torch.Tensor  # float32 [R], log q(emitted token)
+    teacher_logp: torch.Tensor  # float32 [R], log p(emitted token)
+    kl: torch.Tensor  # float32 [R], KL(p||q) of the next-token distributions, nats
+    student_entropy: torch.Tensor  # float32 [R], nats
+    teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
+    teacher_topk_logp: torch.Tensor  # float32 [R, K]
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def slice(self, start: int, stop: int) -> Trace:
+        """Tokens `start` to `stop`, as views."""
+        return Trace(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
+    @classmethod
+    def join(cls, parts: list[Trace]) -> Trace:
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    @classmethod
+    def empty(cls, num_teacher_entries: int) -> Trace:
+        ints, floats = torch.empty(0, dtype=torch.int32), torch.empty(0)
+        table = torch.empty(0, num_teacher_entries)
+        return cls(
+            ints, ints.to(torch.uint8), ints, ints, floats, floats, floats, floats, table.to(torch.int32), table
+        )
+
+    def to_json(self, prompt_ids: list[int], finish: str) -> dict:
+        """The documented line of a trace file, without the texts."""
+        return {
+            "prompt_ids": list(prompt_ids),
+            "response_ids": self.response_ids.tolist(),
+            "source": "".join(SOURCE_LETTERS[code] for code in self.source.tolist()),
+            "rejected_ids": self.rejected_ids.tolist(),
+            "draft_rank": self.draft_rank.tolist(),
+            "student_logp": _numbers(self.student_logp),
+            "teacher_logp": _numbers(self.teacher_logp),
+            "kl": _numbers(self.kl),
+            "student_entropy": _numbers(self.student_entropy),
+            "teacher_topk_ids": self.teacher_topk_ids.tolist(),
+            "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
+            "finish": finish,
+        }
+
+    @property
+    def num_rejected(self) -> int:
+        return int((self.rejected_ids != NOTHING).sum())
+
+
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    """Strict JSON knows neither NaN nor infinity; both become null."""
+    return [value if abs(value) != float("inf") and value == value else None for value in values.tolist()]

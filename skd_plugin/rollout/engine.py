@@ -1,0 +1,163 @@
+"""One vLLM engine that holds the teacher (its model) and the student (its draft model)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import torch
+
+from skd_plugin.core.rng import derive_seed
+from skd_plugin.core.trace import Trace
+from skd_plugin.rollout.requests import RequestParams
+
+WORKER_CLS = "skd_plugin.rollout.worker.SKDWorker"
+KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """How responses are sampled: the gate's K and the two models' sampling settings."""
+
+    top_k: int
+    student_temperature: float = 1.0
+    student_top_p: float = 1.0
+    teacher_temperature: float = 1.0
+    teacher_top_p: float = 1.0
+
+    def student_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
+        """Every proposal is kept: plain sampling of the student (greedy at temperature 0)."""
+        return replace(self, top_k=KEEP_ALL, student_temperature=temperature, student_top_p=top_p)
+
+    def teacher_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
+        """No proposal is kept: plain sampling of the teacher."""
+        return replace(self, top_k=0, teacher_temperature=temperature, teacher_top_p=top_p)
+
+    def request(self, prompt_ids: Sequence[int], trace_id: int, seed: int) -> RequestParams:
+        return RequestParams(trace_id=trace_id, first_token=prompt_ids[-1], seed=seed, **vars(self))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished response."""
+
+    prompt_ids: list[int]
+    trace: Trace
+    text: str
+    finish: str  # "stop" or "length"
+
+
+def engine_arguments(
+    teacher: str, student: str, draft_len: int, max_len: int, num_teacher_entries: int, **others: Any
+) -> dict[str, Any]:
+    """Arguments for vLLM's EngineArgs that make an SKD engine.
+
+    Args:
+        draft_len: tokens that the student proposes before the teacher looks (gamma).
+        max_len: longest sequence in tokens, prompt and response; the engine gets draft_len + 1 more, because within
+            draft_len of its limit vLLM stops drafting.
+        num_teacher_entries: most probable teacher tokens returned for each response token.
+    """
+    cpu = not torch.cuda.is_available()
+    # Read by vLLM when it chooses a model runner, in whichever process that happens.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    arguments = dict(
+        model=teacher,
+        speculative_config={
+            "method": "draft_model",
+            "model": student,
+            "num_speculative_tokens": draft_len,
+            "draft_sample_method": "probabilistic",
+        },
+        worker_cls=WORKER_CLS,
+        additional_config={"skd_teacher_entries": num_teacher_entries},
+        async_scheduling=False,
+        max_model_len=max_len + draft_len + 1,
+        dtype="float32" if cpu else "bfloat16",
+        enable_prefix_caching=True,
+    )
+    if cpu:
+        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return arguments | others
+
+
+def vllm_sampling_params(params: RequestParams, max_new_tokens: int, stop_token_ids: Sequence[int] = ()) -> Any:
+    """SamplingParams of one request; the forced end of the prompt takes one more output token.
+
+    vLLM's temperature is 1 whatever the models' temperatures are: a 0 would switch the engine's drafter to greedy.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=1.0,
+        max_tokens=max_new_tokens + 1,
+        stop_token_ids=list(stop_token_ids),
+        extra_args=params.to_extra_args(),
+    )
+
+
+def split_prompt(prompt_ids: Sequence[int]) -> list[int]:
+    """What the engine is given to read: the prompt without its last token, which is forced as the first output.
+
+    Raises:
+        ValueError: the prompt is shorter than two tokens.
+    """
+    if len(prompt_ids) < 2:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} token(s); SKD needs at least 2, because the student proposes the first "
+            "response token from the prompt's last one. Begin prompts with a BOS token or a template."
+        )
+    return list(prompt_ids[:-1])
+
+
+class SKDEngine:
+    """Offline engine: prompts in, traces out. Runs in this process; used by `skd rollout`, `skd eval` and the tests."""
+
+    def __init__(self, **arguments: Any) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        self._llm = LLM(disable_log_stats=True, **arguments)
+        self._trace_ids = count()
+        self.description = self._llm.collective_rpc("describe_skd")[0]
+        self.eos_token_id = self._llm.get_tokenizer().eos_token_id
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rule: SamplingRule | Sequence[SamplingRule],
+        max_new_tokens: int,
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        progress: bool = False,
+    ) -> list[Sample]:
+        """One response a prompt. The i-th request's random stream is seeds[i], by default derived from (seed, i)."""
+        rules = [rule] * len(prompts) if isinstance(rule, SamplingRule) else list(rule)
+        seeds = [derive_seed(seed, index) for index in range(len(prompts))] if seeds is None else seeds
+        params = [
+            r.request(prompt, trace_id, request_seed)
+            for r, prompt, trace_id, request_seed in zip(rules, prompts, self._trace_ids, seeds)
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": split_prompt(prompt)} for prompt in prompts],
+            [vllm_sampling_params(p, max_new_tokens) for p in params],
+            use_tqdm=progress,
+        )
+        traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]
+        return list(self._samples(prompts, outputs, traces))
+
+    def _samples(self, prompts: Sequence, outputs: list, traces: list[Trace]) -> Iterator[Sample]:
+        tokenizer = self._llm.get_tokenizer()
+        for prompt, output, trace in zip(prompts, outputs, traces, strict=True):
+            completion = output.outputs[0]
+            response = list(completion.token_ids)[1:]
+            trace = trace.slice(0, len(response))
+            if trace.response_ids.tolist() != response:
+                raise RuntimeError(f"the engine emitted {response} but its trace says {trace.response_ids.tolist()}")
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            yield Sample(list(prompt), trace, text, completion.finish_reason)

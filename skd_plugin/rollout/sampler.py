@@ -1,0 +1,151 @@
+"""SKD's rule in place of vLLM's rejection sampler: the teacher is the engine's model, the student its draft model.
+
+Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from skd_plugin.core import accept, rng, sampling
+from skd_plugin.core.trace import Trace
+from skd_plugin.rollout.requests import RequestTable
+
+
+class SKDSampler:
+    """Takes the place of the model runner's `_sample`, the one call through which every token of the engine goes.
+
+    It returns the token ids in the runner's own form, [B, L + 1] with -1 for "no token". A fully kept block is
+    returned without a bonus token; to the scheduler it looks as if the last draft had been rejected and replaced by
+    itself, so its bookkeeping of computed tokens stays right.
+    """
+
+    def __init__(self, runner: Any, table: RequestTable) -> None:
+        self._runner = runner
+        self._table = table
+
+    def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        request_ids = self._runner.input_batch.req_ids
+        if metadata is None:
+            undrafted, undrafted_logits = list(range(len(request_ids))), logits
+            token_BL = torch.full((len(request_ids), 1), accept.NOTHING, dtype=torch.int32, device=logits.device)
+        else:
+            undrafted = [row for row, count in enumerate(metadata.num_draft_tokens) if count == 0]
+            undrafted_logits = logits[metadata.bonus_logits_indices[undrafted]]
+            token_BL = self._verify(logits, metadata)
+        if undrafted:
+            token_BL[undrafted, 0] = self._undrafted(undrafted, undrafted_logits)
+        return SamplerOutput(sampled_token_ids=token_BL, logprobs_tensors=None)
+
+    def _verify(self, logits: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
+        """Tokens [B, L + 1] of the requests with drafts; rows without stay empty."""
+        student_logp_NV = self._runner._get_spec_decode_draft_probs(metadata)
+        if student_logp_NV is None:
+            raise RuntimeError(
+                "vLLM scheduled draft tokens that the student did not propose (a request came within draft_len of "
+                "max_model_len). Give the engine max_model_len >= max_len + draft_len + 1."
+            )
+        counts_B = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+        rows_N = self._table.rows(self._runner.input_batch.req_ids).repeat(counts_B)
+        teacher_NV = logits[metadata.target_logits_indices].float()
+        draft_N = metadata.draft_token_ids.long()
+        rank_N = accept.teacher_rank(teacher_NV, draft_N)
+        kept_N = accept.top_k_gate(rank_N, rows_N.top_k)
+
+        request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
+        place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
+        position_N = self._lengths()[request_N] + place_N
+        replacement_N = draft_N.clone()
+        rejected = (~kept_N).nonzero().squeeze(1)
+        if len(rejected):
+            teacher_probs = sampling.warp(
+                teacher_NV[rejected], rows_N.teacher_temperature[rejected], rows_N.teacher_top_p[rejected]
+            )
+            noise = rng.uniform(rows_N.seed[rejected], position_N[rejected], rng.TEACHER)
+            replacement_N[rejected] = sampling.draw(teacher_probs, noise)
+
+        def to_block(value_N: torch.Tensor) -> torch.Tensor:
+            shape = (len(counts_B), self._runner.num_spec_tokens + 1)
+            return value_N.new_zeros(shape).index_put_((request_N, place_N), value_N)
+
+        token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(replacement_N), counts_B)
+        self._record(token_BL, request_N, place_N, draft_N, rank_N, kept_N, teacher_NV, student_logp_NV)
+        return token_BL.to(torch.int32)
+
+    def _undrafted(self, rows: list[int], teacher_RV: torch.Tensor) -> torch.Tensor:
+        """Tokens of the requests that bring no draft: the end of the prompt, or a teacher token after a preemption."""
+        runner, table = self._runner, self._table
+        settings = table.rows(runner.input_batch.req_ids)
+        probs = sampling.warp(teacher_RV, settings.teacher_temperature[rows], settings.teacher_top_p[rows])
+        noise = rng.uniform(settings.seed[rows], self._lengths()[rows], rng.TEACHER)
+        tokens = sampling.draw(probs, noise).tolist()
+        teacher_logp_RV = teacher_RV.float().log_softmax(-1)
+        for index, row in enumerate(rows):
+            request_id = runner.input_batch.req_ids[row]
+            if runner.discard_request_mask.np[row]:
+                continue  # the prompt is not yet read to its end; the runner throws this token away
+            if not runner.requests[request_id].output_token_ids:
+                tokens[index] = table.params(request_id).first_token
+            else:
+                table.record(request_id, self._undrafted_part(tokens[index], teacher_logp_RV[index : index + 1]))
+        return torch.tensor(tokens, dtype=torch.int32, device=teacher_RV.device)
+
+    def _record(
+        self,
+        token_BL: torch.Tensor,
+        request_N: torch.Tensor,
+        place_N: torch.Tensor,
+        draft_N: torch.Tensor,
+        rank_N: torch.Tensor,
+        kept_N: torch.Tensor,
+        teacher_NV: torch.Tensor,
+        student_logp_NV: torch.Tensor,
+    ) -> None:
+        token_N = token_BL[request_N, place_N]
+        emitted = (token_N != accept.NOTHING).nonzero().squeeze(1)
+        teacher_logp_MV = teacher_NV[emitted].log_softmax(-1)
+        student_logp_MV = student_logp_NV[emitted].float()
+        token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], draft_N[emitted]
+        top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
+        step = Trace(
+            response_ids=token_M.to(torch.int32).cpu(),
+            source=torch.where(kept_M, accept.ACCEPTED, accept.REPLACED).to(torch.uint8).cpu(),
+            rejected_ids=torch.where(kept_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
+            draft_rank=rank_N[emitted].to(torch.int32).cpu(),
+            student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
+            teacher_logp=teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
+            kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
+            student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
+            teacher_topk_ids=top_ids.to(torch.int32).cpu(),
+            teacher_topk_logp=top_logp.cpu(),
+        )
+        start = 0
+        for row, count in enumerate((token_BL != accept.NOTHING).sum(1).tolist()):
+            if count:
+                self._table.record(self._runner.input_batch.req_ids[row], step.slice(start, start + count))
+                start += count
+
+    def _undrafted_part(self, token: int, teacher_logp_1V: torch.Tensor) -> Trace:
+        top_logp, top_ids = teacher_logp_1V.topk(self._table.num_teacher_entries, dim=-1)
+        nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
+        return Trace(
+            response_ids=torch.tensor([token], dtype=torch.int32),
+            source=torch.tensor([accept.UNDRAFTED], dtype=torch.uint8),
+            rejected_ids=nothing,
+            draft_rank=nothing,
+            student_logp=unknown,
+            teacher_logp=teacher_logp_1V[:, token].cpu(),
+            kl=unknown,
+            student_entropy=unknown,
+            teacher_topk_ids=top_ids.to(torch.int32).cpu(),
+            teacher_topk_logp=top_logp.cpu(),
+        )
+
+    def _lengths(self) -> torch.Tensor:
+        """Tokens that each request has so far [B]: the position of the next one."""
+        batch = self._runner.input_batch
+        return torch.from_numpy(batch.num_tokens_no_spec[: batch.num_reqs]).to(self._runner.device, torch.int64)
