@@ -60,7 +60,7 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 def batch(task: Arithmetic, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[str, torch.Tensor]:
     examples = task.examples("train", BATCH_SIZE, seed=rng.getrandbits(32))
     prompts = [tokenizer(e.prompt).input_ids for e in examples]
-    answers = [tokenizer(e.reference).input_ids + [tokenizer.eos_token_id] for e in examples]
+    answers = [[*tokenizer(e.reference).input_ids, tokenizer.eos_token_id] for e in examples]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((BATCH_SIZE, length), tokenizer.pad_token_id)
     labels = torch.full((BATCH_SIZE, length), -100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -13,31 +13,9 @@ import torch
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.requests import RequestParams
+from skd_plugin.rollout.rule import SamplingRule
 
 WORKER_CLS = "skd_plugin.rollout.worker.SKDWorker"
-KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept
-
-
-@dataclass(frozen=True)
-class SamplingRule:
-    """How responses are sampled: the gate's K and the two models' sampling settings."""
-
-    top_k: int
-    student_temperature: float = 1.0
-    student_top_p: float = 1.0
-    teacher_temperature: float = 1.0
-    teacher_top_p: float = 1.0
-
-    def student_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
-        """Every proposal is kept: plain sampling of the student (greedy at temperature 0)."""
-        return replace(self, top_k=KEEP_ALL, student_temperature=temperature, student_top_p=top_p)
-
-    def teacher_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
-        """No proposal is kept: plain sampling of the teacher."""
-        return replace(self, top_k=0, teacher_temperature=temperature, teacher_top_p=top_p)
-
-    def request(self, prompt_ids: Sequence[int], trace_id: int, seed: int) -> RequestParams:
-        return RequestParams(trace_id=trace_id, first_token=prompt_ids[-1], seed=seed, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -115,7 +93,7 @@ def split_prompt(prompt_ids: Sequence[int]) -> list[int]:
 
 
 class SKDEngine:
-    """Offline engine: prompts in, traces out. Runs in this process; used by `skd rollout`, `skd eval` and the tests."""
+    """Offline engine: prompts in, traces out. Runs in this process, without Ray."""
 
     def __init__(self, **arguments: Any) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -130,7 +108,7 @@ class SKDEngine:
         self,
         prompts: Sequence[Sequence[int]],
         rule: SamplingRule | Sequence[SamplingRule],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -138,14 +116,16 @@ class SKDEngine:
     ) -> list[Sample]:
         """One response a prompt. The i-th request's random stream is seeds[i], by default derived from (seed, i)."""
         rules = [rule] * len(prompts) if isinstance(rule, SamplingRule) else list(rule)
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         seeds = [derive_seed(seed, index) for index in range(len(prompts))] if seeds is None else seeds
+        trace_ids = [next(self._trace_ids) for _ in prompts]
         params = [
             r.request(prompt, trace_id, request_seed)
-            for r, prompt, trace_id, request_seed in zip(rules, prompts, self._trace_ids, seeds)
+            for r, prompt, trace_id, request_seed in zip(rules, prompts, trace_ids, seeds, strict=True)
         ]
         outputs = self._llm.generate(
             [{"prompt_token_ids": split_prompt(prompt)} for prompt in prompts],
-            [vllm_sampling_params(p, max_new_tokens) for p in params],
+            [vllm_sampling_params(p, limit) for p, limit in zip(params, limits, strict=True)],
             use_tqdm=progress,
         )
         traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]

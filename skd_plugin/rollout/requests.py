@@ -61,8 +61,8 @@ class RequestTable:
         extra_args = self._requests[request_id].sampling_params.extra_args or {}
         if EXTRA_ARGS_KEY not in extra_args:
             raise KeyError(
-                f"request {request_id} has no '{EXTRA_ARGS_KEY}' sampling arguments; an SKD engine serves only requests "
-                "that come through skd_plugin.rollout"
+                f"request {request_id} has no '{EXTRA_ARGS_KEY}' sampling arguments; an SKD engine serves only "
+                "requests that come through skd_plugin.rollout"
             )
         return RequestParams(**extra_args[EXTRA_ARGS_KEY])
 

@@ -27,7 +27,7 @@ ITEMS = (
 ).split()
 GAIN = "finds buys gets wins earns".split()
 LOSE = "loses sells gives drops spends".split()
-CONNECTIVES = "then next now after that".replace("after that", "after").split()
+CONNECTIVES = "then next now after".split()
 FINAL = ("the answer is", "so the answer is", "in total the answer is")
 
 _ANSWER = re.compile(r"the answer is (\d+)\s*$")

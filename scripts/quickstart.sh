@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# From nothing to a distilled student on two CPU cores:  bash scripts/quickstart.sh [key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh
+exec .venv/bin/skd train recipes/quickstart.yaml "$@"

@@ -1,0 +1,108 @@
+"""The `skd` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from skd_plugin.config import RecipeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the run failed, 2 the recipe or the command line is wrong, 130 stopped by Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "rollout": _rollout}
+    if not argv or argv[0] not in commands:
+        print(USAGE)
+        return 0 if argv in ([], ["-h"], ["--help"]) else 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except (RecipeError, RuntimeError) as error:
+        print(f"skd {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+USAGE = """\
+usage: skd COMMAND RECIPE.yaml [key=value ...] [--flag value ...]
+
+  skd train    RECIPE   distil the student of the recipe        (skd train --help lists every option)
+  skd rollout  RECIPE   sample interleaved responses, no training
+
+A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag of OpenRLHF's train_ppo_ray."""
+
+
+def _train(argv: list[str]) -> int:
+    from skd_plugin.config import load_run
+    from skd_plugin.terminal.supervisor import supervise
+
+    if {"-h", "--help"} & set(argv):
+        print(_train_help())
+        return 0
+    recipe, overrides = _recipe_and_overrides(argv)
+    return supervise(load_run(recipe, overrides))
+
+
+def _rollout(argv: list[str]) -> int:
+    from skd_plugin.rollout.command import run_rollout
+
+    parser = argparse.ArgumentParser(
+        prog="skd rollout", description="Sample interleaved responses and write their traces; no training."
+    )
+    parser.add_argument("--prompts", required=True, help='JSON lines: {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}')
+    parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
+    parser.add_argument("--out", required=True, help="trace file to write, one JSON line a response")
+    own, rest = parser.parse_known_args(argv)
+    recipe, overrides = _recipe_and_overrides(rest)
+    return run_rollout(recipe, overrides, own.prompts, own.samples, own.out)
+
+
+def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
+    """`RECIPE key=value --flag value` -> the recipe and every override as key=value.
+
+    Raises:
+        RecipeError: no recipe, or a flag that neither OpenRLHF nor this plugin has.
+    """
+    if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        raise RecipeError("name the recipe first, e.g. skd train recipes/quickstart.yaml")
+    positional = [item for item in argv[1:] if not item.startswith("--") and "=" in item]
+    flags = [item for item in argv[1:] if item not in positional]
+    parser = _flag_parser()
+    values = parser.parse_args(flags)
+    return argv[0], positional + [f"{key}={_yaml(value)}" for key, value in vars(values).items()]
+
+
+def _flag_parser() -> argparse.ArgumentParser:
+    """OpenRLHF's own parser and our --skd.* flags; only what is given on the command line comes out of it."""
+    from skd_plugin.config.host_options import host_parser
+    from skd_plugin.config.schema import field_docs
+
+    parser = host_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        if action.dest != "help":
+            action.dest = f"openrlhf.{action.dest}"
+    group = parser.add_argument_group("speculative knowledge distillation")
+    for name, (default, text) in field_docs().items():
+        shown = "" if default is None else f" (default {default})"
+        group.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=(text + shown).replace("%", "%%")
+        )
+    return parser
+
+
+def _train_help() -> str:
+    parser = _flag_parser()
+    parser.prog = "skd train RECIPE.yaml [key=value ...]"
+    parser.usage = "%(prog)s [--flag value ...]"
+    return parser.format_help()
+
+
+def _yaml(value: object) -> str:
+    import yaml
+
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).strip().split("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

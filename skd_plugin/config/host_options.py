@@ -1,0 +1,86 @@
+"""OpenRLHF's own options: its parser, and a recipe's `openrlhf:` section as its command line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from skd_plugin.config.recipe import RecipeError, flatten, unknown_key
+
+HOST_MODULE = "openrlhf.cli.train_ppo_ray"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse exits the process on a bad value; a recipe check must raise."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"openrlhf: {message}")
+
+
+def host_parser() -> argparse.ArgumentParser:
+    """The host's argument parser, built from its source: it stands under `if __name__ == "__main__"`, where it cannot
+    be imported, and importing the module costs ten seconds of vLLM and DeepSpeed.
+
+    Raises:
+        RuntimeError: the host's script no longer has the form that this reads.
+    """
+    body = _main_body()
+    end = next((i for i, node in enumerate(body) if "parse_args" in ast.dump(node)), None)
+    if end is None:
+        raise RuntimeError(f"{HOST_MODULE} no longer calls parse_args under __main__; see skd_plugin/config")
+    namespace: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=_Parser), "datetime": datetime}
+    exec(compile(ast.Module(body[:end], type_ignores=[]), HOST_MODULE, "exec"), namespace)
+    return namespace["parser"]
+
+
+def _main_body() -> list[ast.stmt]:
+    spec = importlib.util.find_spec(HOST_MODULE)
+    if spec is None or spec.origin is None:
+        raise RuntimeError("openrlhf is not installed; run scripts/install.sh")
+    tree = ast.parse(Path(spec.origin).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+            return node.body
+    raise RuntimeError(f"{HOST_MODULE} no longer has an `if __name__ == '__main__'` block; see skd_plugin/config")
+
+
+def host_arguments(section: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The `openrlhf:` section as a command line of the host.
+
+    Raises:
+        RecipeError: an unknown option (the nearest one is named) or a value that the host's parser refuses.
+    """
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    arguments: list[str] = []
+    for key, value in flatten(section).items():
+        if key not in actions:
+            raise RecipeError(f"openrlhf: {unknown_key(key, actions)}")
+        arguments += _one_option(key, value, actions[key], parser)
+    parser.parse_args(arguments)
+    return arguments
+
+
+def _one_option(key: str, value: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise RecipeError(f"openrlhf: '{key}' is a switch; got {value!r}, expected true or false")
+        return _switch(key, value, parser)
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{key}", *(str(item) for item in values)]
+
+
+def _switch(key: str, value: bool, parser: argparse.ArgumentParser) -> list[str]:
+    """The flag, of those that set `key`, which gives it this value; none where it is the default."""
+    if parser.get_default(key) == value:
+        return []
+    for action in parser._actions:
+        if action.dest == key and action.nargs == 0 and getattr(action, "const", None) == value:
+            return [action.option_strings[0]]
+    raise RecipeError(f"openrlhf: the host has no way to set '{key}' to {value}")

@@ -1,0 +1,65 @@
+"""What a distillation run asks of the host's options: values set for the user, values refused, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skd_plugin.config.recipe import RecipeError, flatten
+
+NO_REWARD = "skd:no-reward"  # stands in reward.remote_url, without which the host starts a reward model
+
+# Reward-free training: the host starts no reference model (kl 0) and no critic (reinforce).
+DEFAULTS: dict[str, Any] = {
+    "algo.kl.init_coef": 0,
+    "algo.advantage.estimator": "reinforce",
+    "rollout.n_samples_per_prompt": 1,
+    "vllm.num_engines": 1,
+    "eval.temperature": 0,
+    "eval.n_samples_per_prompt": 1,
+    "ckpt.best_metric_key": "none",
+}
+CPU_DEFAULTS: dict[str, Any] = {
+    "actor.num_gpus_per_node": 1,
+    "ds.zero_stage": 0,
+    "ds.attn_implementation": "sdpa",
+    "vllm.sync_backend": "gloo",
+    "vllm.enforce_eager": True,
+}
+
+# option -> (allowed value, reason). The one list of what is not supported yet.
+FIXED: dict[str, tuple[Any, str]] = {
+    "algo.kl.init_coef": (0, "a distillation run has no reference model; the teacher takes its place"),
+    "algo.advantage.estimator": ("reinforce", "rewards are not mixed in yet, so no critic and no groups"),
+    "rollout.temperature": (1.0, "the host divides the trained logits by it; set skd.rollout.student_temperature"),
+    "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
+    "train.async_enable": (False, "the asynchronous trainer builds its own actors, which SKD does not reach yet"),
+    "train.partial_rollout_enable": (False, "a response must come from one student"),
+    "train.dynamic_batch_enable": (False, "it packs samples, and the loss needs unpacked logits"),
+    "ds.packing_samples": (False, "the loss needs unpacked logits"),
+    "ds.ring_attn_size": (1, "ring attention packs samples, and the loss needs unpacked logits"),
+    "ds.tensor_parallel_size": (1, "logits sharded over ranks are not supported"),
+    "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
+    "algo.dynamic_filtering_enable": (False, "it needs rewards"),
+    "vllm.enable_sleep": (False, "sleeping frees the teacher's weights, which the weight sync does not bring back"),
+    "ds.use_liger_kernel": (False, "Liger's fused loss returns no logits"),
+}
+
+
+def complete(host: dict[str, Any], *, cpu: bool) -> dict[str, Any]:
+    """Dotted host options with the defaults of a distillation run; what the user wrote wins."""
+    return {**DEFAULTS, **(CPU_DEFAULTS if cpu else {}), **flatten(host)}
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raises RecipeError at the first option that a distillation run cannot honour, and at missing ones."""
+    for key, (allowed, reason) in FIXED.items():
+        if key in options and options[key] is not None and options[key] != allowed:
+            raise RecipeError(f"openrlhf.{key} is {options[key]!r}, but must be {allowed!r}: {reason}")
+    if not options.get("data.prompt_dataset"):
+        raise RecipeError("openrlhf.data.prompt_dataset is missing: name a dataset, or give the recipe a skd.task")
+    per_rollout = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
+    if per_rollout % options["train.batch_size"]:
+        raise RecipeError(
+            f"openrlhf.rollout.batch_size x n_samples_per_prompt is {per_rollout}, not a multiple of "
+            f"openrlhf.train.batch_size = {options['train.batch_size']}: the rest of a rollout would go to waste"
+        )

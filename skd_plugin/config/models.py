@@ -1,0 +1,85 @@
+"""Checks of the two models against each other and against the recipe; reads configurations and tokenizers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from skd_plugin.config.recipe import RecipeError
+
+
+def load_tokenizer(name: str, role: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {_first_line(error)}") from error
+
+
+def load_model_config(name: str, role: str) -> Any:
+    from transformers import AutoConfig
+
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise RecipeError(f"the {role} '{name}' is not there; give a folder with a model, or a Hugging Face name")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the {role} '{name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_len: int, draft_len: int) -> Any:
+    """Returns the student's tokenizer.
+
+    Raises:
+        RecipeError: vocabularies differ, K is outside 0..|V|, or a model's context is too short.
+    """
+    configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
+    tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
+    check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
+    sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
+    if sizes["teacher"] != sizes["student"]:
+        raise RecipeError(
+            f"the teacher has {sizes['teacher']} output rows and the student {sizes['student']}; the tokens agree, so "
+            "this is padding, but vLLM's draft model needs equal sizes. Pad the smaller embedding to the larger size."
+        )
+    vocab_size = sizes["student"]
+    for key, value in (("skd.rollout.top_k", top_k), ("skd.loss.top_k", loss_top_k)):
+        if value > vocab_size:
+            raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
+    for role, config in configs.items():
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        needed = max_len + draft_len + 1
+        if context is not None and needed > context:
+            raise RecipeError(
+                f"openrlhf.data.max_len = {max_len} needs a context of {needed} tokens (draft_len + 1 more), but the "
+                f"{role} has {context}; lower data.max_len to {context - draft_len - 1}"
+            )
+    return tokenizers["student"]
+
+
+def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None:
+    """Raises RecipeError naming tokens that differ: an id must mean the same token in both models."""
+    if teacher == student:
+        return
+    differing = sorted(t for t in teacher.keys() | student.keys() if teacher.get(t) != student.get(t))
+    shown = ", ".join(f"{t!r} (teacher {teacher.get(t, '-')}, student {student.get(t, '-')})" for t in differing[:5])
+    raise RecipeError(
+        f"teacher and student have different vocabularies: {len(differing)} tokens differ, e.g. {shown}. SKD compares "
+        "the two models token by token; choose models of one family."
+    )
+
+
+def check_prompts(prompts: list[str], tokenizer: Any, max_prompt_len: int) -> None:
+    """Raises RecipeError for the first prompt that the host would cut or SKD could not start from."""
+    for number, prompt in enumerate(prompts, start=1):
+        length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        if not 2 <= length <= max_prompt_len:
+            raise RecipeError(
+                f"prompt {number} has {length} tokens, but 2 to {max_prompt_len} fit (openrlhf.data.max_len minus "
+                f"skd.rollout.max_new_tokens): {prompt[:60]!r}..."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

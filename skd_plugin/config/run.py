@@ -1,0 +1,204 @@
+"""A recipe made ready to start: typed, completed, checked, and written down in its run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from skd_plugin.compat.versions import check_versions
+from skd_plugin.config import host_rules
+from skd_plugin.config.host_options import host_arguments, host_parser
+from skd_plugin.config.models import check_pair, check_prompts
+from skd_plugin.config.recipe import RecipeError, load_recipe, unknown_key
+from skd_plugin.config.schema import SKDConfig, field_docs
+
+PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
+
+
+@dataclass(frozen=True)
+class Run:
+    skd: SKDConfig
+    host: dict[str, Any]  # dotted OpenRLHF options, complete
+    cpu: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.skd.run_dir)
+
+    def host_argv(self) -> list[str]:
+        return host_arguments(self.host, host_parser())
+
+    def save(self) -> Path:
+        """Writes config.yaml; `Run.load` reads it back in the process that starts the host."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.yaml"
+        path.write_text(
+            yaml.safe_dump({"openrlhf": self.host, "skd": self.skd.model_dump(), "cpu": self.cpu}, sort_keys=False)
+        )
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        content = yaml.safe_load(Path(path).read_text())
+        return cls(SKDConfig(**content["skd"]), content["openrlhf"], content["cpu"])
+
+
+@dataclass(frozen=True)
+class Models:
+    """The part of a recipe that any use of it needs: two models that fit each other, and the engine's sizes."""
+
+    skd: SKDConfig
+    given: dict[str, Any]  # dotted OpenRLHF options of the recipe, with the defaults of a distillation run
+    defaults: dict[str, Any]  # the host's own
+    cpu: bool
+    tokenizer: Any
+
+    @property
+    def student(self) -> str:
+        return self.given["actor.model_name_or_path"]
+
+    @property
+    def max_len(self) -> int:
+        return self.given.get("data.max_len", self.defaults["data.max_len"])
+
+
+def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
+    """Reads a recipe and checks its two models; enough for sampling, where there is nothing to train.
+
+    Raises:
+        RecipeError: see the message. RuntimeError: an unsupported version of the host.
+    """
+    check_versions()
+    content = load_recipe(recipe, overrides)
+    skd = parse_skd(content.get("skd") or {})
+    skd = skd.model_copy(update={"run_dir": str(Path(skd.run_dir).resolve())})
+    cpu, parser = _on_cpu(skd), host_parser()
+    given = host_rules.complete(content.get("openrlhf") or {}, cpu=cpu)
+    host_arguments(given, parser)
+    if not given.get("actor.model_name_or_path"):
+        raise RecipeError("openrlhf.actor.model_name_or_path is missing: the student, a folder or a model name")
+    defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
+    tokenizer = check_pair(
+        skd.teacher.model_name_or_path,
+        given["actor.model_name_or_path"],
+        top_k=skd.rollout.top_k,
+        loss_top_k=skd.loss.top_k,
+        max_len=given.get("data.max_len", defaults["data.max_len"]),
+        draft_len=skd.rollout.draft_len,
+    )
+    return Models(skd, given, defaults, cpu, tokenizer)
+
+
+def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Everything that can be wrong in a recipe is found here, before Ray, vLLM or DeepSpeed is started.
+
+    Raises:
+        RecipeError: see the message. RuntimeError: an unsupported version of the host.
+    """
+    models = load_models(recipe, overrides)
+    skd = models.skd
+    host = models.given | _run_folder_options(skd)
+    if skd.rollout.max_new_tokens is not None:
+        host["rollout.max_new_tokens"] = skd.rollout.max_new_tokens
+    if skd.task is not None:
+        host |= _task_options(skd, models.tokenizer, models.max_len)
+    host.setdefault("reward.remote_url", host_rules.NO_REWARD)
+    complete = {**models.defaults, **host}
+    host_rules.check(complete)
+    if skd.task is None:
+        _check_dataset(complete, models.tokenizer)
+    return Run(skd, host, models.cpu)
+
+
+def parse_skd(section: dict[str, Any]) -> SKDConfig:
+    try:
+        return SKDConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("skd", *(str(part) for part in first["loc"])))
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(unknown_key(key, field_docs())) from error
+        got = "" if first["type"] == "missing" else f"; got {first['input']!r}"
+        raise RecipeError(f"{key}: {first['msg'].lower()}{got}") from error
+
+
+def _on_cpu(skd: SKDConfig) -> bool:
+    import torch
+
+    if skd.device == "auto":
+        return not torch.cuda.is_available()
+    if skd.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+        raise RecipeError(
+            "the recipe wants CUDA (skd.device: cuda), but this machine has no GPU and RAY_ADDRESS names no cluster; "
+            "run it on a GPU node, or set skd.device=cpu"
+        )
+    return skd.device == "cpu"
+
+
+def _run_folder_options(skd: SKDConfig) -> dict[str, Any]:
+    folder = Path(skd.run_dir)
+    return {
+        "ckpt.output_dir": str(folder / "model"),
+        "ckpt.path": str(folder / "checkpoints"),
+        "logger.tensorboard_dir": str(folder),
+        "logger.wandb.run_name": "tensorboard",  # the host's name for the folder of its events
+    }
+
+
+def _task_options(skd: SKDConfig, tokenizer: Any, max_len: int) -> dict[str, Any]:
+    """Writes the task's prompts into the run folder and points the host's data and reward options at them."""
+    from skd_plugin.tasks import TASKS, reward
+
+    assert skd.task is not None
+    if skd.task.name not in TASKS:
+        raise RecipeError(f"skd.task.name: {unknown_key(skd.task.name, TASKS)}; there are {', '.join(sorted(TASKS))}")
+    task = TASKS[skd.task.name]()
+    folder = Path(skd.run_dir) / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"train": skd.task.train_prompts, "test": skd.task.eval_prompts}
+    for split, count in counts.items():
+        examples = task.examples(split, count, skd.task.seed)
+        check_prompts([e.prompt for e in examples], tokenizer, max_len - (skd.rollout.max_new_tokens or 1))
+        lines = (
+            {
+                "input": e.prompt,
+                "label": reward.make_label(task.name, e.label, tokenizer.eos_token),
+                "datasource": task.name,
+            }
+            for e in examples
+        )
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "data.prompt_dataset": str(folder / "train.jsonl"),
+        "data.input_key": "input",
+        "data.label_key": "label",
+        "eval.dataset": str(folder / "test.jsonl"),
+        "reward.remote_url": reward.__file__,
+    }
+
+
+def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
+    """Prompt lengths of a local dataset, made the way the host makes its prompts."""
+    path = Path(str(options["data.prompt_dataset"]))
+    if path.suffix not in (".json", ".jsonl"):
+        return  # a hub name or another format: the host loads it
+    if not path.is_file():
+        raise RecipeError(f"openrlhf.data.prompt_dataset: there is no file {path}")
+    from openrlhf.datasets.prompts_dataset import preprocess_data
+
+    template = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
+    key = options["data.input_key"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:PROMPTS_CHECKED] if line.strip()]
+    if rows and key not in rows[0]:
+        raise RecipeError(f"{path} has no column '{key}' (openrlhf.data.input_key); it has {', '.join(rows[0])}")
+    prompts = [
+        preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0] for row in rows
+    ]
+    check_prompts(prompts, tokenizer, options["data.max_len"] - (options["rollout.max_new_tokens"] or 1))

@@ -1,0 +1,72 @@
+"""The `skd:` section of a recipe. Every default of the plugin is here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(Section):
+    model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
+
+
+class RolloutConfig(Section):
+    method: Literal["skd", "on_policy", "teacher"] = Field(
+        "skd", description="skd: the top-K gate; on_policy: every student token is kept; teacher: none is"
+    )
+    top_k: int = Field(25, ge=0, description="K: a student token among the teacher's K most probable ones is kept")
+    draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
+    student_temperature: float = Field(1.0, ge=0)
+    student_top_p: float = Field(1.0, gt=0, le=1)
+    teacher_temperature: float = Field(1.0, ge=0, description="of the replacement tokens")
+    teacher_top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int | None = Field(None, ge=1, description="longest response; default: what max_len leaves")
+    seed: int = 0
+
+
+class LossConfig(Section):
+    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
+
+
+class TaskConfig(Section):
+    name: str = Field(description="a task of skd_plugin.tasks; it makes the prompts and checks the answers")
+    train_prompts: int = Field(8192, ge=1)
+    eval_prompts: int = Field(128, ge=1)
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    teacher: bool = Field(True, description="measure the teacher once, before training")
+    at_start: bool = Field(True, description="evaluate the student before the first step")
+
+
+class SKDConfig(Section):
+    teacher: TeacherConfig
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    task: TaskConfig | None = None
+    eval: EvalConfig = EvalConfig()
+    run_dir: str = Field("runs/skd", description="everything a run leaves behind is in this folder")
+    traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
+    vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
+
+
+def field_docs(section: type[BaseModel] = SKDConfig, prefix: str = "skd") -> dict[str, tuple[Any, str]]:
+    """Dotted name -> (default or None, description) of every option, for `--help` and the flag parser."""
+    docs: dict[str, tuple[Any, str]] = {}
+    for name, info in section.model_fields.items():
+        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if nested is not None:
+            docs |= field_docs(nested, f"{prefix}.{name}")
+        else:
+            default = None if info.is_required() else info.default
+            docs[f"{prefix}.{name}"] = default, info.description or ""
+    return docs

@@ -1,0 +1,149 @@
+"""OpenRLHF's rollout actor with an SKD engine in it. Any executor, single or multi-turn, runs unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from zlib import crc32
+
+from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
+from openrlhf.utils.agent import AgentExecutorBase
+
+from skd_plugin.config.host_rules import NO_REWARD
+from skd_plugin.core.rng import derive_seed
+from skd_plugin.core.trace import Trace
+from skd_plugin.rollout.engine import engine_arguments, split_prompt
+from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
+
+TRACE_KEY = "skd"  # of a response, and of Experience.info
+
+# Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.
+HostRollout = RolloutRayActor.__ray_metadata__.modified_class.__bases__[0]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine needs to know of the recipe."""
+
+    teacher: str
+    draft_len: int
+    num_teacher_entries: int
+    rule: SamplingRule
+    seed: int
+    vllm_options: dict[str, Any]
+
+
+class SKDRollout(HostRollout):
+    async def __init__(self, *args: Any, skd: EngineSpec, remote_rm_url: Any = None, **kwargs: Any) -> None:
+        student, max_len = kwargs.pop("model"), kwargs.pop("max_model_len")
+        for replaced in ("worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode", "max_logprobs"):
+            kwargs.pop(replaced, None)
+        arguments = engine_arguments(
+            skd.teacher, student, skd.draft_len, max_len, skd.num_teacher_entries, **skd.vllm_options
+        )
+        if arguments["dtype"] == "float32":
+            kwargs.pop("gpu_memory_utilization", None)  # on CPU a share of all memory, not of a GPU's
+        rewards = None if remote_rm_url in (NO_REWARD, [NO_REWARD]) else remote_rm_url
+        await super().__init__(
+            *args, remote_rm_url=rewards, worker_extension_cls=WORKER_EXTENSION_CLS, **{**kwargs, **arguments}
+        )
+        self.executor = _TracingExecutor(self.executor)
+        self._traces = _TraceFetcher(self.llm)
+        self._trace_ids = count()
+        self._tokenizer = self.llm.get_tokenizer()
+        self.set_rule(skd.rule, skd.seed)
+
+    def set_rule(self, rule: SamplingRule, seed: int) -> None:
+        """How requests are sampled from now on; the same (seed, prompt, n-th request for it) gives the same tokens."""
+        self._rule, self._seed = rule, seed
+        self._times_seen: Counter[int] = Counter()
+
+    async def describe_skd(self) -> dict[str, str | int]:
+        return (await self.llm.collective_rpc("describe_skd"))[0]
+
+    async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
+        await self.llm.collective_rpc("receive_student", args=(bucket, ipc_handles))
+
+    async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+        if multi_modal_data:
+            raise ValueError("SKD does not support image inputs: the student drafts from token ids only")
+        params = self._rule.request(prompt_token_ids, next(self._trace_ids), self._next_seed(prompt_token_ids))
+        engine_params = deepcopy(sampling_params)
+        engine_params.temperature, engine_params.top_p, engine_params.top_k = 1.0, 1.0, 0
+        engine_params.min_tokens, engine_params.logprobs = 0, None
+        engine_params.max_tokens += 1  # the forced end of the prompt
+        engine_params.extra_args = params.to_extra_args()
+        output = await super().generate(split_prompt(prompt_token_ids), engine_params)
+        completion = output.outputs[0]
+        completion.token_ids = list(completion.token_ids)[1:]
+        completion.text = self._text(completion, engine_params)
+        trace = (await self._traces.take(params.trace_id)).slice(0, len(completion.token_ids))
+        if trace.response_ids.tolist() != completion.token_ids:
+            raise RuntimeError(f"the engine emitted {completion.token_ids}, its trace says {trace.response_ids}")
+        output.skd_trace = trace
+        return output
+
+    def _next_seed(self, prompt_ids: list[int]) -> int:
+        prompt_hash = crc32(str(prompt_ids).encode())
+        self._times_seen[prompt_hash] += 1
+        return derive_seed(self._seed, prompt_hash, self._times_seen[prompt_hash])
+
+    def _text(self, completion: Any, params: Any) -> str:
+        """Text of the response without the forced token, whose own text vLLM has put in front."""
+        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=params.skip_special_tokens)
+        if isinstance(completion.stop_reason, str) and not params.include_stop_str_in_output:
+            text = text[: text.rfind(completion.stop_reason)]
+        return text
+
+
+class _TraceFetcher:
+    """Fetches traces from the worker; requests that end while a call is under way share the next one."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._waiting: dict[int, asyncio.Future[Trace]] = {}
+        self._turn = asyncio.Lock()
+
+    async def take(self, trace_id: int) -> Trace:
+        future = self._waiting[trace_id] = asyncio.get_running_loop().create_future()
+        async with self._turn:
+            if not future.done():
+                batch, self._waiting = self._waiting, {}
+                traces = (await self._llm.collective_rpc("take_traces", args=(list(batch),)))[0]
+                for waiter, trace in zip(batch.values(), traces, strict=True):
+                    waiter.set_result(trace)
+        return future.result()
+
+
+class _TracingExecutor(AgentExecutorBase):
+    """Runs the host's or the user's executor and adds to its response the traces of all its turns, in order."""
+
+    def __init__(self, inner: AgentExecutorBase) -> None:
+        self._inner = inner
+
+    async def execute(self, *args: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
+        turns = _TurnRecorder(llm_engine)
+        response = await self._inner.execute(*args, llm_engine=turns, **kwargs)
+        response[TRACE_KEY] = Trace.join(turns.traces)
+        return response
+
+
+class _TurnRecorder:
+    """The engine as one sample's executor sees it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.traces: list[Trace] = []
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        output = await self._engine.generate(*args, **kwargs)
+        self.traces.append(output.skd_trace)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)

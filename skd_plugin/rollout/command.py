@@ -1,0 +1,82 @@
+"""`skd rollout`: interleaved responses to a file of prompts, written as traces."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from skd_plugin.config.recipe import RecipeError
+
+
+def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
+    from skd_plugin.config.run import load_models
+    from skd_plugin.rollout.engine import SKDEngine, engine_arguments
+    from skd_plugin.rollout.rule import SamplingRule
+
+    if samples < 1:
+        raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
+    models = load_models(recipe, overrides)
+    skd, max_len, max_new_tokens = models.skd, models.max_len, models.skd.rollout.max_new_tokens
+    prompt_ids = read_prompts(Path(prompts), models.tokenizer, max_len, max_new_tokens)
+    repeated = [ids for ids in prompt_ids for _ in range(samples)]
+    limits = [min(max_new_tokens or max_len, max_len - len(ids)) for ids in repeated]
+    engine = SKDEngine(
+        **engine_arguments(
+            skd.teacher.model_name_or_path,
+            models.student,
+            skd.rollout.draft_len,
+            max_len,
+            skd.loss.top_k,
+            **skd.vllm,
+        )
+    )
+    rule = SamplingRule.of(skd.rollout)
+    finished = engine.generate(repeated, rule, limits, seed=skd.rollout.seed, progress=True)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for sample in finished:
+            texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": sample.text}
+            file.write(json.dumps({**sample.trace.to_json(sample.prompt_ids, sample.finish), **texts}) + "\n")
+    print(f"{len(finished)} responses are in {path}", file=sys.stderr)
+    return 0
+
+
+def read_prompts(path: Path, tokenizer: Any, max_len: int, max_new_tokens: int | None) -> list[list[int]]:
+    """Token ids of each line's prompt.
+
+    Raises:
+        RecipeError: no such file, a line that is neither form, a prompt too short or too long; names the line.
+    """
+    if not path.is_file():
+        raise RecipeError(f"--prompts: there is no file {path}")
+    longest = max_len - (max_new_tokens or 1)
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        ids = _prompt_ids(line, f"{path}, line {number}", tokenizer)
+        if not 2 <= len(ids) <= longest:
+            raise RecipeError(f"{path}, line {number}: the prompt has {len(ids)} tokens; 2 to {longest} fit")
+        prompts.append(ids)
+    if not prompts:
+        raise RecipeError(f"{path} holds no prompt")
+    return prompts
+
+
+def _prompt_ids(line: str, where: str, tokenizer: Any) -> list[int]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{where} is not JSON: {error}") from error
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return tokenizer(record["prompt"], add_special_tokens=False).input_ids
+    ids = record.get("prompt_ids") if isinstance(record, dict) else None
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+        raise RecipeError(
+            f'{where}: a line is {{"prompt": "..."}} or {{"prompt_ids": [1, 2, 3]}} with ids below {len(tokenizer)}'
+        )
+    return ids

@@ -1,0 +1,107 @@
+"""Lines and tables about a run, made from the files of its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status as Spinner
+from rich.table import Table
+
+from skd_plugin.trainer.status import Status
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # the last line may still be on its way
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class Follower:
+    """Prints what is new in a run folder since the last look."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self._folder, self._console = folder, console
+        self._shown = len(read_metrics(folder))
+        self._first_step: tuple[int, float] | None = None
+
+    def show_news(self, spinner: Spinner) -> None:
+        status = Status(self._folder).read()
+        spinner.update(status.get("stage", "starting"))
+        records = read_metrics(self._folder)
+        for record in records[self._shown :]:
+            self._console.print(self._line(record, status.get("max_steps")))
+        self._shown = len(records)
+
+    def _line(self, record: dict[str, Any], max_steps: int | None) -> str:
+        step = record["step"]
+        place = f"step {step:>4}" + (f"/{max_steps}" if max_steps else "")
+        if "skd/loss" not in record:
+            figures = "  ".join(
+                f"{key.removeprefix('eval/')} {_short(v)}" for key, v in record.items() if key != "step"
+            )
+            return f"{place}  eval  {figures}"
+        parts = [f"loss {_short(record['skd/loss'])}", f"accept {_percent(record.get('skd/accept_rate'))}"]
+        if "skd/rollout_score" in record:
+            parts.append(f"score {_percent(record['skd/rollout_score'])}")
+        parts += [f"kl {_short(record.get('skd/kl'))}", f"{_short(record.get('tokens_per_s'))} tokens/s"]
+        return "  ".join([place, *parts, self._eta(step, max_steps)])
+
+    def _eta(self, step: int, max_steps: int | None) -> str:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step, now
+        steps, seconds = step - self._first_step[0], now - self._first_step[1]
+        if not steps or not max_steps:
+            return "eta -"
+        return f"eta {duration(seconds / steps * (max_steps - step))}"
+
+
+def summary_table(folder: Path, wall_s: float) -> Table:
+    """What the run did to the student, before and after."""
+    records = read_metrics(folder)
+    steps = [r for r in records if "skd/loss" in r]
+    table = Table(title="Speculative knowledge distillation", title_justify="left")
+    for heading in ("", "before", "after", "teacher"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    evals = [r for r in records if any(key.startswith("eval/") for key in r)]
+    teacher = {k.replace("teacher_", ""): v for r in evals for k, v in r.items() if "/teacher_" in k}
+    student = [r for r in evals if not any("/teacher_" in key for key in r)]
+    for key in student[0] if student else ():
+        if key != "step" and not key.endswith("response_len"):
+            show = _percent if key.endswith("accuracy") else _short
+            after = student[-1].get(key) if len(student) > 1 else None
+            table.add_row(key.removeprefix("eval/"), show(student[0][key]), show(after), show(teacher.get(key)))
+    if steps:
+        first, last = steps[0], steps[-1]
+        table.add_row("acceptance", _percent(first.get("skd/accept_rate")), _percent(last.get("skd/accept_rate")), "")
+        table.add_row("loss", _short(first["skd/loss"]), _short(last["skd/loss"]), "")
+        table.add_row("tokens/s", "", _short(sum(r["tokens_per_s"] for r in steps) / len(steps)), "")
+    table.add_row("wall time", "", duration(wall_s), "")
+    table.caption = f"{len(steps)} steps; everything is in {folder}"
+    table.caption_justify = "left"
+    return table
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

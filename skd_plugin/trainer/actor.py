@@ -1,0 +1,110 @@
+"""OpenRLHF's policy actor, trained by distillation; its weights go to the draft model of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import openrlhf.trainer.ray.ppo_actor as host
+import ray
+import torch
+from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
+
+from skd_plugin.compat import cpu
+from skd_plugin.core.losses import LOSSES
+from skd_plugin.rollout.actor import TRACE_KEY
+from skd_plugin.rollout.weights import Bucket
+from skd_plugin.trainer.distillation import DistillationLoss
+
+BUCKET_BYTES = 512 << 20  # one message of the weight sync; a larger parameter travels alone
+
+# Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.
+HostPolicy = host.PolicyModelActor.__ray_metadata__.modified_class.__bases__[0]
+
+
+class SKDActorTrainer(host.ActorPPOTrainer):
+    def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(strategy, actor, *args, **kwargs)
+        self.actor_loss_fn = DistillationLoss(
+            LOSSES[self.args.skd.loss.kind], token_level_loss=self.args.actor.loss_agg_mode == "token-mean"
+        )
+        self.actor.register_forward_hook(self.actor_loss_fn.capture)
+
+    def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Popped, because the host makes a metric of everything that it finds in `info`.
+        traces = experience.info.pop(TRACE_KEY)
+        self.actor_loss_fn.expect(experience.sequences, traces)
+        return super().training_step(experience, *args, **kwargs)
+
+    def broadcast_to_vllm(self) -> None:
+        """The student's weights to every engine's draft model: few large messages, not one call a parameter."""
+        torch.cuda.empty_cache()
+        for bucket, parameters in self._buckets():
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self.strategy.args.ds.zero_stage == 3):
+                if self.use_cuda_ipc:
+                    self._send_by_ipc(bucket, _flatten(parameters))
+                elif torch.distributed.get_rank() == 0:
+                    self._send_by_broadcast(bucket, _flatten(parameters))
+        if torch.distributed.get_rank() == 0:
+            ray.get([engine.reset_prefix_cache.remote() for engine in self.vllm_engines])
+        torch.cuda.empty_cache()
+        torch_dist_barrier_and_cuda_sync()
+
+    def _buckets(self) -> Iterator[tuple[Bucket, list[torch.nn.Parameter]]]:
+        names: list[str] = []
+        parameters: list[torch.nn.Parameter] = []
+        size = 0
+        for name, parameter in self.actor.model.module.named_parameters():
+            num_bytes = _shape(parameter).numel() * parameter.element_size()
+            if parameters and (size + num_bytes > BUCKET_BYTES or parameter.dtype != parameters[0].dtype):
+                yield _bucket(names, parameters), parameters
+                names, parameters, size = [], [], 0
+            names.append(name)
+            parameters.append(parameter)
+            size += num_bytes
+        yield _bucket(names, parameters), parameters
+
+    def _send_by_broadcast(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        refs = [engine.receive_student.remote(bucket) for engine in self.vllm_engines]
+        if getattr(self.strategy.args.vllm, "sync_with_ray", False):
+            import ray.util.collective as collective
+
+            collective.broadcast(flat, 0, group_name=self._model_update_group)
+        else:
+            stream = torch.cuda.current_stream() if flat.is_cuda else None
+            self._model_update_group.broadcast(flat, src=0, stream=stream)
+        ray.get(refs)
+
+    def _send_by_ipc(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        handles: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(handles, {host.get_physical_gpu_id(): reduce_tensor(flat)})
+        if torch.distributed.get_rank() == 0:
+            merged = {gpu: handle for handle_of_rank in handles for gpu, handle in handle_of_rank.items()}
+            ray.get([engine.receive_student.remote(bucket, merged) for engine in self.vllm_engines])
+        torch_dist_barrier_and_cuda_sync()
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape beside the shard
+
+
+def _bucket(names: list[str], parameters: list[torch.nn.Parameter]) -> Bucket:
+    return Bucket(names, [tuple(_shape(p)) for p in parameters], parameters[0].dtype)
+
+
+def _flatten(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.cat([p.data.reshape(-1) for p in parameters])
+
+
+class SKDPolicy(HostPolicy):
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        cpu.adapt_host_trainer()
+        host.ActorPPOTrainer = SKDActorTrainer  # the host's init names the class; this process serves one actor
+        super().init_model_from_pretrained(*args, **kwargs)
+
+    def describe_skd(self) -> dict[str, str]:
+        """What is really in place, for the start-up check."""
+        return {"trainer": type(self.trainer).__name__, "loss": type(self.trainer.actor_loss_fn).__name__}

@@ -1,0 +1,160 @@
+"""OpenRLHF's PPO trainer as the controller of a distillation run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ppo_trainer import PPOTrainer, compute_eval_metrics
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.rollout.actor import TRACE_KEY
+from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.trainer.metrics import JsonLines, mean_kl, rollout_metrics
+from skd_plugin.trainer.samples import SKDExperienceMaker, SKDSamplesGenerator
+from skd_plugin.trainer.status import Status
+
+HostTrainer = PPOTrainer.__ray_metadata__.modified_class.__bases__[0]
+
+EXPECTED_PARTS = {
+    "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
+    "policy": {"trainer": "SKDActorTrainer", "loss": "DistillationLoss"},
+}
+
+
+class SKDTrainer(HostTrainer):
+    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(pretrain, strategy, *args, **kwargs)
+        self.skd: SKDConfig = strategy.args.skd
+        self.rule = SamplingRule.of(self.skd.rollout)
+        self.samples_generator = SKDSamplesGenerator(
+            strategy,
+            self.prompts_dataloader,
+            self.eval_dataloader,
+            self.tokenizer,
+            self.vllm_engines,
+            rule=self.rule,
+            seed=self.skd.rollout.seed,
+        )
+        self.experience_maker = SKDExperienceMaker(
+            self.actor_model_group,
+            self.critic_model_group,
+            self.reward_model_group,
+            self.reference_model_group,
+            self.kl_ctl,
+            strategy,
+            self.tokenizer,
+        )
+        self.status = Status(Path(self.skd.run_dir))
+        self.metrics = JsonLines(Path(self.skd.run_dir) / "metrics.jsonl")
+        self.traces = JsonLines(Path(self.skd.run_dir) / "traces.jsonl")
+        self._evaluated_step: int | None = None
+        self._rollout_figures: dict[str, float] = {}
+
+    def fit(self, global_step: int = 0) -> None:
+        self._check_parts()
+        self._step = global_step
+        if self.eval_dataloader is not None:
+            if self.skd.eval.teacher:
+                self.status.stage("measuring the teacher")
+                self._log_eval(0, self._evaluate_rule(self.rule.teacher_only(0.0), "teacher_"))
+            if self.skd.eval.at_start:
+                self.status.stage("measuring the student")
+                self.evaluate(0)
+        self.status.stage("training", max_steps=self.max_steps)
+        super().fit(global_step)
+        if self.eval_dataloader is not None and self._evaluated_step != self._step:
+            self.evaluate(self._step)
+        self.status.stage("saving")
+
+    def _check_parts(self) -> None:
+        """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""
+        engines = ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
+        policies = ray.get(self.actor_model_group.async_run_method("describe_skd"))
+        for kind, found in [("engine", d) for d in engines] + [("policy", d) for d in policies]:
+            for part, name in EXPECTED_PARTS[kind].items():
+                if found.get(part) != name:
+                    raise RuntimeError(
+                        f"the {part} of a {kind} actor is {found.get(part)}, expected {name}: SKD is not active "
+                        "there. Another plugin or a newer host replaced it; run pytest tests/contract."
+                    )
+        print(f"SKD is active: {engines[0]}")
+
+    def train_step(self, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
+        started = time.monotonic()
+        traces = [sample.info[TRACE_KEY][0] for sample in rollout_samples]
+        self._rollout_figures = rollout_metrics(traces, self.skd.rollout.draft_len)
+        for sample in rollout_samples[: self.skd.traces_per_step]:
+            self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
+        status, step = super().train_step(rollout_samples, global_step)
+        self._step = step
+        self._rollout_figures["time/train"] = time.monotonic() - started
+        self._rollout_figures["tokens"] = sum(len(trace) for trace in traces)
+        return status, step
+
+    def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        """Adds the figures of SKD to what the host's loggers get, and writes the step's line of metrics.jsonl."""
+        status = dict(logs_dict or {})
+        generation = status.get("timing/generation", 0.0)
+        tokens = self._rollout_figures.pop("tokens", 0)
+        figures = {
+            "skd/loss": status.get("policy_loss"),
+            **self._rollout_figures,
+            "time/rollout": generation,
+            "time/sync": status.get("timing/broadcast"),
+            "time/step": generation + self._rollout_figures.get("time/train", 0.0),
+            "grad_norm": status.get("actor_grad_norm"),
+            "lr": status.get("actor_lr"),
+        }
+        figures["tokens_per_s"] = tokens / figures["time/step"] if figures["time/step"] else None
+        reward = status.get("rollout/reward_mean")
+        if reward is not None and reward == reward:
+            figures["skd/rollout_score"] = reward
+        super().save_logs_and_checkpoints(global_step, {**status, **figures}, client_states)
+        self.metrics.append({"step": global_step, **figures})
+
+    @torch.no_grad()
+    def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
+        """The student alone on the held-out prompts, by the host's eval options; the teacher only looks on."""
+        self._evaluated_step = global_step
+        return self._log_eval(global_step, self._evaluate_rule(self.rule.student_only(self.args.eval.temperature)))
+
+    def _evaluate_rule(self, rule: SamplingRule, prefix: str = "") -> dict[str, float]:
+        num_samples = self.args.eval.n_samples_per_prompt
+        samples = self.samples_generator.generate_eval_samples(
+            rule=rule, **{**self.generate_kwargs, "n_samples_per_prompt": num_samples}
+        )
+        task = self.skd.task.name if self.skd.task else "heldout"
+        logs: dict[str, float] = {}
+        if samples[0].rewards is not None:
+            host_logs = compute_eval_metrics(self.eval_dataloader, samples, num_samples)
+            logs = dict(host_logs) if not prefix else {}
+            scores = torch.cat([sample.rewards for sample in samples]).float()
+            logs[f"eval/{task}/{prefix}accuracy"] = scores.mean().item()
+        traces = [sample.info[TRACE_KEY][0] for sample in samples]
+        if not prefix:
+            logs[f"eval/{task}/kl"] = mean_kl(traces)
+        logs[f"eval/{task}/{prefix}response_len"] = sum(map(len, traces)) / len(traces)
+        return logs
+
+    def _log_eval(self, global_step: int, logs: dict[str, float]) -> dict[str, float]:
+        for logger in (self.wandb_logger, self.tensorboard_logger):
+            if logger:
+                logger.log_eval(global_step, logs)
+        self.metrics.append({"step": global_step, **{k: v for k, v in logs.items() if k.startswith("eval/")}})
+        return logs
+
+    def _trace_record(self, sample: Experience) -> dict[str, Any]:
+        trace = sample.info[TRACE_KEY][0]
+        finish = "length" if bool(sample.truncated) else "stop"
+        ids = sample.sequences[0].tolist()
+        first = int(sample.action_mask[0].nonzero()[0]) + 1 if bool(sample.action_mask.any()) else len(ids)
+        return {
+            **trace.to_json(ids[:first], finish),
+            "prompt": sample.prompts[0],
+            "response": self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True),
+        }

@@ -1,0 +1,84 @@
+"""The distillation loss where OpenRLHF calls its policy loss.
+
+Shapes: B sequences, T tokens each, N trained tokens of the batch, V vocabulary, K teacher entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from openrlhf.models import aggregate_loss
+
+from skd_plugin.core.losses import TokenLoss
+from skd_plugin.core.trace import Trace
+
+
+class DistillationLoss(torch.nn.Module):
+    """Stands in for the host's PolicyLoss: same arguments, same results, another loss.
+
+    The host hands its policy loss log-probabilities; distillation needs logits. `capture` is a forward hook of the
+    host's Actor that keeps them for the one call that follows.
+    """
+
+    def __init__(self, token_loss: TokenLoss, token_level_loss: bool) -> None:
+        super().__init__()
+        self._token_loss = token_loss
+        self._token_level_loss = token_level_loss
+        self._logits_BTV: torch.Tensor | None = None
+        self._sequences_BT: torch.Tensor | None = None
+        self._traces: list[Trace] = []
+
+    def capture(self, actor: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):  # the training forward; the host's other forwards ask for log-probs only
+            self._logits_BTV = output[1]["logits"]
+
+    def expect(self, sequences_BT: torch.Tensor, traces: list[Trace]) -> None:
+        """The batch whose loss is asked for next."""
+        self._sequences_BT, self._traces = sequences_BT, traces
+
+    def forward(
+        self, log_probs: Any, old_log_probs: Any, advantages: Any, action_mask: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio): the last four have no meaning here."""
+        others.pop("rollout_log_probs", None)
+        logits_BTV, self._logits_BTV = self._logits_BTV, None
+        if logits_BTV is None or self._sequences_BT is None:
+            raise RuntimeError("the student's logits were not captured: the host's Actor did not run its hooks")
+        values = token_losses(logits_BTV, self._sequences_BT, action_mask, self._traces, self._token_loss)
+        loss = aggregate_loss(values, action_mask, token_level_loss=self._token_level_loss, **others)
+        none = torch.zeros((), device=loss.device)
+        return loss, none, none, None, None
+
+
+def token_losses(
+    logits_BTV: torch.Tensor,
+    sequences_BT: torch.Tensor,
+    action_mask: torch.Tensor,
+    traces: list[Trace],
+    token_loss: TokenLoss,
+) -> torch.Tensor:
+    """Loss of every response token, in the host's layout [B, T - 1]: entry t belongs to token t + 1; 0 elsewhere.
+
+    Raises:
+        RuntimeError: a sequence does not hold the tokens of its trace; training on it would teach the wrong tokens.
+    """
+    batch_N, time_N = action_mask.bool().nonzero(as_tuple=True)
+    counts = action_mask.bool().sum(1).tolist()
+    device = logits_BTV.device
+    taught = Trace.join([trace.slice(0, count) for trace, count in zip(traces, counts, strict=True)])
+    expected_N = taught.response_ids.to(device=device, dtype=torch.int64)
+    if not torch.equal(sequences_BT[batch_N, time_N + 1], expected_N):
+        raise RuntimeError(
+            "the response tokens of a training batch are not those of its traces; an executor changed the ids after "
+            "sampling (it must never decode and re-tokenise)"
+        )
+    values_BT = logits_BTV.new_zeros(action_mask.shape)
+    if not len(batch_N):
+        return values_BT + logits_BTV.sum() * 0  # keeps the graph, so that every ZeRO rank runs its backward
+    values_N = token_loss(
+        logits_BTV[batch_N, time_N],
+        taught.teacher_topk_ids.to(device=device, dtype=torch.int64),
+        taught.teacher_topk_logp.to(device),
+    )
+    return values_BT.index_put((batch_N, time_N), values_N)

@@ -1,0 +1,57 @@
+"""The process that becomes OpenRLHF: binds SKD's parts, then runs the host's own script as `__main__`.
+
+python -m skd_plugin.trainer.launch RUN_DIR/config.yaml
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from types import TracebackType
+
+from skd_plugin.compat import cpu
+from skd_plugin.config.host_options import HOST_MODULE
+from skd_plugin.config.run import Run
+from skd_plugin.trainer.status import Status
+
+
+def main(config_path: str) -> None:
+    run = Run.load(config_path)
+    status = Status(run.folder)
+    sys.excepthook = _report_to(status)
+    status.stage("loading the libraries")
+    if run.cpu:
+        os.environ.update(cpu.ENV)
+        cpu.install()
+    import ray
+
+    from skd_plugin.trainer.bind import bind, ray_options
+
+    status.stage("starting Ray")
+    ray.init(**ray_options(run))
+    bind(run)
+    status.stage("starting the engine and the trainer")
+    sys.argv = [HOST_MODULE, *run.host_argv()]
+    runpy.run_module(HOST_MODULE, run_name="__main__")
+    if status.read()["stage"] != "saving":
+        raise RuntimeError("the host came to its end without SKD's trainer: it no longer uses the names we rebind")
+    status.stage("done")
+    ray.shutdown()
+
+
+def _report_to(status: Status):
+    """An excepthook: the traceback goes to the log as ever, its last line also into the status file."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a remote call raised
+        lines = "".join(traceback.format_exception_only(type(cause), cause)).strip().splitlines()
+        status.stage("failed", error=lines[-1])
+        sys.__excepthook__(kind, error, trace)
+
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,82 @@
+"""Figures of a step from its traces. README lists what each means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
+from skd_plugin.core.trace import Trace
+
+
+def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
+    """Token means over all responses, unless the name says otherwise.
+
+    Args:
+        draft_len: gamma, from which the number of drafted tokens follows.
+    """
+    tokens = Trace.join(traces)
+    if not len(tokens):
+        return {}
+    drafted = tokens.source != UNDRAFTED
+    accepted = (tokens.source == ACCEPTED).sum().item()
+    replaced = tokens.source == REPLACED
+    known = tokens.student_entropy[drafted]
+    return {
+        "skd/accept_rate": accepted / max(drafted.sum().item(), 1),
+        "skd/replaced_frac": replaced.float().mean().item(),
+        "skd/undrafted_frac": 1.0 - drafted.float().mean().item(),
+        "skd/first_replaced_pos": sum(_first_replaced(trace) for trace in traces) / len(traces),
+        "skd/teacher_nll": -tokens.teacher_logp.mean().item(),
+        "skd/teacher_topk_mass": tokens.teacher_topk_logp.exp().sum(-1).mean().item(),
+        "skd/student_entropy": known.mean().item() if len(known) else float("nan"),
+        "skd/kl": mean_kl(traces),
+        "skd/draft_waste": draft_waste(traces, draft_len),
+        "skd/response_len": len(tokens) / len(traces),
+    }
+
+
+def mean_kl(traces: list[Trace]) -> float:
+    """Exact KL(p||q) of the next-token distributions, mean over the tokens of the responses, nats."""
+    kl = torch.cat([trace.kl for trace in traces])
+    kl = kl[~kl.isnan()]
+    return kl.mean().item() if len(kl) else float("nan")
+
+
+def draft_waste(traces: list[Trace], draft_len: int) -> float:
+    """Share of the drafted tokens that were thrown away: behind a replacement, or behind the end of the response."""
+    blocks = emitted = 0
+    for trace in traces:
+        changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
+        left = 0
+        for ends_block in changed.tolist():
+            if left == 0:
+                blocks, left = blocks + 1, draft_len
+            left = 0 if ends_block else left - 1
+        emitted += len(trace)
+    return 1.0 - emitted / (blocks * draft_len) if blocks else 0.0
+
+
+def _first_replaced(trace: Trace) -> int:
+    replaced = (trace.source == REPLACED).nonzero()
+    return int(replaced[0]) if len(replaced) else len(trace)
+
+
+class JsonLines:
+    """A file to which whole lines are appended; a reader never sees half of one that is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = json.dumps({key: _strict(value) for key, value in record.items()})
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: a figure that does not exist is null."""
+    return None if isinstance(value, float) and value != value else value
