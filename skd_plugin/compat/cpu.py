@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 ENV = {  # of every process of a run on CPU
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's worker lives in its core process: one process less
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_TARGET_DEVICE": "cpu",
 }
@@ -99,6 +101,28 @@ def adapt_weight_sync() -> None:
     import openrlhf.utils.distributed_util as distributed_util
 
     distributed_util.stateless_init_process_group = gloo_process_group
+
+
+@contextmanager
+def loadable_weights() -> Iterator[None]:
+    """A vLLM model that is loaded inside can be loaded again.
+
+    On a CPU with oneDNN or AMX vLLM packs each weight into a form of its own and drops the original; new weights would
+    then be refused, or, worse, be stored where nothing reads them.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    import vllm.model_executor.layers.utils as layers
+
+    def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    packing, layers.dispatch_cpu_unquantized_gemm = layers.dispatch_cpu_unquantized_gemm, keep_weight
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = packing
 
 
 class _TorchOnCpu:

@@ -67,7 +67,8 @@ class SKDRollout(HostRollout):
         return (await self.llm.collective_rpc("describe_skd"))[0]
 
     async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
-        await self.llm.collective_rpc("receive_student", args=(bucket, ipc_handles))
+        pieces = (bucket.names, bucket.shapes, bucket.dtype, ipc_handles)
+        await self.llm.collective_rpc("receive_student", args=pieces)
 
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
         if multi_modal_data:

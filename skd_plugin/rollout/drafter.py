@@ -8,6 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from skd_plugin.compat import cpu
 from skd_plugin.core import rng, sampling
 from skd_plugin.rollout.requests import RequestTable
 
@@ -22,6 +23,22 @@ class SKDDrafter(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self._table, self._runner = table, runner
         self._next_position: torch.Tensor | None = None
+
+    def _get_model(self) -> torch.nn.Module:
+        with cpu.loadable_weights():
+            return super()._get_model()
+
+    def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """New weights, by their Hugging Face names; a subset is fine.
+
+        Raises:
+            TypeError: of another dtype than the engine's student.
+        """
+        expected = self.draft_model_config.dtype
+        for name, weight in weights:
+            if weight.dtype != expected:
+                raise TypeError(f"{name} is {weight.dtype}, but the engine's student is {expected}")
+        self.model.load_weights(weights=weights)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, torch.Tensor, Any]:
         num_tokens, indices_to_sample, attention_metadata = super().set_inputs_first_pass(*args, **kwargs)

@@ -131,6 +131,11 @@ class SKDEngine:
         traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]
         return list(self._samples(prompts, outputs, traces))
 
+    def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """New weights of the student, by their Hugging Face names."""
+        self._llm.collective_rpc("load_student", args=(weights,))
+        self._llm.reset_prefix_cache()
+
     def _samples(self, prompts: Sequence, outputs: list, traces: list[Trace]) -> Iterator[Sample]:
         tokenizer = self._llm.get_tokenizer()
         for prompt, output, trace in zip(prompts, outputs, traces, strict=True):

@@ -44,18 +44,24 @@ class StudentWeights(WorkerWrap):
 
     update_weight_cuda_ipc = update_weight
 
-    def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
-        """One bucket, by broadcast from the trainer's rank 0, or through CUDA IPC where both share a GPU."""
+    def receive_student(
+        self,
+        names: list[str],
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        ipc_handles: dict[str, Any] | None = None,
+    ) -> None:
+        """One bucket, by broadcast from the trainer's rank 0, or through CUDA IPC where both share a GPU.
+
+        The bucket comes in pieces, because vLLM's messages to its workers do not carry classes.
+        """
+        bucket = Bucket(names, shapes, dtype)
         if ipc_handles is None:
             flat = torch.empty(bucket.size, dtype=bucket.dtype, device=self.device)
             self._broadcast(flat)
         else:
             flat = self._open_ipc(ipc_handles)
-        drafter = self.model_runner.drafter
-        dtype = drafter.draft_model_config.dtype
-        if bucket.dtype != dtype:
-            raise RuntimeError(f"the trainer sent {bucket.dtype} weights, the engine's student is {dtype}")
-        drafter.model.load_weights(weights=bucket.unpack(flat))
+        self.model_runner.drafter.load_student(bucket.unpack(flat))
         if ipc_handles is not None:
             torch.cuda.synchronize()  # the trainer frees the memory behind the handle when this call returns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -34,6 +35,9 @@ class SKDWorker(VllmWorker):
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
         return self._skd_table.take(trace_ids)
+
+    def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.model_runner.drafter.load_student(weights)
 
     def describe_skd(self) -> dict[str, str | int]:
         """What is really in place, for the start-up check."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,14 +68,24 @@ class SKDActorTrainer(host.ActorPPOTrainer):
 
     def _send_by_broadcast(self, bucket: Bucket, flat: torch.Tensor) -> None:
         refs = [engine.receive_student.remote(bucket) for engine in self.vllm_engines]
+        # In a thread of its own: a broadcast to an engine that has died never returns, but its Ray call does.
+        stream = torch.cuda.current_stream() if flat.is_cuda else None
+        sender = threading.Thread(target=self._broadcast, args=(flat, stream), daemon=True)
+        sender.start()
+        while refs:
+            arrived, refs = ray.wait(refs, num_returns=1)
+            ray.get(arrived)
+        sender.join()
+
+    def _broadcast(self, flat: torch.Tensor, stream: Any) -> None:
+        if flat.is_cuda:
+            torch.cuda.set_device(flat.device)  # a thread starts on device 0
         if getattr(self.strategy.args.vllm, "sync_with_ray", False):
             import ray.util.collective as collective
 
             collective.broadcast(flat, 0, group_name=self._model_update_group)
         else:
-            stream = torch.cuda.current_stream() if flat.is_cuda else None
             self._model_update_group.broadcast(flat, src=0, stream=stream)
-        ray.get(refs)
 
     def _send_by_ipc(self, bucket: Bucket, flat: torch.Tensor) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
