@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from skd_plugin.config import RecipeError
+from skd_plugin.config.recipe import unknown_key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +69,10 @@ def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
     positional = [item for item in argv[1:] if not item.startswith("--") and "=" in item]
     flags = [item for item in argv[1:] if item not in positional]
     parser = _flag_parser()
-    values = parser.parse_args(flags)
+    values, unknown = parser.parse_known_args(flags)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise RecipeError(unknown_key(unknown[0].split("=")[0], known))
     return argv[0], positional + [f"{key}={_yaml(value)}" for key, value in vars(values).items()]
 
 
@@ -78,9 +82,11 @@ def _flag_parser() -> argparse.ArgumentParser:
     from skd_plugin.config.schema import field_docs
 
     parser = host_parser()
+    parser.allow_abbrev = False
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         if action.dest != "help":
+            action.metavar = action.metavar or action.dest.split(".")[-1].upper()
             action.dest = f"openrlhf.{action.dest}"
     group = parser.add_argument_group("speculative knowledge distillation")
     for name, (default, text) in field_docs().items():

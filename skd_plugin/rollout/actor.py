@@ -12,6 +12,7 @@ from zlib import crc32
 
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase
+from transformers import AutoTokenizer
 
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
@@ -55,7 +56,7 @@ class SKDRollout(HostRollout):
         self.executor = _TracingExecutor(self.executor)
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
-        self._tokenizer = self.llm.get_tokenizer()
+        self._tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
         self.set_rule(skd.rule, skd.seed)
 
     def set_rule(self, rule: SamplingRule, seed: int) -> None:
@@ -78,6 +79,8 @@ class SKDRollout(HostRollout):
         engine_params.temperature, engine_params.top_p, engine_params.top_k = 1.0, 1.0, 0
         engine_params.min_tokens, engine_params.logprobs = 0, None
         engine_params.max_tokens += 1  # the forced end of the prompt
+        # vLLM knows the teacher's end token; the student's may be another one of the same vocabulary.
+        engine_params.stop_token_ids = [*(engine_params.stop_token_ids or ()), self._tokenizer.eos_token_id]
         engine_params.extra_args = params.to_extra_args()
         output = await super().generate(split_prompt(prompt_token_ids), engine_params)
         completion = output.outputs[0]

@@ -63,17 +63,18 @@ def engine_arguments(
     return arguments | others
 
 
-def vllm_sampling_params(params: RequestParams, max_new_tokens: int, stop_token_ids: Sequence[int] = ()) -> Any:
+def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_eos_id: int) -> Any:
     """SamplingParams of one request; the forced end of the prompt takes one more output token.
 
-    vLLM's temperature is 1 whatever the models' temperatures are: a 0 would switch the engine's drafter to greedy.
+    vLLM's temperature is 1 whatever the models' temperatures are: SKD's sampler has its own. vLLM stops at the
+    teacher's end token by itself; the student's may be another one of the same vocabulary.
     """
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=1.0,
         max_tokens=max_new_tokens + 1,
-        stop_token_ids=list(stop_token_ids),
+        stop_token_ids=[student_eos_id],
         extra_args=params.to_extra_args(),
     )
 
@@ -97,12 +98,15 @@ class SKDEngine:
 
     def __init__(self, **arguments: Any) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from transformers import AutoTokenizer
         from vllm import LLM
 
         self._llm = LLM(disable_log_stats=True, **arguments)
         self._trace_ids = count()
         self.description = self._llm.collective_rpc("describe_skd")[0]
-        self.eos_token_id = self._llm.get_tokenizer().eos_token_id
+        student = arguments["speculative_config"]["model"]
+        self._tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
 
     def generate(
         self,
@@ -123,9 +127,10 @@ class SKDEngine:
             r.request(prompt, trace_id, request_seed)
             for r, prompt, trace_id, request_seed in zip(rules, prompts, trace_ids, seeds, strict=True)
         ]
+        eos_id = self._tokenizer.eos_token_id
         outputs = self._llm.generate(
             [{"prompt_token_ids": split_prompt(prompt)} for prompt in prompts],
-            [vllm_sampling_params(p, limit) for p, limit in zip(params, limits, strict=True)],
+            [vllm_sampling_params(p, limit, eos_id) for p, limit in zip(params, limits, strict=True)],
             use_tqdm=progress,
         )
         traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]
@@ -137,12 +142,11 @@ class SKDEngine:
         self._llm.reset_prefix_cache()
 
     def _samples(self, prompts: Sequence, outputs: list, traces: list[Trace]) -> Iterator[Sample]:
-        tokenizer = self._llm.get_tokenizer()
         for prompt, output, trace in zip(prompts, outputs, traces, strict=True):
             completion = output.outputs[0]
             response = list(completion.token_ids)[1:]
             trace = trace.slice(0, len(response))
             if trace.response_ids.tolist() != response:
                 raise RuntimeError(f"the engine emitted {response} but its trace says {trace.response_ids.tolist()}")
-            text = tokenizer.decode(response, skip_special_tokens=True)
+            text = self._tokenizer.decode(response, skip_special_tokens=True)
             yield Sample(list(prompt), trace, text, completion.finish_reason)

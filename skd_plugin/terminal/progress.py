@@ -14,13 +14,16 @@ from rich.table import Table
 from skd_plugin.trainer.status import Status
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Records of metrics.jsonl behind byte `offset`, and the offset to go on from; the last line may be on its way."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]  # the last line may still be on its way
-    return [json.loads(line) for line in whole.splitlines()]
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        new = file.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
 
 
 class Follower:
@@ -28,30 +31,26 @@ class Follower:
 
     def __init__(self, folder: Path, console: Console) -> None:
         self._folder, self._console = folder, console
-        self._shown = len(read_metrics(folder))
+        self._offset = read_metrics(folder)[1]
         self._first_step: tuple[int, float] | None = None
 
     def show_news(self, spinner: Spinner) -> None:
         status = Status(self._folder).read()
         spinner.update(status.get("stage", "starting"))
-        records = read_metrics(self._folder)
-        for record in records[self._shown :]:
+        records, self._offset = read_metrics(self._folder, self._offset)
+        for record in records:
             self._console.print(self._line(record, status.get("max_steps")))
-        self._shown = len(records)
 
     def _line(self, record: dict[str, Any], max_steps: int | None) -> str:
         step = record["step"]
         place = f"step {step:>4}" + (f"/{max_steps}" if max_steps else "")
         if "skd/loss" not in record:
-            figures = "  ".join(
-                f"{key.removeprefix('eval/')} {_short(v)}" for key, v in record.items() if key != "step"
-            )
-            return f"{place}  eval  {figures}"
-        parts = [f"loss {_short(record['skd/loss'])}", f"accept {_percent(record.get('skd/accept_rate'))}"]
+            return "  ".join([place, *(f"{name} {text}" for name, text in _evaluation(record))])
+        parts = [f"loss {_short(record['skd/loss'])}", f"accepted {_percent(record.get('skd/accept_rate'))}"]
         if "skd/rollout_score" in record:
-            parts.append(f"score {_percent(record['skd/rollout_score'])}")
-        parts += [f"kl {_short(record.get('skd/kl'))}", f"{_short(record.get('tokens_per_s'))} tokens/s"]
-        return "  ".join([place, *parts, self._eta(step, max_steps)])
+            parts.append(f"rollout score {_percent(record['skd/rollout_score'])}")
+        parts += [f"{_short(record.get('tokens_per_s'))} tokens/s", self._eta(step, max_steps)]
+        return "  ".join([place, *parts])
 
     def _eta(self, step: int, max_steps: int | None) -> str:
         now = time.monotonic()
@@ -65,28 +64,41 @@ class Follower:
 
 def summary_table(folder: Path, wall_s: float) -> Table:
     """What the run did to the student, before and after."""
-    records = read_metrics(folder)
+    records, _ = read_metrics(folder)
     steps = [r for r in records if "skd/loss" in r]
+    evals = [r for r in records if "skd/loss" not in r]
+    teacher = {k.replace("teacher_", ""): v for r in evals for k, v in r.items() if "/teacher_" in k}
+    student = [r for r in evals if not any("/teacher_" in key for key in r)]
     table = Table(title="Speculative knowledge distillation", title_justify="left")
     for heading in ("", "before", "after", "teacher"):
         table.add_column(heading, justify="left" if not heading else "right")
-    evals = [r for r in records if any(key.startswith("eval/") for key in r)]
-    teacher = {k.replace("teacher_", ""): v for r in evals for k, v in r.items() if "/teacher_" in k}
-    student = [r for r in evals if not any("/teacher_" in key for key in r)]
     for key in student[0] if student else ():
-        if key != "step" and not key.endswith("response_len"):
+        if key.endswith(("accuracy", "kl")):
             show = _percent if key.endswith("accuracy") else _short
             after = student[-1].get(key) if len(student) > 1 else None
-            table.add_row(key.removeprefix("eval/"), show(student[0][key]), show(after), show(teacher.get(key)))
+            name = key.removeprefix("eval/").replace("/kl", "/KL to teacher, nats")
+            table.add_row(name, show(student[0][key]), show(after), show(teacher.get(key)))
     if steps:
         first, last = steps[0], steps[-1]
+        rate = sum(r["tokens_per_s"] for r in steps if r["tokens_per_s"]) / len(steps)
         table.add_row("acceptance", _percent(first.get("skd/accept_rate")), _percent(last.get("skd/accept_rate")), "")
-        table.add_row("loss", _short(first["skd/loss"]), _short(last["skd/loss"]), "")
-        table.add_row("tokens/s", "", _short(sum(r["tokens_per_s"] for r in steps) / len(steps)), "")
-    table.add_row("wall time", "", duration(wall_s), "")
-    table.caption = f"{len(steps)} steps; everything is in {folder}"
-    table.caption_justify = "left"
+        table.add_row("loss, nats a token", _short(first["skd/loss"]), _short(last["skd/loss"]), "")
+        table.add_row("response tokens/s, training included", "", _short(rate), "")
+    table.add_row(f"wall time, {len(steps)} steps", "", duration(wall_s), "")
     return table
+
+
+def _evaluation(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of an evaluation record, for one line."""
+    shown = []
+    for key, value in record.items():
+        if key == "step" or key.endswith("response_len"):
+            continue
+        task, name = key.removeprefix("eval/").rsplit("/", 1)
+        who = "teacher" if name.startswith("teacher_") else "student"
+        name = name.removeprefix("teacher_")
+        shown.append((f"{who} {task} {name}", _percent(value) if name == "accuracy" else _short(value)))
+    return shown
 
 
 def duration(seconds: float) -> str:

@@ -24,13 +24,13 @@ RUN_ID = "SKD_RUN_ID"  # environment variable by which every process of a run is
 
 def supervise(run: Run) -> int:
     """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     kept = _put_old_run_aside(run)
     config_path = run.save()
     if kept is not None:
         console.print(f"An earlier run was here; it is now in {kept}")
     console.print(f"Run folder {run.folder}; the host's own output goes to host.log there")
-    run_id, started = uuid.uuid4().hex, time.monotonic()
+    run_id, started = f"{run.folder}:{uuid.uuid4().hex}", time.monotonic()
     host = _start_host(config_path, run.folder / "host.log", run_id)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     follower = Follower(run.folder, console)
@@ -52,6 +52,7 @@ def supervise(run: Run) -> int:
         console.print(f"The whole story is in {run.folder / 'host.log'}")
         return 1
     console.print(summary_table(run.folder, time.monotonic() - started))
+    console.print(f"The student is in {run.folder / 'model'}; everything else is beside it")
     return 0
 
 
