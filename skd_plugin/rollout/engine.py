@@ -15,6 +15,8 @@ from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.requests import RequestParams
 from skd_plugin.rollout.rule import SamplingRule
 
+# vLLM's min_tokens: the forced end of the prompt must not stop a response, even where it is an end token itself.
+FORCED_AND_ONE = 2
 WORKER_CLS = "skd_plugin.rollout.worker.SKDWorker"
 
 
@@ -74,6 +76,7 @@ def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_eos
     return SamplingParams(
         temperature=1.0,
         max_tokens=max_new_tokens + 1,
+        min_tokens=FORCED_AND_ONE,
         stop_token_ids=[student_eos_id],
         extra_args=params.to_extra_args(),
     )
