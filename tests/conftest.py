@@ -1,0 +1,118 @@
+"""A tiny pair of random models, the engine on it, and a slow independent reference of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+VOCAB = 32
+EOS = 2
+MAX_LEN = 96
+
+Logits = Callable[[str, Sequence[Sequence[int]]], list[torch.Tensor]]
+
+
+def _make_model(hidden: int, layers: int, seed: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        initializer_range=0.3,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
+    return LlamaForCausalLM(config).to(torch.float32)
+
+
+def _make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz +="])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `teacher` and `student`: random Llamas with 32 tokens, and distributions far from uniform."""
+    folder = tmp_path_factory.mktemp("tiny_pair")
+    tokenizer = _make_tokenizer()
+    assert len(tokenizer) == VOCAB
+    for name, hidden, layers, seed in (("teacher", 64, 2, 1), ("student", 32, 1, 2)):
+        _make_model(hidden, layers, seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_pair: Path):
+    """`engine(draft_len, **others)`: the real engine on the tiny pair, started once a session for each setting."""
+    engines = {}
+
+    def get(draft_len: int, **others):
+        key = (draft_len, *sorted(others.items()))
+        if key not in engines:
+            from skd_plugin.rollout.engine import SKDEngine, engine_arguments
+
+            defaults = dict(
+                max_num_seqs=128,
+                max_num_batched_tokens=1024,  # holds the drafts of every sequence, but not all prompts at once
+                kv_cache_memory_bytes=64 << 20,
+                block_size=32,
+            )
+            arguments = engine_arguments(
+                str(tiny_pair / "teacher"),
+                str(tiny_pair / "student"),
+                draft_len=draft_len,
+                max_len=MAX_LEN,
+                num_teacher_entries=8,
+                **(defaults | others),
+            )
+            engines[key] = SKDEngine(**arguments)
+        if engines[key]._llm.llm_engine.has_unfinished_requests():
+            pytest.fail("an earlier test left this engine in the middle of a batch; its failure is the one to look at")
+        return engines[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def hf_models(tiny_pair: Path) -> dict:
+    """Both models in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return {
+        name: AutoModelForCausalLM.from_pretrained(tiny_pair / name, dtype=torch.float32).eval()
+        for name in ("teacher", "student")
+    }
+
+
+@pytest.fixture(scope="session")
+def reference_logits(hf_models: dict) -> Logits:
+    """`reference_logits(name, sequences)`: float64 [len(sequence), V] each; row t is what follows token t."""
+
+    @torch.no_grad()
+    def logits(name: str, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+        rows = torch.cat([hf_models[name](chunk).logits for chunk in ids.split(512)])  # causal: the padding is behind
+        return [row[: len(sequence)].double() for row, sequence in zip(rows, sequences, strict=True)]
+
+    return logits

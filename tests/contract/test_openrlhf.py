@@ -1,0 +1,769 @@
+"""Every name, signature and habit of OpenRLHF 0.11.2 that the plugin leans on. A failure names our file to revisit."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import asyncio
+import dataclasses
+import importlib
+import inspect
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from skd_plugin.config import host_rules
+from skd_plugin.config.host_options import HOST_MODULE, host_arguments, host_parser
+from skd_plugin.core.trace import Trace
+from tests.contract.source import assert_parameters, assert_unchanged, attributes_set, imports_inside, tree_of
+
+HOST = "OpenRLHF 0.11.2"
+
+
+def find(path: str) -> Any:
+    """`package.module:Name.attribute`; the class behind a Ray actor stands for it, as it does in our code."""
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in names.split(".") if names else ():
+        found = getattr(found, name)
+        if hasattr(found, "__ray_metadata__"):
+            found = found.__ray_metadata__.modified_class.__bases__[0]
+    return found
+
+
+PPO = "openrlhf.trainer.ppo_trainer"
+ACTOR = "openrlhf.trainer.ray.ppo_actor"
+ENGINE = "openrlhf.trainer.ray.vllm_engine"
+SAMPLES = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
+MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
+WRAP = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
+EXPERIENCE = "openrlhf.trainer.ppo_utils.experience"
+
+HASHES = [  # host code, hash, our file, what we assume of it
+    (f"{ACTOR}:ActorPPOTrainer.training_step", "9c6de117fd80", "trainer/actor.py and trainer/distillation.py",
+     "it calls the actor with return_output, hands actor_loss_fn masks and totals by keyword, unpacks five results, "
+     "and makes a metric of everything in info"),
+    (f"{ACTOR}:ActorPPOTrainer.ppo_train", "91d18c4b07d9", "trainer/actor.py",
+     "it draws batches from the replay buffer and passes one normalisation for a whole optimizer step"),
+    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "9f4eee15d4b0", "trainer/actor.py",
+     "our broadcast takes its place and must do whatever else it does"),
+    (f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "07d8ac18ba1f", "trainer/actor.py and rollout/weights.py",
+     "it makes the group through which our buckets travel, and says who has which rank"),
+    (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "d17c9b944d6e", "trainer/actor.py",
+     "it names ActorPPOTrainer and gives it the prepared actor, whose forward our hook listens to"),
+    ("openrlhf.models.loss:aggregate_loss", "daf538678b29", "trainer/distillation.py",
+     "it turns our token values into the loss"),
+    ("openrlhf.models:Actor.forward", "43bd58c109a6", "trainer/distillation.py",
+     "it returns unshifted float32 logits beside the log-probs when return_output is set"),
+    ("openrlhf.utils.loss_utils:iter_grad_accum_global_norm", "cd9b41d68351", "trainer/distillation.py",
+     "it gives the token count of the whole optimizer step"),
+    ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "trainer/distillation.py",
+     "it gives the token count of the whole optimizer step"),
+    (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "trainer/controller.py",
+     "it calls generate_samples, train_step, save_logs_and_checkpoints and evaluate, in this order, with these keys"),
+    (f"{PPO}:PPOTrainer.evaluate", "977859287716", "trainer/controller.py", "our evaluate takes its place"),
+    (f"{PPO}:BasePPOTrainer.train_step", "5e0be4a5b50f", "trainer/controller.py and trainer/samples.py",
+     "it needs info['reward'] and reports timing/broadcast"),
+    (f"{PPO}:BasePPOTrainer.save_logs_and_checkpoints", "1bbbe775e8cb", "trainer/controller.py",
+     "we extend what it logs"),
+    (f"{PPO}:BasePPOTrainer._compute_rollout_stats", "6d5005661700", "trainer/controller.py and trainer/samples.py",
+     "it averages info['reward'], which is NaN in a reward-free run, under rollout/reward_mean"),
+    (f"{PPO}:compute_eval_metrics", "55f51d9155c7", "trainer/controller.py", "our evaluation reports its numbers"),
+    (f"{ENGINE}:RolloutRayActor.__init__", "6d6ba55dbca3", "rollout/actor.py",
+     "we replace some of its engine arguments"),
+    (f"{ENGINE}:RolloutRayActor.generate", "be598fd6e7bb", "rollout/actor.py", "we wrap one call of it"),
+    (f"{ENGINE}:RolloutRayActor.generate_responses", "7a789a81407e", "rollout/actor.py",
+     "it passes itself to the executor as llm_engine, by keyword"),
+    (f"{ENGINE}:create_vllm_engines", "b726612bc09e", "rollout/actor.py and trainer/bind.py",
+     "it makes the engines' arguments"),
+    (f"{SAMPLES}._process_response_into_experience", "a9ebfa27f6d5", "trainer/samples.py",
+     "we add the trace to its result"),
+    (f"{SAMPLES}._dispatch_prompts_to_vllm", "2c865ad5e5ce", "rollout/actor.py",
+     "it makes the sampling parameters we overrule"),
+    (f"{MAKER}.make_experience_batch", "9e1bcdcf7db3", "trainer/samples.py",
+     "ours takes its place without any model's forward"),
+    (f"{MAKER}.split_rollout_samples", "19bd2be8db3b", "trainer/samples.py",
+     "it is all that we keep of the experience maker"),
+    (f"{WRAP}.init_process_group", "d74cebdbc3d5", "rollout/weights.py",
+     "it leaves the group where our broadcast finds it"),
+    (f"{WRAP}.update_weight_cuda_ipc", "7cc3a28531fd", "rollout/weights.py", "we open IPC handles the way it does"),
+    ("openrlhf.utils.utils:get_strategy", "ad7d0015546e", "trainer/bind.py", "we wrap it to put args.skd in place"),
+    ("openrlhf.utils.agent:SingleTurnAgentExecutor.execute", "696bec43943c", "rollout/actor.py and tasks/reward.py",
+     "it generates once, keeps the engine's token ids and asks reward_func for one score"),
+    ("openrlhf.utils.agent:MultiTurnAgentExecutor.execute", "72618d9f386e", "rollout/actor.py",
+     "every turn's tokens are the response's action ranges, in order"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "expected", "ours", "because"), HASHES, ids=[row[0].partition(":")[2] for row in HASHES]
+)
+def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, because: str) -> None:
+    assert_unchanged(find(path), expected, HOST, ours, because)
+
+
+SIGNATURES = [
+    (f"{ACTOR}:ActorPPOTrainer.__init__",
+     "strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size buffer_limit "
+     "buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines **", "trainer/actor.py"),
+    (f"{ACTOR}:ActorPPOTrainer.training_step", "experience kl_ctl step loss_batch_info", "trainer/actor.py"),
+    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "", "trainer/actor.py"),
+    (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "strategy pretrain max_steps vllm_engines",
+     "trainer/actor.py"),
+    (f"{ACTOR}:get_physical_gpu_id", "", "trainer/actor.py"),
+    ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "rollout/weights.py"),
+    ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "trainer/actor.py"),
+    ("openrlhf.utils.distributed_util:stateless_init_process_group",
+     "master_address master_port rank world_size device", "compat/cpu.py"),
+    ("openrlhf.models.loss:aggregate_loss",
+     "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "trainer/distillation.py"),
+    (f"{PPO}:PPOTrainer.__init__",
+     "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
+     "trainer/controller.py"),
+    (f"{PPO}:PPOTrainer.fit", "global_step", "trainer/controller.py"),
+    (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "trainer/controller.py"),
+    (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states", "trainer/controller.py"),
+    (f"{PPO}:PPOTrainer.evaluate", "global_step **", "trainer/controller.py"),
+    (f"{PPO}:compute_eval_metrics", "eval_dataloader samples_list n_samples_per_prompt", "trainer/controller.py"),
+    ("openrlhf.utils.logging_utils:WandbLogger.log_eval", "global_step logs_dict", "trainer/controller.py"),
+    ("openrlhf.utils.logging_utils:TensorboardLogger.log_eval", "global_step logs_dict", "trainer/controller.py"),
+    ("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name * **", "trainer/controller.py"),
+    (f"{SAMPLES}.__init__", "strategy prompts_dataloader eval_dataloader tokenizer vllm_engines",
+     "trainer/samples.py"),
+    (f"{SAMPLES}.generate_samples", "**", "trainer/samples.py"),
+    (f"{SAMPLES}.generate_eval_samples", "**", "trainer/samples.py"),
+    (f"{SAMPLES}._process_response_into_experience", "response **", "trainer/samples.py"),
+    (f"{ENGINE}:batch_vllm_engine_call", "engines method_name * rank_0_only **", "trainer/samples.py"),
+    (f"{MAKER}.__init__",
+     "actor_model_group critic_model_group reward_model_group initial_model_group kl_controller strategy tokenizer **",
+     "trainer/controller.py"),
+    (f"{MAKER}.make_experience_batch", "rollout_samples", "trainer/samples.py"),
+    (f"{MAKER}.split_rollout_samples", "rollout_samples", "trainer/samples.py"),
+    (f"{ENGINE}:RolloutRayActor.__init__",
+     "* bundle_indices agent_func_path remote_rm_url mm_pad_token_ids **", "rollout/actor.py"),
+    (f"{ENGINE}:RolloutRayActor.generate", "prompt_token_ids sampling_params multi_modal_data", "rollout/actor.py"),
+    (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "trainer/actor.py"),
+    ("openrlhf.utils.agent:AgentExecutorBase.execute",
+     "prompt label sampling_params max_length hf_tokenizer llm_engine images", "rollout/actor.py"),
+    (f"{WRAP}.init_process_group",
+     "master_address master_port rank_offset world_size group_name backend use_ray", "rollout/weights.py"),
+    (f"{WRAP}.update_weight", "name dtype shape empty_cache", "rollout/weights.py"),
+    ("openrlhf.datasets.prompts_dataset:preprocess_data",
+     "data input_template input_key label_key apply_chat_template", "config/run.py"),
+    ("openrlhf.utils:get_strategy", "args", "trainer/bind.py"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "names", "ours"), SIGNATURES, ids=[row[0].partition(":")[2] for row in SIGNATURES])
+def test_signature(path: str, names: str, ours: str) -> None:
+    assert_parameters(find(path), names.split(), f"skd_plugin/{ours}")
+
+
+ATTRIBUTES = [
+    ((f"{ACTOR}:ActorPPOTrainer.__init__",),
+     "strategy args actor actor_loss_fn vllm_engines use_cuda_ipc replay_buffer", "trainer/actor.py"),
+    ((f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group",), "_model_update_group", "trainer/actor.py"),
+    ((f"{ACTOR}:PolicyModelActor.init_model_from_pretrained",), "trainer actor", "trainer/actor.py"),
+    ((f"{PPO}:PPOTrainer.__init__", f"{PPO}:BasePPOTrainer.__init__"),
+     "strategy args actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
+     "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger samples_generator generate_kwargs "
+     "prompts_dataloader eval_dataloader max_steps", "trainer/controller.py"),
+    ((f"{SAMPLES}.__init__",), "vllm_engines", "trainer/samples.py"),
+    ((f"{ENGINE}:RolloutRayActor.__init__",), "llm executor", "rollout/actor.py"),
+    ((f"{WRAP}.init_process_group",), "_model_update_with_ray _model_update_group", "rollout/weights.py"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "ours"), ATTRIBUTES, ids=[row[0][0].partition(":")[2] for row in ATTRIBUTES]
+)
+def test_attributes_that_we_use_are_set(paths: tuple[str, ...], names: str, ours: str) -> None:
+    missing = set(names.split()) - attributes_set(*map(find, paths))
+    assert not missing, f"{paths[0]} sets no {', '.join(sorted(missing))} any more; revisit skd_plugin/{ours}"
+
+
+# --- Ray classes and rebound names (trainer/bind.py) ---
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [
+        ("skd_plugin.rollout.actor:HostRollout", "RolloutRayActor"),
+        ("skd_plugin.trainer.actor:HostPolicy", "PolicyModelActor"),
+        ("skd_plugin.trainer.controller:HostTrainer", "PPOTrainer"),
+    ],
+)
+def test_plain_class_behind_the_ray_actor(ours: str, name: str) -> None:
+    """One base below Ray's thin subclass is the host's own class; another Ray could put two there."""
+    module, _, attribute = ours.partition(":")
+    plain = getattr(importlib.import_module(module), attribute)
+    assert plain.__name__ == name and plain.__module__.startswith("openrlhf"), f"found {plain}; revisit {module}"
+    assert "__ray_call__" not in vars(plain), f"Ray's wrapper is still around {name}; revisit {module}"
+
+
+def test_policy_actor_asks_for_one_gpu() -> None:
+    import openrlhf.trainer.ray.ppo_actor as host
+
+    options = host.PolicyModelActor._default_options
+    assert options.get("num_gpus") == 1 and len(options) <= 2, f"{options}; repeat them in skd_plugin/trainer/bind.py"
+
+
+@pytest.mark.parametrize(("module", "name"), [(ENGINE, "RolloutRayActor"), (PPO, "PPOTrainer")])
+def test_other_actors_are_decorated_without_options(module: str, name: str) -> None:
+    options = getattr(importlib.import_module(module), name)._default_options
+    assert not {key for key, value in options.items() if value}, (
+        f"{options}; repeat them in skd_plugin/trainer/bind.py"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("openrlhf.utils", "get_strategy"), (ACTOR, "PolicyModelActor"), (PPO, "PPOTrainer")],
+)
+def test_script_imports_the_name_that_we_rebind(module: str, name: str) -> None:
+    """The script is run after bind(), so its own `from ... import` finds our replacement."""
+    found = imports_inside(importlib.import_module(HOST_MODULE))
+    assert (module, name) in found, f"{HOST_MODULE} takes {name} from elsewhere; revisit skd_plugin/trainer/bind.py"
+
+
+def test_script_builds_the_classes_that_it_imports() -> None:
+    train = ast.unparse(tree_of(importlib.import_module(HOST_MODULE).train))
+    for use in ("get_strategy(args)", "PPOTrainer.remote(", "PolicyModelActor, pg=pg", "create_vllm_engines("):
+        assert use in train, f"train() has no '{use}' any more; revisit skd_plugin/trainer/bind.py"
+
+
+def test_engines_are_made_of_the_class_that_we_rebind() -> None:
+    import openrlhf.trainer.ray as package
+    import openrlhf.trainer.ray.vllm_engine as module
+
+    function = package.create_vllm_engines
+    assert function.__globals__ is vars(module) and "RolloutRayActor" in function.__code__.co_names, (
+        "create_vllm_engines no longer looks RolloutRayActor up in its module; revisit skd_plugin/trainer/bind.py"
+    )
+
+
+def test_policy_actor_looks_its_trainer_up_in_the_module() -> None:
+    import openrlhf.trainer.ray.ppo_actor as host
+
+    code = find(f"{ACTOR}:PolicyModelActor.init_model_from_pretrained").__code__
+    assert "ActorPPOTrainer" in code.co_names and hasattr(host, "ActorPPOTrainer"), (
+        "revisit skd_plugin/trainer/actor.py"
+    )
+
+
+class _Reached(Exception):
+    """Carries what the host had when it came to the place under test."""
+
+
+def _run_host(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [HOST_MODULE, *argv])
+    monkeypatch.delitem(sys.modules, HOST_MODULE, raising=False)
+    runpy.run_module(HOST_MODULE, run_name="__main__")
+
+
+@pytest.fixture
+def host_args(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`host_args(options)`: the args with which the host's train() calls get_strategy, the first thing it does."""
+    import openrlhf.utils
+    import ray
+
+    def reached(args: Any) -> None:
+        raise _Reached(args)
+
+    def get(options: dict[str, Any]) -> SimpleNamespace:
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(openrlhf.utils, "get_strategy", reached)
+        complete = host_rules.complete(options, cpu=True)
+        with pytest.raises(_Reached) as caught:
+            _run_host(host_arguments(complete, host_parser()), monkeypatch)
+        return caught.value.args[0]
+
+    return get
+
+
+MINIMAL = {
+    "actor": {"model_name_or_path": "student"},
+    "data": {"prompt_dataset": "prompts.jsonl"},
+    "reward": {"remote_url": host_rules.NO_REWARD},
+}
+
+
+def test_host_accepts_a_reward_free_recipe(host_args: Any) -> None:
+    """train() reaches get_strategy, where bind() hooks in, and starts no reference model, critic or reward model."""
+    args = host_args(MINIMAL)
+    assert args.actor.model_name_or_path == "student"
+    assert args.algo.kl.init_coef == 0, "a reference model would be started; revisit skd_plugin/config/host_rules.py"
+    assert args.critic.model_name_or_path is None, "a critic would be started; revisit config/host_rules.py"
+    assert args.reward.remote_url == [host_rules.NO_REWARD], "revisit skd_plugin/rollout/actor.py, remote_rm_url"
+
+
+def test_strategy_keeps_the_args_that_carry_our_recipe() -> None:
+    """args.skd, put there by bind(), must be strategy.args.skd in every actor."""
+    from openrlhf.utils import get_strategy
+
+    args = SimpleNamespace(
+        train=SimpleNamespace(seed=1, micro_batch_size=1, batch_size=1),
+        ds=SimpleNamespace(
+            zero_stage=0, param_dtype="bf16", adam_offload=False, zpg=1, use_universal_ckpt=False, overlap_comm=False,
+            grad_accum_dtype=None, deepcompile=False, ring_attn_size=1, tensor_parallel_size=1,
+        ),
+    )  # fmt: skip
+    assert get_strategy(args).args is args, "revisit skd_plugin/trainer/bind.py, strategy_with_skd"
+
+
+# --- engine actor (rollout/actor.py) ---
+
+
+def _engine_keywords() -> set[str]:
+    tree = tree_of(find(f"{ENGINE}:create_vllm_engines"))
+    dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    keys = {key.value for node in dicts for key in node.keys if isinstance(key, ast.Constant)}
+    stores = [n.slice.value for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store)
+              and isinstance(n.slice, ast.Constant)]  # fmt: skip
+    return (keys | set(stores)) - {"GPU", "CPU", "image"}
+
+
+def test_engine_gets_the_arguments_that_we_replace() -> None:
+    """SKDRollout pops these; one that the host renames would go to vLLM beside ours."""
+    replaced = {"model", "max_model_len", "worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode",
+                "max_logprobs", "gpu_memory_utilization", "remote_rm_url"}  # fmt: skip
+    missing = replaced - _engine_keywords()
+    assert not missing, f"the host no longer passes {missing}; revisit skd_plugin/rollout/actor.py"
+
+
+def test_every_argument_of_the_engine_has_a_taker() -> None:
+    """What is neither ours nor the host actor's own goes to vLLM's EngineArgs."""
+    import vllm
+
+    own = {"num_gpus", "full_determinism", "bundle_indices", "agent_func_path", "remote_rm_url", "mm_pad_token_ids"}
+    unknown = _engine_keywords() - own - {f.name for f in dataclasses.fields(vllm.AsyncEngineArgs)}
+    assert not unknown, f"new engine arguments {unknown}; revisit skd_plugin/rollout/actor.py"
+
+
+@pytest.mark.parametrize("name", ["__init__", "generate", "reset_prefix_cache", "init_process_group"])
+def test_engine_actor_is_asynchronous(name: str) -> None:
+    assert inspect.iscoroutinefunction(getattr(find(f"{ENGINE}:RolloutRayActor"), name)), "revisit rollout/actor.py"
+
+
+class _Tokenizer:
+    """Ids are the characters' code points."""
+
+    eos_token = "\n"
+    pad_token_id = 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[ord(char) for char in text]])}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+def make_trace(ids: list[int]) -> Trace:
+    count = len(ids)
+    return Trace(
+        response_ids=torch.tensor(ids, dtype=torch.int32),
+        source=torch.zeros(count, dtype=torch.uint8),
+        rejected_ids=torch.full((count,), -1, dtype=torch.int32),
+        draft_rank=torch.zeros(count, dtype=torch.int32),
+        student_logp=torch.zeros(count),
+        teacher_logp=torch.zeros(count),
+        kl=torch.zeros(count),
+        student_entropy=torch.zeros(count),
+        teacher_topk_ids=torch.zeros(count, 1, dtype=torch.int32),
+        teacher_topk_logp=torch.zeros(count, 1),
+    )
+
+
+class _Engine:
+    """Answers with the given texts, one a call, as SKDRollout.generate does."""
+
+    def __init__(self, *texts: str) -> None:
+        self._texts = list(texts)
+        self.prompts: list[list[int]] = []
+
+    async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+        self.prompts.append(list(prompt_token_ids))
+        text = self._texts.pop(0)
+        ids = [ord(char) for char in text]
+        completion = SimpleNamespace(token_ids=ids, text=text, finish_reason="stop", logprobs=None)
+        return SimpleNamespace(outputs=[completion], skd_trace=make_trace(ids))
+
+
+def _execute(executor: Any, engine: _Engine, prompt: str, label: str = "") -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    from skd_plugin.rollout.actor import _TracingExecutor
+
+    call = _TracingExecutor(executor).execute(
+        prompt=prompt, label=label, sampling_params=SamplingParams(max_tokens=8), max_length=64,
+        hf_tokenizer=_Tokenizer(), llm_engine=engine, images=None,
+    )  # fmt: skip
+    return asyncio.run(call)
+
+
+def _action_ids(response: dict[str, Any]) -> list[int]:
+    return [i for start, end in response["action_ranges"] for i in response["observation_tokens"][start:end]]
+
+
+def test_single_turn_executor_keeps_the_engines_ids() -> None:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    response = _execute(SingleTurnAgentExecutor(None), _Engine("xyz"), "ab")
+    assert response["observation_tokens"] == [ord(char) for char in "abxyz"]
+    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/rollout/actor.py"
+    assert response["reward"] is None
+
+
+def test_multi_turn_executor_keeps_the_engines_ids() -> None:
+    """The traces of all turns, joined, are the tokens of all action ranges; feedback has no trace."""
+    from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+
+    class Twice(AgentInstanceBase):
+        def __init__(self) -> None:
+            self.turn = 0
+
+        async def step(self, states: dict, **_: Any) -> dict[str, Any]:
+            self.turn += 1
+            feedback = {"environment_feedback": "--", "done": self.turn == 2}
+            return {"rewards": torch.tensor(0.5), "scores": torch.tensor(0.5), **feedback}
+
+    engine = _Engine("xyz", "vw")
+    response = _execute(MultiTurnAgentExecutor(Twice), engine, "ab")
+    assert "".join(map(chr, engine.prompts[1])) == "abxyz--"
+    assert len(response["action_ranges"]) == 2
+    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/rollout/actor.py"
+
+
+def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from skd_plugin.tasks import reward
+
+    label = reward.make_label("arithmetic", "73", "\n")
+    executor = SingleTurnAgentExecutor([reward.__file__])
+    right = _execute(executor, _Engine(" the answer is 73\n"), "ab", label)
+    wrong = _execute(executor, _Engine(" the answer is 7\n"), "ab", label)
+    assert (right["reward"], right["scores"], wrong["reward"]) == (1.0, 1.0, 0.0), "revisit skd_plugin/tasks/reward.py"
+
+
+# --- experience (trainer/samples.py) ---
+
+
+@pytest.fixture
+def generator() -> Any:
+    """SKDSamplesGenerator with nothing behind it; enough to turn responses into Experience."""
+    from skd_plugin.rollout.rule import SamplingRule
+    from skd_plugin.trainer.samples import SKDSamplesGenerator
+
+    return SKDSamplesGenerator(SimpleNamespace(args=None), None, None, None, [], rule=SamplingRule(top_k=1), seed=0)
+
+
+def make_response(prompt: list[int], response: list[int], reward: float | None = None) -> dict[str, Any]:
+    return {
+        "prompt": "p", "label": "l", "images": None, "mm_train_inputs": None, "reward": reward, "scores": reward,
+        "observation_tokens": prompt + response, "action_ranges": [(len(prompt), len(prompt) + len(response))],
+        "rollout_log_probs": None, "truncated": False, "extra_logs": {}, "skd": make_trace(response),
+    }  # fmt: skip
+
+
+def test_action_mask_is_shifted_by_one(generator: Any) -> None:
+    """Entry t of action_mask belongs to token t + 1; token_losses relies on it."""
+    experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9]), max_len=16)
+    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]]
+    assert experience.action_mask.tolist() == [[0, 0, 1, 1]], "revisit skd_plugin/trainer/distillation.py"
+
+
+def test_overlong_sequence_is_cut_at_its_end(generator: Any) -> None:
+    """The mask then covers the first tokens of the trace, and token_losses cuts the trace to it."""
+    experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9, 10]), max_len=5)
+    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit skd_plugin/trainer/distillation.py"
+    assert experience.action_mask.tolist() == [[0, 0, 1, 1]]
+    assert len(experience.info["skd"][0]) == 3
+
+
+def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
+    """Experience maker, replay buffer and data loader split and join `info`; each trace stays with its sequence."""
+    from openrlhf.trainer.ppo_utils.experience import (
+        make_experience_batch,
+        remove_padding_in_sequences,
+        split_experience_batch,
+    )
+
+    from skd_plugin.trainer.samples import SKDExperienceMaker
+
+    args = SimpleNamespace(
+        train=SimpleNamespace(dynamic_batch_enable=False),
+        rollout=SimpleNamespace(micro_batch_size=2),
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+    )
+    maker = SKDExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
+    responses = [[8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
+    samples = [generator._process_response_into_experience(make_response([5, 6], r), max_len=64) for r in responses]
+    batches = maker.make_experience_batch(samples)
+    assert [len(batch.info["skd"]) for batch in batches] == [2, 2]
+    items = []
+    for batch in batches:
+        items += remove_padding_in_sequences(split_experience_batch(batch.to_device(torch.device("cpu"))))
+    for order in ([3, 0, 2], [1, 2]):
+        batch = make_experience_batch([items[i] for i in order]).to_device(torch.device("cpu"))
+        for row, index in enumerate(order):
+            trained = batch.sequences[row, 1:][batch.action_mask[row].bool()].tolist()
+            assert trained == responses[index]
+            assert batch.info["skd"][row].response_ids.tolist() == trained, "revisit skd_plugin/trainer/samples.py"
+
+
+def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -> None:
+    from skd_plugin.trainer.samples import SKDExperienceMaker
+
+    args = SimpleNamespace(
+        train=SimpleNamespace(dynamic_batch_enable=False),
+        rollout=SimpleNamespace(micro_batch_size=4),
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+    )
+    maker = SKDExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
+    samples = [generator._process_response_into_experience(make_response([5, 6], [7]), max_len=64) for _ in range(2)]
+    trainer = find(f"{PPO}:PPOTrainer")
+    stats = trainer._compute_rollout_stats(None, maker.make_experience_batch(samples))
+    assert stats["rollout/reward_mean"] != stats["rollout/reward_mean"], "revisit skd_plugin/trainer/controller.py"
+    scored = [generator._process_response_into_experience(make_response([5], [7], 1.0), max_len=64) for _ in range(2)]
+    assert trainer._compute_rollout_stats(None, maker.make_experience_batch(scored))["rollout/reward_mean"] == 1.0
+
+
+def test_subclass_fields_would_be_dropped() -> None:
+    """Why traces travel in `info`. If this fails, a field of an Experience subclass has become possible."""
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    @dataclasses.dataclass
+    class More(Experience):
+        extra: torch.Tensor | None = None
+
+    joined = Experience.concat_experiences([More(sequences=torch.ones(1, 2), extra=torch.ones(1))], 0)
+    assert not hasattr(joined, "extra"), "skd_plugin/trainer/samples.py could use a field now"
+
+
+@pytest.mark.parametrize("name", "sequences action_mask attention_mask info rewards truncated prompts".split())
+def test_experience_has_the_field(name: str) -> None:
+    fields = {f.name for f in dataclasses.fields(find(f"{EXPERIENCE}:Experience"))}
+    assert name in fields, "revisit skd_plugin/trainer/samples.py and trainer/controller.py"
+
+
+def test_samples_a_prompt_follow_the_call_and_not_the_recipe() -> None:
+    """Evaluation asks for its own number of samples by this keyword (trainer/controller.py)."""
+    source = inspect.getsource(find(f"{SAMPLES}._dispatch_prompts_to_vllm"))
+    assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/trainer/controller.py"
+
+
+# --- the loss (trainer/distillation.py) ---
+
+
+def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
+    """A tuple (log-probs, output) when asked for the output; unshifted float32 logits in it, at temperature 1."""
+    from openrlhf.models import Actor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from skd_plugin.core.losses import forward_kl
+    from skd_plugin.trainer.distillation import DistillationLoss
+
+    config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    actor = Actor(LlamaForCausalLM(config))
+    actor.packing_samples = False
+    loss = DistillationLoss(forward_kl, token_level_loss=True)
+    actor.register_forward_hook(loss.capture)
+    ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    actor(ids, ones[:, 1:], attention_mask=ones)
+    assert loss._logits_BTV is None, "a forward for log-probs only must not be captured"
+    log_probs, output = actor(ids, ones[:, 1:], attention_mask=ones, return_output=True)
+    assert loss._logits_BTV is output["logits"], "revisit skd_plugin/trainer/distillation.py"
+    assert output["logits"].shape == (2, 6, 16) and output["logits"].dtype == torch.float32
+    expected = output["logits"][:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(log_probs, expected)
+
+
+def test_step_totals_are_arguments_of_the_reduction() -> None:
+    from openrlhf.models import aggregate_loss
+    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
+
+    masks = [torch.ones(2, 3), torch.zeros(2, 3)]
+    pairs = list(iter_grad_accum_global_norm(masks, SimpleNamespace(), 2, lambda mask: mask))
+    assert [info["batch_num_tokens"].item() for _, info in pairs] == [3.0, 3.0]  # 6 tokens / 2 micro-batches
+    accepted = set(inspect.signature(aggregate_loss).parameters)
+    assert set(pairs[0][1]) <= accepted, "revisit skd_plugin/trainer/distillation.py, forward(**others)"
+
+
+def test_loss_of_the_host_is_unpacked_into_five() -> None:
+    """The first has a gradient, the second and third are detached, the last two may be None."""
+    source = inspect.getsource(find(f"{ACTOR}:ActorPPOTrainer.training_step"))
+    assert "actor_loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio = self.actor_loss_fn(" in source, (
+        "revisit the result of DistillationLoss.forward in skd_plugin/trainer/distillation.py"
+    )
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_host_knows_the_aggregation_mode(mode: str) -> None:
+    action = next(a for a in host_parser()._actions if a.dest == "actor.loss_agg_mode")
+    assert mode in action.choices and len(action.choices) == 2, (
+        "revisit SKDActorTrainer in skd_plugin/trainer/actor.py"
+    )
+
+
+# --- options (config/host_options.py, config/host_rules.py, config/run.py) ---
+
+
+def _describe(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+    described = {}
+    for action in parser._actions:
+        default = None if action.dest == "logger.wandb.run_name" else action.default  # it holds the time of day
+        described[",".join(action.option_strings)] = (
+            action.dest, type(action).__name__, action.type, action.nargs, action.const, default, action.choices,
+        )  # fmt: skip
+    return described
+
+
+@pytest.fixture
+def real_parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser of the host's script, caught when the script parses."""
+
+    def reached(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        raise _Reached(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", reached)
+    with pytest.raises(_Reached) as caught:
+        _run_host([], monkeypatch)
+    return caught.value.args[0]
+
+
+def test_host_parser_is_the_real_one(real_parser: argparse.ArgumentParser) -> None:
+    assert len(real_parser._actions) > 100
+    assert _describe(host_parser()) == _describe(real_parser), "revisit skd_plugin/config/host_options.py"
+
+
+def test_every_host_option_is_a_dotted_name_of_its_own() -> None:
+    """A recipe key is the option's `dest`; the flag that sets it must be --<dest>."""
+    odd = [a.dest for a in host_parser()._actions if f"--{a.dest}" not in a.option_strings and a.nargs != 0]
+    assert not odd, f"{odd} cannot be set as --<key>; revisit skd_plugin/config/host_options.py"
+
+
+RUN_OPTIONS = [
+    "actor.model_name_or_path", "ckpt.load_enable", "ckpt.output_dir", "ckpt.path", "data.apply_chat_template",
+    "data.input_key", "data.input_template", "data.label_key", "data.max_len", "data.prompt_dataset", "ds.param_dtype",
+    "eval.dataset", "logger.tensorboard_dir", "logger.wandb.run_name", "reward.remote_url", "rollout.batch_size",
+    "rollout.max_new_tokens", "rollout.n_samples_per_prompt", "train.batch_size", "vllm.sync_with_ray",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", RUN_OPTIONS)
+def test_option_that_the_plugin_sets_or_reads_exists(key: str) -> None:
+    assert key in {a.dest for a in host_parser()._actions}, f"'{key}' is gone; revisit skd_plugin/config/run.py"
+
+
+@pytest.mark.parametrize("key", [*host_rules.DEFAULTS, *host_rules.CPU_DEFAULTS])
+def test_default_of_a_distillation_run_exists(key: str) -> None:
+    value = (host_rules.DEFAULTS | host_rules.CPU_DEFAULTS)[key]
+    actions = {a.dest: a for a in host_parser()._actions}
+    assert key in actions, f"'{key}' is gone; revisit skd_plugin/config/host_rules.py"
+    assert actions[key].choices is None or value in actions[key].choices
+
+
+@pytest.mark.parametrize("key", list(host_rules.FIXED))
+def test_refused_option_exists_and_its_allowed_value_is_what_a_run_gets(key: str) -> None:
+    actions = {a.dest: a for a in host_parser()._actions}
+    assert key in actions, f"'{key}' is gone; revisit FIXED in skd_plugin/config/host_rules.py"
+    gets = host_rules.DEFAULTS.get(key, actions[key].default)
+    assert gets == host_rules.FIXED[key][0], f"a recipe that says nothing of '{key}' gets {gets}, which is refused"
+
+
+def test_events_are_written_into_the_run_folder() -> None:
+    source = inspect.getsource(find("openrlhf.utils.logging_utils:TensorboardLogger"))
+    assert "os.path.join(args.logger.tensorboard_dir, args.logger.wandb.run_name)" in source, (
+        "revisit _run_folder_options in skd_plugin/config/run.py"
+    )
+
+
+def test_prompts_are_checked_in_the_form_that_the_host_gives_them() -> None:
+    from openrlhf.datasets.prompts_dataset import preprocess_data
+
+    row = {"q": "two", "a": "2"}
+    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit config/run.py"
+    chat = preprocess_data(row, None, "q", apply_chat_template=lambda turns, **_: json.dumps(turns))[0]
+    assert json.loads(chat) == [{"role": "user", "content": "two"}]
+
+
+# --- a machine without CUDA (compat/cpu.py) ---
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="these adaptations are for machines without CUDA")
+
+
+@pytest.fixture
+def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adaptations of a trainer process, undone afterwards."""
+    import openrlhf.trainer.ppo_utils.replay_buffer as replay_buffer
+    import openrlhf.trainer.ray.ppo_actor as ppo_actor
+    import openrlhf.utils.distributed_util as distributed_util
+    import openrlhf.utils.utils as host_utils
+
+    from skd_plugin.compat import cpu
+
+    for module, name in (
+        (replay_buffer, "torch"),
+        (host_utils, "convert_to_torch_dtype"),
+        (ppo_actor, "stateless_init_process_group"),
+        (distributed_util, "stateless_init_process_group"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    cpu.adapt_host_trainer()
+
+
+@without_cuda
+def test_replay_buffer_lives_on_the_cpu(adapted: None) -> None:
+    buffer = find("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer")(2)
+    assert buffer.target_device == torch.device("cpu"), "revisit adapt_host_trainer in skd_plugin/compat/cpu.py"
+
+
+@without_cuda
+def test_weight_sync_of_both_ends_is_gloo(adapted: None) -> None:
+    """The trainer looks the function up in ppo_actor, the worker imports it when it is called."""
+    import openrlhf.trainer.ray.ppo_actor as ppo_actor
+
+    from skd_plugin.compat.cpu import gloo_process_group
+
+    assert ppo_actor.stateless_init_process_group is gloo_process_group, "revisit skd_plugin/compat/cpu.py"
+    code = find(f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group").__code__
+    assert "stateless_init_process_group" in code.co_names
+    inside = imports_inside(find(f"{WRAP}.init_process_group"))
+    assert ("openrlhf.utils.distributed_util", "stateless_init_process_group") in inside, "revisit compat/cpu.py"
+
+
+@without_cuda
+def test_actor_is_loaded_in_float32(adapted: None) -> None:
+    """Actor imports the conversion when it is called, so that the rebound one is found."""
+    inside = imports_inside(find("openrlhf.models:Actor.__init__"))
+    assert ("openrlhf.utils.utils", "convert_to_torch_dtype") in inside, "revisit skd_plugin/compat/cpu.py"
+    assert find("openrlhf.utils.utils:convert_to_torch_dtype")("fp32") == torch.float32
+
+
+@without_cuda
+def test_every_flash_attention_import_at_import_time_has_a_stub() -> None:
+    """Only what the host imports unconditionally; a guarded import must keep failing."""
+    root = Path(find("openrlhf").__file__).parent
+    wanted = set()
+    for path in root.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flash_attn":
+                wanted |= {(node.module, alias.name) for alias in node.names}
+    assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/compat/cpu.py"
+    for module, name in wanted:
+        assert hasattr(importlib.import_module(module), name), f"add {module}.{name} to skd_plugin/compat/cpu.py"
+
+
+@without_cuda
+def test_device_mesh_of_cuda_is_one_of_the_cpu() -> None:
+    source = inspect.getsource(importlib.import_module("openrlhf.utils.deepspeed.deepspeed"))
+    assert "init_device_mesh(" in source, "revisit _cuda_means_cpu in skd_plugin/compat/cpu.py"
+    assert torch.distributed.device_mesh.init_device_mesh.__module__ == "skd_plugin.compat.cpu"

@@ -1,0 +1,387 @@
+"""Every name, signature and habit of vLLM 0.29.0 that the plugin leans on. A failure names our file to revisit."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.source import assert_parameters, assert_unchanged, attributes_set, imports_inside, tree_of
+
+HOST = "vLLM 0.29.0"
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+DRAFTER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+
+def find(path: str) -> Any:
+    """`package.module:Name.attribute`; a property stands for its getter."""
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found.fget if isinstance(found, property) else found
+
+
+HASHES = [  # vLLM code, hash, our file, what we assume of it
+    (f"{RUNNER}._sample", "df64e9c9f60e", "rollout/sampler.py", "SKDSampler takes its place"),
+    (f"{RUNNER}.sample_tokens", "77bc8810ced5", "rollout/sampler.py",
+     "every token of the engine goes through one call of self._sample, before the drafter proposes"),
+    (f"{RUNNER}._bookkeeping_sync", "8996e31d2657", "rollout/sampler.py",
+     "it drops the -1 entries and the discarded rows of what the sampler returns"),
+    (f"{RUNNER}._get_spec_decode_draft_probs", "b1b306b97885", "rollout/sampler.py",
+     "it lines the drafter's log-probs up with the drafted tokens, request by request"),
+    (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "rollout/sampler.py",
+     "its indices pick the teacher's logits"),
+    (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "rollout/drafter.py",
+     "it calls the drafter for every request of the batch and keeps what take_last_draft_probs returns"),
+    (f"{DRAFTER}.propose", "f1fb06572b09", "rollout/drafter.py",
+     "it calls set_inputs_first_pass once, then _sample_draft_tokens once a drafted token, positions rising by one"),
+    (f"{DRAFTER}._sample_draft_tokens", "dd85f7c5bd19", "rollout/drafter.py", "SKDDrafter takes its place"),
+    (f"{DRAFTER}.set_inputs_first_pass", "ff73a43504da", "rollout/drafter.py",
+     "after it, self.positions[indices] are the positions of the last tokens read"),
+    (f"{DRAFTER}.load_model", "b2bb9269f722", "rollout/drafter.py", "it loads the student through _get_model"),
+    (f"{DRAFTER}._get_model", "c762a5056472", "rollout/drafter.py", "loadable_weights is around it"),
+    (f"{SCHEDULER}.update_from_output", "2131fa06b955", "rollout/sampler.py",
+     "a fully kept block without its bonus token must look as if its last draft had been rejected and replaced"),
+    ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "603506658606", "rollout/sampler.py",
+     "it turns rows with -1 into token lists"),
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "compat/cpu.py",
+     "loadable_weights puts its own in place, which must set whatever the layers call"),
+    ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "rollout/engine.py",
+     "VLLM_USE_V2_MODEL_RUNNER=0 must choose the V1 runner"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "expected", "ours", "because"), HASHES, ids=[row[0].partition(":")[2] for row in HASHES]
+)
+def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, because: str) -> None:
+    assert_unchanged(find(path), expected, HOST, f"skd_plugin/{ours}", because)
+
+
+SIGNATURES = [
+    (f"{RUNNER}._sample", "logits spec_decode_metadata", "rollout/sampler.py"),
+    (f"{RUNNER}._get_spec_decode_draft_probs", "spec_decode_metadata", "rollout/sampler.py"),
+    (f"{DRAFTER}.__init__", "vllm_config device runner", "rollout/drafter.py"),
+    (f"{DRAFTER}._get_model", "", "rollout/drafter.py"),
+    (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "rollout/drafter.py"),
+    ("vllm:LLM.collective_rpc", "method timeout args kwargs", "rollout/engine.py"),
+    ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "rollout/actor.py"),
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "compat/cpu.py"),
+    ("vllm.distributed.utils:stateless_init_torch_distributed_process_group",
+     "host port rank world_size backend group_name return_store listen_socket", "compat/cpu.py"),
+    ("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.broadcast", "tensor src stream",
+     "compat/cpu.py (GlooGroup) and rollout/weights.py"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "names", "ours"), SIGNATURES, ids=[row[0].partition(":")[2] for row in SIGNATURES])
+def test_signature(path: str, names: str, ours: str) -> None:
+    assert_parameters(find(path), names.split(), f"skd_plugin/{ours}")
+
+
+# --- model runner (rollout/worker.py, rollout/sampler.py) ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    "requests device drafter input_batch discard_request_mask use_async_scheduling num_spec_tokens model_config "
+    "speculative_config".split(),
+)
+def test_runner_has_the_attribute(name: str) -> None:
+    assert name in attributes_set(find(f"{RUNNER}.__init__")), (
+        f"GPUModelRunner sets no {name} any more; revisit skd_plugin/rollout/worker.py and rollout/sampler.py"
+    )
+
+
+def test_runner_makes_a_plain_draft_model_proposer() -> None:
+    """SKDWorker refuses any other drafter and puts its own in place of this one."""
+    source = inspect.getsource(find(f"{RUNNER}.__init__"))
+    assert "self.drafter = DraftModelProposer(" in source, "revisit _check_runner in skd_plugin/rollout/worker.py"
+
+
+def test_sampler_is_called_through_the_instance() -> None:
+    """SKDWorker sets runner._sample; a call through the class would pass it by."""
+    methods = [n for n in ast.walk(tree_of(find(RUNNER))) if isinstance(n, ast.FunctionDef)]
+    callers: dict[str, set[str]] = {}
+    for method in methods:
+        for call in (n for n in ast.walk(method) if isinstance(n, ast.Call)):
+            callers.setdefault(ast.unparse(call.func), set()).add(method.name)
+    assert callers["self._sample"] == {"sample_tokens"}, "revisit skd_plugin/rollout/worker.py"
+    assert "GPUModelRunner._sample" not in callers, "revisit skd_plugin/rollout/worker.py"
+    for sampler in ("self.sampler", "self.rejection_sampler"):
+        assert callers[sampler] <= {"_sample", "_dummy_sampler_run"}, "tokens come from another place; see sampler.py"
+
+
+def test_cpu_runner_shares_the_code_that_we_replace() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    runner = find(RUNNER)
+    assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/rollout/worker.py"
+    for name in ("_sample", "sample_tokens", "_bookkeeping_sync", "_get_spec_decode_draft_probs"):
+        assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/rollout/sampler.py"
+
+
+def test_a_kept_block_reads_as_its_tokens() -> None:
+    """-1 is "no token"; the unused bonus place of a fully kept block is dropped, and a discarded row is empty."""
+    from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+
+    from skd_plugin.core.accept import NOTHING
+
+    assert PLACEHOLDER_TOKEN_ID == NOTHING, "revisit skd_plugin/core/accept.py"
+    block = torch.tensor([[4, 5, 6, -1], [7, -1, -1, -1], [8, -1, -1, -1]], dtype=torch.int32)
+    tokens, _ = RejectionSampler.parse_output(block, 32, [2])
+    assert tokens == [[4, 5, 6], [7], []], "revisit SKDSampler in skd_plugin/rollout/sampler.py"
+
+
+@pytest.mark.parametrize("emitted", [1, 2, 3])
+def test_computed_tokens_after_a_block_without_bonus(emitted: int) -> None:
+    """Three drafts: the KV cache holds the last token read and the emitted ones but the last, whatever was emitted."""
+    lines = inspect.getsource(find(f"{SCHEDULER}.update_from_output"))
+    assert "num_accepted = max(len(generated_token_ids) - num_sampled, 0)" in lines, "revisit rollout/sampler.py"
+    assert "num_rejected = num_draft_tokens - num_accepted" in lines
+    scheduled = 1 + 3  # the last token and three drafts; advanced by the scheduler before the forward
+    num_accepted = max(emitted - 1, 0)  # num_sampled_tokens_per_step is 1
+    assert scheduled - (3 - num_accepted) == emitted
+
+
+def test_scheduler_samples_one_token_a_step() -> None:
+    import vllm.v1.core.sched.scheduler as module
+
+    source = inspect.getsource(module)
+    assert "self.num_sampled_tokens_per_step" in source
+    default = attributes_set(find(f"{SCHEDULER}.__init__"))
+    assert "num_sampled_tokens_per_step" in default, "revisit the bonus token in skd_plugin/rollout/sampler.py"
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "ours"),
+    [
+        ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+         "draft_token_ids num_draft_tokens target_logits_indices bonus_logits_indices", "rollout/sampler.py"),
+        ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "rollout/sampler.py"),
+        ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params output_token_ids",
+         "rollout/requests.py and rollout/sampler.py"),
+        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "rollout/actor.py"),
+        ("vllm.config:VllmConfig", "additional_config speculative_config scheduler_config", "rollout/worker.py"),
+        ("vllm.config:SpeculativeConfig", "method model num_speculative_tokens draft_sample_method draft_model_config",
+         "rollout/engine.py"),
+    ],
+)  # fmt: skip
+def test_fields(path: str, names: str, ours: str) -> None:
+    missing = set(names.split()) - {f.name for f in dataclasses.fields(find(path))}
+    assert not missing, f"{path} has no {', '.join(sorted(missing))}; revisit skd_plugin/{ours}"
+
+
+def test_sampler_output_needs_nothing_more() -> None:
+    from vllm.v1.outputs import SamplerOutput
+
+    required = [f.name for f in dataclasses.fields(SamplerOutput) if f.default is dataclasses.MISSING]
+    assert set(required) == {"sampled_token_ids", "logprobs_tensors"}, "revisit skd_plugin/rollout/sampler.py"
+
+
+def test_input_batch_has_what_the_sampler_reads() -> None:
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    assert {"num_tokens_no_spec"} <= attributes_set(InputBatch.__init__), "revisit skd_plugin/rollout/sampler.py"
+    for name in ("req_ids", "num_reqs"):
+        assert isinstance(getattr(InputBatch, name), property), f"InputBatch.{name}; revisit rollout/sampler.py"
+
+
+def test_metadata_lists_drafts_request_by_request() -> None:
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    made = SpecDecodeMetadata.make_dummy([[5, 6], [], [7]], torch.device("cpu"))
+    assert made.num_draft_tokens == [2, 0, 1] and made.draft_token_ids.tolist() == [5, 6, 7], "revisit sampler.py"
+
+
+# --- drafter (rollout/drafter.py) ---
+
+
+@pytest.mark.parametrize("name", ["_get_model", "set_inputs_first_pass", "_sample_draft_tokens", "propose"])
+def test_draft_proposer_has_the_method(name: str) -> None:
+    assert callable(getattr(find(DRAFTER), name, None)), f"{name} is gone; revisit skd_plugin/rollout/drafter.py"
+
+
+def test_draft_proposer_has_the_attributes() -> None:
+    base = find("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer")
+    have = attributes_set(base.__init__, base.load_model)
+    missing = {"positions", "draft_model_config", "model"} - have
+    assert not missing, f"the drafter has no {missing}; revisit skd_plugin/rollout/drafter.py"
+
+
+def test_greedy_requests_are_drafted_by_our_sampler_too() -> None:
+    """propose() has no way round _sample_draft_tokens except for the methods that we do not use."""
+    source = ast.unparse(tree_of(find(f"{DRAFTER}.propose")))
+    assert source.count("self._sample_draft_tokens(") >= 2, "revisit skd_plugin/rollout/drafter.py"
+    assert "_greedy_sample" not in source, "revisit skd_plugin/rollout/drafter.py"
+
+
+# --- worker (rollout/worker.py, rollout/weights.py) ---
+
+
+@pytest.mark.parametrize("path", ["vllm.v1.worker.cpu_worker:CPUWorker", "vllm.v1.worker.gpu_worker:Worker"])
+def test_worker_makes_its_runner_in_init_device(path: str) -> None:
+    worker = find(path)
+    assert_parameters(worker.init_device, [], "skd_plugin/rollout/worker.py")
+    source = inspect.getsource(worker.init_device)
+    assert "self.model_runner" in source, "SKDWorker.init_device finds no runner; revisit skd_plugin/rollout/worker.py"
+
+
+def test_worker_loads_its_model_after_init_device() -> None:
+    """The drafter is replaced in between."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    source = inspect.getsource(UniProcExecutor)
+    order = [source.index(f'"{name}"') if f'"{name}"' in source else source.index(f".{name}(")
+             for name in ("init_device", "load_model")]  # fmt: skip
+    assert order == sorted(order), "revisit skd_plugin/rollout/worker.py"
+
+
+def test_extension_has_no_name_of_the_worker() -> None:
+    """vLLM mixes the extension into our worker class and refuses a name that both have."""
+    from skd_plugin.rollout.weights import StudentWeights
+    from skd_plugin.rollout.worker import SKDWorker
+
+    if StudentWeights in SKDWorker.__mro__:
+        pytest.skip("an engine of this process has already mixed them")
+    shared = [name for name in dir(StudentWeights) if not name.startswith("__") and hasattr(SKDWorker, name)]
+    assert not shared, f"rename {shared} in skd_plugin/rollout/weights.py"
+
+
+def test_methods_that_are_called_by_name_exist() -> None:
+    from skd_plugin.rollout.weights import StudentWeights
+    from skd_plugin.rollout.worker import SKDWorker
+
+    assert all(hasattr(SKDWorker, name) for name in ("take_traces", "describe_skd", "load_student"))
+    assert hasattr(StudentWeights, "receive_student") and hasattr(StudentWeights, "init_process_group")
+
+
+def test_engine_resolves_our_paths() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from skd_plugin.rollout.engine import WORKER_CLS
+    from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS
+
+    assert resolve_obj_by_qualname(WORKER_CLS).__name__ == "SKDWorker"
+    assert resolve_obj_by_qualname(WORKER_EXTENSION_CLS).__name__ == "StudentWeights"
+
+
+# --- engine arguments (rollout/engine.py, rollout/actor.py) ---
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    from skd_plugin.rollout.engine import engine_arguments
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    return engine_arguments("teacher", "student", draft_len=2, max_len=16, num_teacher_entries=4)
+
+
+def test_engine_args_have_our_fields(arguments: dict[str, Any]) -> None:
+    from vllm import AsyncEngineArgs, EngineArgs
+
+    wanted = set(arguments) | {"worker_extension_cls"}
+    for args in (EngineArgs, AsyncEngineArgs):
+        missing = wanted - {f.name for f in dataclasses.fields(args)}
+        assert not missing, f"{args.__name__} has no {missing}; revisit skd_plugin/rollout/engine.py"
+
+
+def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
+    from vllm.config import SpeculativeConfig
+    from vllm.config.speculative import DraftSampleMethod
+
+    given = arguments["speculative_config"]
+    assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit rollout/engine.py"
+    assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/rollout/engine.py"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_TARGET_DEVICE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_LOGGING_LEVEL",
+    ],
+)  # fmt: skip
+def test_environment_variable_is_read(name: str) -> None:
+    from vllm import envs
+
+    assert name in envs.environment_variables, f"vLLM reads no {name}; revisit rollout/engine.py and compat/cpu.py"
+
+
+def test_v1_runner_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
+        chosen = find("vllm.config:VllmConfig.use_v2_model_runner")(SimpleNamespace(model_config=None))
+        assert chosen is expected, f"{VllmConfig.__name__}; revisit engine_arguments in skd_plugin/rollout/engine.py"
+
+
+def test_sampling_parameters_carry_ours() -> None:
+    """extra_args survive the copies on the way to the worker; top_k 0 and temperature 1 mean "as the model says"."""
+    from vllm import SamplingParams
+
+    from skd_plugin.rollout.engine import vllm_sampling_params
+    from skd_plugin.rollout.rule import SamplingRule
+
+    params = vllm_sampling_params(SamplingRule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, 2)
+    assert isinstance(params, SamplingParams) and params.max_tokens == 6
+    assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/rollout/requests.py"
+    changed = copy.deepcopy(params)
+    changed.temperature, changed.top_p, changed.top_k, changed.min_tokens, changed.logprobs = 1.0, 1.0, 0, 0, None
+    changed.extra_args = {}
+    assert SamplingParams(top_k=0).top_k == 0, "revisit SKDRollout.generate in skd_plugin/rollout/actor.py"
+
+
+def test_llm_takes_one_parameter_set_a_prompt() -> None:
+    from vllm import LLM
+
+    parameters = inspect.signature(LLM.generate).parameters
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(parameters), "revisit SKDEngine in rollout/engine.py"
+
+
+def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert inspect.iscoroutinefunction(AsyncLLM.collective_rpc), "revisit skd_plugin/rollout/actor.py"
+    assert inspect.iscoroutinefunction(AsyncLLM.reset_prefix_cache), "revisit skd_plugin/trainer/actor.py"
+
+
+# --- loadable weights (compat/cpu.py) ---
+
+
+@pytest.mark.parametrize("module", ["linear", "vocab_parallel_embedding"])
+def test_packing_is_imported_when_it_is_called(module: str) -> None:
+    """An import at the top of the module would keep vLLM's own function in place."""
+    loaded = importlib.import_module(f"vllm.model_executor.layers.{module}")
+    inside = imports_inside(loaded)
+    assert ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm") in inside, "revisit compat/cpu.py"
+    assert not hasattr(loaded, "dispatch_cpu_unquantized_gemm"), "revisit loadable_weights in skd_plugin/compat/cpu.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="packing is for CPUs")
+def test_weights_loaded_inside_stay_readable() -> None:
+    import vllm.model_executor.layers.utils as layers
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    from skd_plugin.compat.cpu import loadable_weights
+
+    original = layers.dispatch_cpu_unquantized_gemm
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False)
+    with loadable_weights():
+        UnquantizedLinearMethod().process_weights_after_loading(layer)
+    assert layers.dispatch_cpu_unquantized_gemm is original
+    assert layer.weight.shape == (2, 3), "the weight was packed; revisit loadable_weights in skd_plugin/compat/cpu.py"
+    layer.weight.data.fill_(1.0)
+    out = layer.cpu_linear(torch.ones(1, 3), layer.weight, None)
+    assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/compat/cpu.py"

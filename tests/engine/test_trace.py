@@ -1,0 +1,137 @@
+"""What the engine says of each token, recomputed from the returned ids by slow transformers forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from skd_plugin.core.trace import Trace
+from skd_plugin.rollout.engine import SamplingRule
+from tests.conftest import EOS, MAX_LEN, VOCAB
+from tests.unit.test_trace import KEYS
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-3
+TOP_K = 6
+ENTRIES = 8
+
+
+@dataclass
+class Case:
+    """All samples' response tokens in one row [M], with the reference's distributions [M, V]."""
+
+    samples: list
+    record: Trace
+    teacher_logp: torch.Tensor
+    student_logp: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def case(request, engine, reference_logits) -> Case:
+    """Ragged prompts, more tokens than one step can read, so that some are read in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [2 + (13 * i) % 57 for i in range(160)]
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    samples = engine(request.param).generate(prompts, SamplingRule(top_k=TOP_K), 14, seed=5)
+    sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
+    logp = {
+        name: torch.cat(
+            [
+                row[len(s.prompt_ids) - 1 : -1].log_softmax(-1)
+                for row, s in zip(reference_logits(name, sequences), samples, strict=True)
+            ]
+        )
+        for name in ("teacher", "student")
+    }
+    return Case(samples, Trace.join([s.trace for s in samples]), logp["teacher"], logp["student"])
+
+
+def gather(logp: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logp.gather(1, ids.long()[:, None]).squeeze(1)
+
+
+def test_no_token_is_undrafted(case):
+    assert set(case.record.source.tolist()) == {0, 1}
+
+
+def test_accepted_tokens_are_in_the_teachers_top_k(case):
+    threshold = case.teacher_logp.topk(TOP_K).values[:, -1]
+    kept = case.record.source == 0
+    assert kept.sum() > 100
+    assert (gather(case.teacher_logp, case.record.response_ids)[kept] >= threshold[kept] - TOLERANCE).all()
+    assert (case.record.rejected_ids[kept] == -1).all()
+
+
+def test_rejected_tokens_are_outside_the_teachers_top_k(case):
+    best_outside = case.teacher_logp.topk(TOP_K + 1).values[:, -1]
+    replaced = case.record.source == 1
+    assert replaced.sum() > 100
+    rejected = case.record.rejected_ids[replaced]
+    assert (rejected >= 0).all()
+    assert (gather(case.teacher_logp[replaced], rejected) <= best_outside[replaced] + TOLERANCE).all()
+
+
+def test_draft_rank(case):
+    """Rank of the proposal, which is the emitted token where it was kept."""
+    proposal = torch.where(case.record.source == 0, case.record.response_ids, case.record.rejected_ids)
+    own = gather(case.teacher_logp, proposal)[:, None]
+    at_least = (case.teacher_logp > own + TOLERANCE).sum(1)
+    at_most = (case.teacher_logp > own - TOLERANCE).sum(1) - 1
+    assert ((case.record.draft_rank >= at_least) & (case.record.draft_rank <= at_most)).all()
+    assert torch.equal(case.record.draft_rank < TOP_K, case.record.source == 0)
+
+
+def test_numbers_of_both_models(case):
+    p, q = case.teacher_logp, case.student_logp
+    expected = {
+        "student_logp": gather(q, case.record.response_ids),
+        "teacher_logp": gather(p, case.record.response_ids),
+        "kl": (p.exp() * (p - q)).sum(-1),
+        "student_entropy": -(q.exp() * q).sum(-1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            getattr(case.record, name).double(), value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_teacher_entries(case):
+    """The same log-probabilities by falling rank; an id may differ only between near-equal ones."""
+    best = case.teacher_logp.topk(ENTRIES).values
+    torch.testing.assert_close(case.record.teacher_topk_logp.double(), best, atol=TOLERANCE, rtol=0)
+    named = case.teacher_logp.gather(1, case.record.teacher_topk_ids.long())
+    torch.testing.assert_close(named, best, atol=2 * TOLERANCE, rtol=0)
+    assert all(len(set(row)) == ENTRIES for row in case.record.teacher_topk_ids.tolist())
+
+
+def test_json_lines(case):
+    for sample in case.samples:
+        line = sample.trace.to_json(sample.prompt_ids, sample.finish)
+        assert set(line) == KEYS
+        assert line["prompt_ids"] == sample.prompt_ids and line["finish"] == sample.finish
+        length = len(line["response_ids"])
+        assert length == 14 or line["response_ids"][-1] == EOS
+        assert {len(line[key]) for key in KEYS - {"prompt_ids", "finish"}} == {length}
+        assert line["source"][0] in "st" and "u" not in line["source"]
+        assert {len(row) for row in line["teacher_topk_ids"] + line["teacher_topk_logp"]} == {ENTRIES}
+
+
+def test_text_is_the_decoded_response(case):
+    alphabet = "abcdefghijklmnopqrstuvwxyz +="
+    for sample in case.samples:
+        ids = sample.trace.response_ids.tolist()
+        assert sample.text == "".join(alphabet[token - 3] for token in ids if token >= 3)
+
+
+@pytest.mark.parametrize("draft_len", [1, 4])
+def test_the_longest_sequence_is_drafted_to_its_end(engine, draft_len):
+    """A full max_len: no token near the engine's limit comes without a proposal."""
+    prompts = [[1, *range(3, 30), 3 + i] for i in range(16)]
+    samples = engine(draft_len).generate(prompts, SamplingRule(top_k=TOP_K), MAX_LEN - len(prompts[0]), seed=9)
+    assert any(s.finish == "length" for s in samples)
+    for sample in samples:
+        assert (sample.trace.source != 2).all()
+        assert sample.finish == "stop" or len(sample.trace) == MAX_LEN - len(sample.prompt_ids)

@@ -1,0 +1,558 @@
+"""From a recipe to a checked run: what is merged, what is completed, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from skd_plugin import cli
+from skd_plugin.compat import versions
+from skd_plugin.config import RecipeError, Run, host_rules, load_recipe, load_run
+from skd_plugin.config.host_options import host_arguments, host_parser
+from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies
+from skd_plugin.config.recipe import flatten, set_dotted
+from skd_plugin.config.run import load_models, parse_skd
+from skd_plugin.config.schema import SKDConfig, field_docs
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+QUICKSTART = RECIPES / "quickstart.yaml"
+PAIR = RECIPES / "models" / "arithmetic"
+SMALL = ["skd.task.train_prompts=8", "skd.task.eval_prompts=4"]
+
+
+@pytest.fixture(autouse=True)
+def on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """`write(name, text)`: a recipe file; returns its path."""
+
+    def write_file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path):
+    """`quickstart(*overrides)`: load_run of the quickstart with a small task, in a run folder of its own."""
+
+    def load(*overrides: str) -> Run:
+        return load_run(QUICKSTART, [*SMALL, f"skd.run_dir={tmp_path / 'run'}", *overrides])
+
+    return load
+
+
+# --- recipe files ---
+
+
+def test_recipe_wins_over_its_base_and_command_line_over_both(write) -> None:
+    write("base.yaml", "skd: {rollout: {top_k: 1, draft_len: 2, seed: 3}}\nopenrlhf: {train: {seed: 4}}")
+    recipe = write("own.yaml", "base: base.yaml\nskd: {rollout: {draft_len: 20, seed: 30}}")
+    merged = load_recipe(recipe, ["skd.rollout.seed=300", "openrlhf.actor.adam.lr=0.5"])
+    assert merged["skd"] == {"rollout": {"top_k": 1, "draft_len": 20, "seed": 300}}
+    assert merged["openrlhf"] == {"train": {"seed": 4}, "actor": {"adam": {"lr": 0.5}}}
+    assert "base" not in merged
+
+
+def test_a_base_may_have_a_base(write) -> None:
+    write("a.yaml", "skd: {run_dir: a, device: cpu, traces_per_step: 1}")
+    write("deep/b.yaml", "base: ../a.yaml\nskd: {run_dir: b, device: cuda}")
+    recipe = write("c.yaml", "base: deep/b.yaml\nskd: {run_dir: c}")
+    assert load_recipe(recipe)["skd"] == {"run_dir": "c", "device": "cuda", "traces_per_step": 1}
+
+
+def test_dotted_paths_are_relative_to_the_file_that_holds_them(write, tmp_path: Path) -> None:
+    write("deep/base.yaml", "skd: {teacher: {model_name_or_path: ./teacher}, vllm: {download_dir: ../up}}")
+    recipe = write(
+        "own.yaml", "base: deep/base.yaml\nskd: {run_dir: ./run}\nopenrlhf: {data: {prompt_dataset: org/x}}"
+    )
+    merged = load_recipe(recipe)
+    assert merged["skd"]["teacher"]["model_name_or_path"] == str(tmp_path / "deep" / "teacher")
+    assert merged["skd"]["vllm"]["download_dir"] == str(tmp_path / "up")
+    assert merged["skd"]["run_dir"] == str(tmp_path / "run")
+    assert merged["openrlhf"]["data"]["prompt_dataset"] == "org/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("skd: {rollout: {top_k: 1", "is not valid YAML"),
+        ("- a\n- b", "a recipe is a mapping with the sections openrlhf, skd"),
+        ("skdd: {}", "unknown key 'skdd'; did you mean 'skd'"),
+        ("base: own.yaml", "the recipe is its own base"),
+        ("base: nowhere.yaml", "there is no recipe at .*nowhere.yaml"),
+    ],
+)
+def test_file_that_is_no_recipe(write, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write("own.yaml", text))
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no recipe at .*nothing\.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_override_needs_an_equals_sign(write) -> None:
+    with pytest.raises(RecipeError, match=r"'skd\.rollout\.top_k' is no override; write key=value"):
+        load_recipe(write("own.yaml", ""), ["skd.rollout.top_k"])
+
+
+def test_override_below_a_value() -> None:
+    with pytest.raises(RecipeError, match=r"'skd\.run_dir\.x': 'run_dir' is a value"):
+        set_dotted({"skd": {"run_dir": "r"}}, "skd.run_dir.x", 1)
+
+
+def test_flatten_is_the_inverse_of_set_dotted() -> None:
+    flat = {"a.b.c": 1, "a.b.d": [2], "a.e": None, "f": "g"}
+    tree: dict = {}
+    for key, value in flat.items():
+        set_dotted(tree, key, value)
+    assert flatten(tree) == flat
+
+
+# --- the skd section ---
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("skd.rollout.topk=3", r"unknown key 'skd\.rollout\.topk'; did you mean 'skd\.rollout\.top_k'"),
+        ("skd.teacher.model=x", r"unknown key 'skd\.teacher\.model'; did you mean 'skd\.teacher\.model_name_or_path'"),
+        ("skd.rollout.top_k=-1", r"skd\.rollout\.top_k: .*greater than or equal to 0; got -1"),
+        ("skd.rollout.draft_len=0", r"skd\.rollout\.draft_len: .*; got 0"),
+        ("skd.rollout.student_top_p=0", r"skd\.rollout\.student_top_p: .*; got 0"),
+        ("skd.rollout.method=both", r"skd\.rollout\.method: .*'skd', 'on_policy' or 'teacher'; got 'both'"),
+        ("skd.loss.kind=jsd", r"skd\.loss\.kind: .*; got 'jsd'"),
+        ("skd.teacher.model_name_or_path=null", r"skd\.teacher\.model_name_or_path: .*string"),
+    ],
+)
+def test_refused_value_of_ours(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_skd(load_recipe(QUICKSTART, [override])["skd"])
+
+
+def test_teacher_is_required() -> None:
+    with pytest.raises(RecipeError, match=r"skd\.teacher: field required$"):
+        parse_skd({})
+
+
+def test_base_recipe_repeats_no_other_default() -> None:
+    """What both recipes/base.yaml and the code state must be the same."""
+    base = yaml.safe_load((RECIPES / "base.yaml").read_text())
+    defaults = {name: default for name, (default, _) in field_docs().items()}
+    ours = flatten(base["skd"], "skd.")
+    assert ours and {key: defaults[key] for key in ours} == ours
+    parser = host_parser()
+    assert {key: parser.get_default(key) for key in flatten(base["openrlhf"])} == flatten(base["openrlhf"])
+
+
+def test_every_option_of_ours_has_a_flag_and_its_default() -> None:
+    config = SKDConfig(teacher={"model_name_or_path": "t"}, task={"name": "arithmetic"})
+    real = flatten(config.model_dump() | {"vllm": None}, "skd.") | {"skd.vllm": {}}
+    docs = field_docs()
+    assert set(docs) == set(real)
+    required = {"skd.teacher.model_name_or_path", "skd.task.name"}
+    assert {k: v for k, (v, _) in docs.items() if k not in required} == {
+        k: v for k, v in real.items() if k not in required
+    }
+
+
+# --- the host's options ---
+
+
+def test_host_section_becomes_its_command_line() -> None:
+    section = {
+        "train": {"batch_size": 8, "colocate_all": True, "async_enable": False},
+        "actor": {"adam": {"betas": [0.8, 0.9]}, "muon": {"nesterov": False}, "dual_clip": None},
+    }
+    arguments = host_arguments(section, host_parser())
+    assert arguments == [
+        "--train.batch_size", "8", "--train.colocate_all", "--actor.adam.betas", "0.8", "0.9",
+        "--actor.muon.no_nesterov",
+    ]  # fmt: skip
+    parsed = vars(host_parser().parse_args(arguments))
+    assert parsed["train.colocate_all"] is True and parsed["actor.muon.nesterov"] is False
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": {"batchsize": 8}}, r"openrlhf: unknown key 'train\.batchsize'; did you mean 'train\.batch_size'"),
+        ({"train": {"batch_size": "many"}}, r"openrlhf: argument --train\.batch_size: invalid int value: 'many'"),
+        ({"actor": {"optim": "sgd"}}, r"openrlhf: argument --actor\.optim: invalid choice: 'sgd'"),
+        ({"train": {"colocate_all": "yes"}}, r"openrlhf: 'train\.colocate_all' is a switch; got 'yes'"),
+    ],
+)
+def test_refused_host_value(section: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        host_arguments(section, host_parser())
+
+
+def test_defaults_of_a_distillation_run_yield_to_the_recipe() -> None:
+    host = host_rules.complete({"eval": {"temperature": 0.7}, "ds": {"zero_stage": 3}}, cpu=True)
+    assert (host["eval.temperature"], host["ds.zero_stage"], host["vllm.sync_backend"]) == (0.7, 3, "gloo")
+    assert "vllm.sync_backend" not in host_rules.complete({}, cpu=False)
+
+
+def _complete(**changes: object) -> dict:
+    parser = host_parser()
+    host = {a.dest: a.default for a in parser._actions} | host_rules.complete({}, cpu=True)
+    return host | {"data.prompt_dataset": "prompts.jsonl"} | changes
+
+
+WRONG = {
+    "algo.kl.init_coef": 0.01, "algo.advantage.estimator": "group_norm", "rollout.temperature": 0.7,
+    "rollout.top_p": 0.9,
+    "ds.ring_attn_size": 2, "ds.tensor_parallel_size": 2, "data.max_images_per_prompt": 1,
+}  # fmt: skip
+
+
+def test_complete_options_pass() -> None:
+    host_rules.check(_complete())
+
+
+@pytest.mark.parametrize("key", list(host_rules.FIXED))
+def test_host_option_that_a_distillation_run_cannot_honour(key: str) -> None:
+    value = WRONG.get(key, True)
+    allowed, reason = host_rules.FIXED[key]
+    with pytest.raises(RecipeError) as caught:
+        host_rules.check(_complete(**{key: value}))
+    assert str(caught.value) == f"openrlhf.{key} is {value!r}, but must be {allowed!r}: {reason}"
+
+
+def test_refused_host_option_in_a_recipe(quickstart) -> None:
+    with pytest.raises(
+        RecipeError, match=r"openrlhf\.rollout\.temperature is 0\.7, .*skd\.rollout\.student_temperature"
+    ):
+        quickstart("openrlhf.rollout.temperature=0.7")
+
+
+def test_rollouts_that_do_not_divide_into_training_batches() -> None:
+    sizes = {"rollout.batch_size": 6, "rollout.n_samples_per_prompt": 2}
+    host_rules.check(_complete(**sizes, **{"train.batch_size": 4}))
+    with pytest.raises(RecipeError, match=r"is 12, not a multiple of openrlhf\.train\.batch_size = 8"):
+        host_rules.check(_complete(**sizes, **{"train.batch_size": 8}))
+
+
+def test_prompts_are_required() -> None:
+    with pytest.raises(
+        RecipeError, match=r"openrlhf\.data\.prompt_dataset is missing: name a dataset, or .* skd\.task"
+    ):
+        host_rules.check(_complete(**{"data.prompt_dataset": None}))
+
+
+def test_student_is_required(write) -> None:
+    recipe = write("own.yaml", f"skd: {{teacher: {{model_name_or_path: {PAIR / 'teacher'}}}}}")
+    with pytest.raises(RecipeError, match=r"openrlhf\.actor\.model_name_or_path is missing: the student"):
+        load_models(recipe)
+
+
+# --- the two models ---
+
+
+@pytest.fixture
+def pair(tmp_path: Path):
+    """`pair(teacher={...}, student={...})`: the committed pair with changes in its config.json."""
+
+    def make(**changes: dict) -> dict[str, str]:
+        folders = {}
+        for role in ("teacher", "student"):
+            folder = tmp_path / role
+            shutil.copytree(PAIR / role, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | changes.get(role, {})))
+            folders[role] = str(folder)
+        return folders
+
+    return make
+
+
+SIZES = dict(top_k=3, loss_top_k=8, max_len=176, draft_len=2)
+
+
+def test_fitting_pair_gives_the_students_tokenizer(pair) -> None:
+    tokenizer = check_pair(**pair(), **SIZES)
+    assert tokenizer.decode(tokenizer("tom has 3 coins").input_ids) == "tom has 3 coins"
+
+
+def test_different_vocabularies_name_tokens() -> None:
+    with pytest.raises(
+        RecipeError, match=r"2 tokens differ, e\.g\. 'b' \(teacher 1, student 2\), 'c' \(teacher 2, stud"
+    ):
+        check_vocabularies({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "c": 1})
+    with pytest.raises(RecipeError, match=r"1 tokens differ, e\.g\. 'b' \(teacher 1, student -\)"):
+        check_vocabularies({"a": 0, "b": 1}, {"a": 0})
+    check_vocabularies({"a": 0}, {"a": 0})
+
+
+def test_pair_with_different_vocabularies(pair) -> None:
+    folders = pair()
+    path = Path(folders["student"], "tokenizer.json")
+    path.write_text(path.read_text().replace('" coins"', '" moins"'))
+    with pytest.raises(RecipeError, match=r"different vocabularies: 2 tokens differ, e\.g\. ' coins'"):
+        check_pair(**folders, **SIZES)
+
+
+def test_padded_embeddings_of_different_sizes(pair) -> None:
+    rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
+    with pytest.raises(RecipeError, match=f"teacher has {rows + 64} output rows and the student {rows}; .* padding"):
+        check_pair(**pair(teacher={"vocab_size": rows + 64}), **SIZES)
+
+
+@pytest.mark.parametrize("key", ["top_k", "loss_top_k"])
+def test_k_beyond_the_vocabulary(pair, key: str) -> None:
+    rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
+    folders = pair()
+    check_pair(**folders, **SIZES | {key: rows})
+    option = {"top_k": r"skd\.rollout\.top_k", "loss_top_k": r"skd\.loss\.top_k"}[key]
+    with pytest.raises(RecipeError, match=f"{option} is {rows + 1}, but the vocabulary has {rows} tokens"):
+        check_pair(**folders, **SIZES | {key: rows + 1})
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_context_that_is_too_short(pair, role: str) -> None:
+    """176 tokens and two drafts need 179 positions."""
+    check_pair(**pair(**{role: {"max_position_embeddings": 179}}), **SIZES)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_context_that_is_one_too_short(pair, role: str) -> None:
+    message = rf"data\.max_len = 176 needs a context of 179 .* but the {role} has 178; lower data\.max_len to 175"
+    with pytest.raises(RecipeError, match=message):
+        check_pair(**pair(**{role: {"max_position_embeddings": 178}}), **SIZES)
+
+
+def test_model_that_is_not_there(tmp_path: Path) -> None:
+    for role, pair in (("teacher", ("/no/such", PAIR / "student")), ("student", (PAIR / "teacher", "/no/such"))):
+        with pytest.raises(RecipeError, match=f"the {role} '/no/such' is not there"):
+            check_pair(*map(str, pair), **SIZES)
+    with pytest.raises(RecipeError, match=r"the teacher .* cannot be loaded"):
+        check_pair(str(tmp_path), str(PAIR / "student"), **SIZES)
+
+
+def test_prompts_that_do_not_fit() -> None:
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool):
+            assert not add_special_tokens
+            return type("Encoding", (), {"input_ids": text.split()})
+
+    check_prompts(["a b", "a b c"], Words(), 3)
+    with pytest.raises(RecipeError, match="prompt 2 has 4 tokens, but 2 to 3 fit"):
+        check_prompts(["a b", "a b c d"], Words(), 3)
+    with pytest.raises(RecipeError, match="prompt 1 has 1 tokens"):
+        check_prompts(["a"], Words(), 3)
+
+
+# --- a whole run ---
+
+
+def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
+    run = quickstart()
+    assert run.cpu is not torch.cuda.is_available()
+    assert run.folder == tmp_path / "run" and run.folder.is_absolute()
+    arguments = run.host_argv()
+    parsed = vars(host_parser().parse_args(arguments))
+    assert parsed["actor.model_name_or_path"] == str(PAIR / "student")
+    assert parsed["rollout.max_new_tokens"] == run.skd.rollout.max_new_tokens
+    assert parsed["ckpt.output_dir"] == str(tmp_path / "run" / "model")
+    assert parsed["reward.remote_url"].endswith("skd_plugin/tasks/reward.py")
+    for key, count in (("data.prompt_dataset", 8), ("eval.dataset", 4)):
+        rows = [json.loads(line) for line in Path(parsed[key]).read_text().splitlines()]
+        assert len(rows) == count and set(rows[0]) == {"input", "label", "datasource"}
+        assert parsed["data.input_key"] == "input" and parsed["data.label_key"] == "label"
+
+
+def test_run_survives_its_file(quickstart) -> None:
+    run = quickstart("skd.vllm={gpu_memory_utilization: 0.3}")
+    assert run.skd.vllm == {"gpu_memory_utilization": 0.3}
+    path = run.save()
+    assert path == run.folder / "config.yaml"
+    assert Run.load(path) == run
+    assert Run.load(path).host_argv() == run.host_argv()
+
+
+def test_run_without_a_task_reads_the_users_prompts(write, quickstart) -> None:
+    prompts = write("p.jsonl", '{"q": "tom has 3 coins ."}\n{"q": "ann has 4 apples ."}\n')
+    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={prompts}", "openrlhf.data.input_key=q"]
+    run = quickstart(*given)
+    assert run.host["reward.remote_url"] == host_rules.NO_REWARD
+    assert "eval.dataset" not in run.host
+    with pytest.raises(RecipeError, match=r"has no column 'x' \(openrlhf\.data\.input_key\); it has q"):
+        quickstart(*given, "openrlhf.data.input_key=x")
+    with pytest.raises(RecipeError, match="prompt 1 has 5 tokens, but 2 to 4 fit"):
+        quickstart(*given, "openrlhf.data.max_len=100")
+    with pytest.raises(RecipeError, match=r"openrlhf\.data\.prompt_dataset: there is no file"):
+        quickstart(*given, f"openrlhf.data.prompt_dataset={prompts}.jsonl")
+
+
+def test_prompts_of_a_task_that_do_not_fit(quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens, but 2 to 4 fit"):
+        quickstart("openrlhf.data.max_len=100", "skd.rollout.max_new_tokens=96")
+
+
+def test_unknown_task(quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"skd\.task\.name: unknown key 'arithmetics'; did you mean 'arithmetic'"):
+        quickstart("skd.task.name=arithmetics")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_is_asked_for_without_a_gpu(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"wants CUDA \(skd\.device: cuda\), but this machine has no GPU"):
+        quickstart("skd.device=cuda")
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    assert not quickstart("skd.device=cuda").cpu
+
+
+def test_device_cpu_is_a_cpu_run_everywhere(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert quickstart("skd.device=cpu").cpu and not quickstart("skd.device=auto").cpu
+
+
+# --- versions ---
+
+
+def test_installed_versions_are_supported() -> None:
+    assert set(versions.check_versions()) == {"openrlhf", "vllm", "ray", "deepspeed", "transformers", "torch"}
+
+
+def test_unsupported_version(monkeypatch: pytest.MonkeyPatch, quickstart) -> None:
+    monkeypatch.setitem(versions.SUPPORTED, ("openrlhf",), "0.99.")
+    with pytest.raises(RuntimeError, match=r"openrlhf 0\.11\.2 is installed; .* tested with openrlhf==0\.99\.\* only"):
+        quickstart()
+
+
+def test_missing_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "SUPPORTED", {("no-such-host", "nor-this-one"): "1."})
+    with pytest.raises(RuntimeError, match=r"no-such-host is not installed; .* pip install 'no-such-host==1\.\*'"):
+        versions.check_versions()
+
+
+# --- command line ---
+
+
+def test_flags_and_keys_become_overrides() -> None:
+    recipe, overrides = cli._recipe_and_overrides(
+        ["r.yaml", "skd.loss.kind=reverse_kl", "--skd.rollout.top_k", "7", "--train.batch_size=16",
+         "--train.colocate_all", "--actor.adam.betas", "0.5", "0.6", "openrlhf.train.seed=3"]
+    )  # fmt: skip
+    assert recipe == "r.yaml"
+    tree: dict = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        set_dotted(tree, key, yaml.safe_load(value))
+    assert tree == {
+        "skd": {"loss": {"kind": "reverse_kl"}, "rollout": {"top_k": 7}},
+        "openrlhf": {
+            "train": {"batch_size": 16, "colocate_all": True, "seed": 3},
+            "actor": {"adam": {"betas": [0.5, 0.6]}},
+        },
+    }
+
+
+def test_no_flag_is_no_override() -> None:
+    assert cli._recipe_and_overrides(["r.yaml"]) == ("r.yaml", [])
+
+
+@pytest.mark.parametrize("argv", [[], ["--train.batch_size", "4"], ["skd.loss.kind=reverse_kl"]])
+def test_recipe_comes_first(argv: list[str]) -> None:
+    with pytest.raises(RecipeError, match="name the recipe first"):
+        cli._recipe_and_overrides(argv)
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [("--skd.rollout.topk", "--skd.rollout.top_k"), ("--train.batchsize", "--train.batch_size")],
+)
+def test_unknown_flag_names_the_nearest(flag: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown key '{flag}'; did you mean '{near}'"):
+        cli._recipe_and_overrides(["r.yaml", flag, "3"])
+
+
+known_bug = pytest.mark.xfail(strict=True, reason="see the report of this test's author; remove when mended")
+TRICKY = [
+    pytest.param("--data.input_template", "Q: {}", "data.input_template", id="mapping", marks=known_bug),
+    pytest.param("--data.input_template", "a=b {}", "data.input_template", id="equals", marks=known_bug),
+    pytest.param("--data.input_template", "a\nb", "data.input_template", id="newline", marks=known_bug),
+    pytest.param("--data.input_key", "on", "data.input_key", id="boolean", marks=known_bug),
+    pytest.param("--data.prompt_dataset", "x" * 60 + " " + "y" * 60, "data.prompt_dataset", id="long"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "key"), TRICKY)
+def test_text_of_a_host_flag_arrives_unchanged(flag: str, value: str, key: str, write) -> None:
+    _, overrides = cli._recipe_and_overrides(["r.yaml", flag, value])
+    host = load_recipe(write("own.yaml", ""), overrides)["openrlhf"]
+    assert flatten(host) == {key: value}
+
+
+@known_bug
+def test_long_list_of_a_host_flag_arrives_whole() -> None:
+    names = [f"a_rather_long_module_name_{i}" for i in range(9)]
+    _, overrides = cli._recipe_and_overrides(["r.yaml", "--ds.lora.target_modules", *names])
+    assert yaml.safe_load(overrides[0].partition("=")[2]) == names
+
+
+def test_help_lists_both_kinds_of_options(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--skd.rollout.top_k", "--skd.loss.kind", "--train.batch_size", "--actor.adam.lr"):
+        assert option in shown
+    assert "(default 25)" in shown
+
+
+@pytest.mark.parametrize(("argv", "status"), [([], 0), (["--help"], 0), (["trane"], 2), (["trane", "--help"], 2)])
+def test_usage(argv: list[str], status: int, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(argv) == status
+    assert "skd train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "name the recipe first"),
+        (["train", "nothing.yaml"], "there is no recipe at"),
+        (["train", str(QUICKSTART), "skd.rollout.topk=3"], "did you mean 'skd.rollout.top_k'"),
+        (["train", str(QUICKSTART), "openrlhf.train.batchsize=3"], "did you mean 'train.batch_size'"),
+        (["train", str(QUICKSTART), "--train.batch_size", "many"], "invalid int value: 'many'"),
+        (["train", str(QUICKSTART), "--trane.batch_size", "4"], "did you mean '--train.batch_size'"),
+        (["train", str(QUICKSTART), "skd.rollout.top_k=100000"], "skd.rollout.top_k is 100000, but"),
+        (["rollout", str(QUICKSTART), "--prompts", "p", "--out", "o", "--samples", "0"], "--samples is 0"),
+        (["rollout", str(QUICKSTART), "--prompts", "nothing.jsonl", "--out", "o"], "there is no file nothing.jsonl"),
+    ],
+)
+def test_wrong_command_line_is_one_line_and_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err
+    assert printed.err.startswith(f"skd {argv[0]}: ") and printed.err.count("\n") == 1, printed.err
+    assert not os.listdir(tmp_path), "a refused recipe leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        pytest.param("skd: 3", [], id="skd", marks=known_bug),
+        pytest.param("openrlhf: [a]", ["skd.teacher.model_name_or_path=t"], id="openrlhf", marks=known_bug),
+        pytest.param("base: [a]", [], id="base", marks=known_bug),
+        pytest.param("{}", ["skd.rollout.top_k=[1"], id="override", marks=known_bug),
+    ],
+)
+def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], write) -> None:
+    with pytest.raises(RecipeError):
+        load_models(write("own.yaml", recipe), overrides)

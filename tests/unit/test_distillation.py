@@ -1,0 +1,288 @@
+"""The distillation loss in the host's place: which tokens it trains, and that batching does not change it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from skd_plugin.core.losses import LOSSES
+from skd_plugin.core.trace import Trace
+
+VOCAB, TEACHER_ENTRIES = 20, 5
+
+
+@pytest.fixture(scope="session")
+def distillation():
+    """The module under test; OpenRLHF can be imported on a CPU only after `install`."""
+    from skd_plugin.compat import cpu
+
+    cpu.install()
+    import skd_plugin.trainer.distillation as module
+
+    return module
+
+
+@pytest.fixture(scope="session")
+def aggregate_loss(distillation):
+    from openrlhf.models import aggregate_loss
+
+    return aggregate_loss
+
+
+def make_trace(response: list[int], generator: torch.Generator) -> Trace:
+    """A trace with random teacher entries; what the loss does not read is empty of meaning."""
+    count = len(response)
+    teacher = torch.randn(count, VOCAB, generator=generator).mul(2).log_softmax(-1)
+    logp, ids = teacher.topk(TEACHER_ENTRIES, dim=-1)
+    unused = torch.zeros(count)
+    return Trace(
+        response_ids=torch.tensor(response, dtype=torch.int32),
+        source=unused.to(torch.uint8),
+        rejected_ids=unused.to(torch.int32),
+        draft_rank=unused.to(torch.int32),
+        student_logp=unused,
+        teacher_logp=unused,
+        kl=unused,
+        student_entropy=unused,
+        teacher_topk_ids=ids.to(torch.int32),
+        teacher_topk_logp=logp,
+    )
+
+
+class Batch:
+    """Sequences of prompt + response + padding in the host's layout: masks have one entry less than tokens."""
+
+    def __init__(self, lengths: list[tuple[int, int]], width: int | None = None, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        width = width or max(sum(pair) for pair in lengths)
+        self.sequences = torch.zeros(len(lengths), width, dtype=torch.long)
+        self.action_mask = torch.zeros(len(lengths), width - 1, dtype=torch.long)
+        self.traces = []
+        for row, (prompt, response) in enumerate(lengths):
+            ids = torch.randint(1, VOCAB, (prompt + response,), generator=generator)
+            self.sequences[row, : len(ids)] = ids
+            self.action_mask[row, prompt - 1 : prompt + response - 1] = 1
+            self.traces.append(make_trace(ids[prompt:].tolist(), generator))
+        logits = torch.randn(len(lengths), 32, VOCAB, generator=generator)[:, :width]
+        self.logits = logits.clone().requires_grad_()
+
+    def rows(self, *rows: int) -> tuple:
+        index = list(rows)
+        return self.logits[index], self.sequences[index], self.action_mask[index], [self.traces[i] for i in index]
+
+    @property
+    def all(self) -> tuple:
+        return self.rows(*range(len(self.traces)))
+
+
+LENGTHS = [(3, 4), (2, 1), (5, 6)]
+
+
+def reference(logits_TV: torch.Tensor, trace: Trace, prompt_len: int, kind: str) -> torch.Tensor:
+    """Loss of each response token by the definition, in probability space and float64."""
+    values = []
+    for index in range(len(trace)):
+        q = torch.exp(logits_TV[prompt_len - 1 + index].double())
+        q = q / q.sum()
+        ids = trace.teacher_topk_ids[index].long()
+        p_head = trace.teacher_topk_logp[index].double().exp()
+        p = torch.cat([p_head, 1 - p_head.sum(0, keepdim=True)])
+        q = torch.cat([q[ids], q.sum()[None] - q[ids].sum()[None]])
+        a, b = (p, q) if kind == "forward_kl" else (q, p)
+        values.append(sum(x * torch.log(x / y) for x, y in zip(a, b, strict=True)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_values_are_those_of_the_definition(distillation, kind: str) -> None:
+    batch = Batch(LENGTHS)
+    values = distillation.token_losses(*batch.all, LOSSES[kind])
+    assert values.shape == batch.action_mask.shape
+    for row, (prompt, response) in enumerate(LENGTHS):
+        expected = reference(batch.logits[row].detach(), batch.traces[row], prompt, kind)
+        found = values[row, prompt - 1 : prompt + response - 1].detach().double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_only_positions_before_response_tokens_are_trained(distillation, kind: str) -> None:
+    """Position t - 1 predicts token t: from the last prompt token to the last response token but one."""
+    batch = Batch(LENGTHS, width=14)
+    values = distillation.token_losses(*batch.all, LOSSES[kind])
+    assert (values[~batch.action_mask.bool()] == 0).all()
+    values.sum().backward()
+    touched = batch.logits.grad.abs().sum(-1) > 0
+    expected = torch.zeros_like(touched)
+    for row, (prompt, response) in enumerate(LENGTHS):
+        expected[row, prompt - 1 : prompt + response - 1] = True
+    assert touched.tolist() == expected.tolist()
+
+
+def test_feedback_between_two_turns_is_not_trained(distillation) -> None:
+    """The joined traces of two turns belong to the two spans of the mask, in order."""
+    batch = Batch([(2, 7)])
+    whole = batch.traces[0]
+    batch.action_mask[0, 3:6] = 0  # tokens 4 to 6 are the environment's
+    batch.traces[0] = Trace.join([whole.slice(0, 2), whole.slice(5, 7)])
+    values = distillation.token_losses(*batch.all, LOSSES["forward_kl"])
+    expected = reference(batch.logits[0].detach(), whole, 2, "forward_kl")
+    expected[2:5] = 0
+    torch.testing.assert_close(values[0, 1:].detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing(distillation) -> None:
+    narrow, wide = Batch(LENGTHS), Batch(LENGTHS, width=20)
+    assert torch.equal(narrow.logits, wide.logits[:, :11])
+    for batch in (narrow, wide):
+        distillation.token_losses(*batch.all, LOSSES["forward_kl"]).sum().backward()
+    torch.testing.assert_close(wide.logits.grad[:, :11], narrow.logits.grad, rtol=0, atol=0)
+    assert not wide.logits.grad[:, 11:].any()
+
+
+def test_truncated_sequence_uses_the_first_tokens_of_its_trace(distillation) -> None:
+    """The host cuts a sequence at max_len, its mask with it; the trace still holds the whole response."""
+    whole, cut = Batch([(3, 6)]), Batch([(3, 6)])
+    full = distillation.token_losses(*whole.all, LOSSES["forward_kl"])
+    logits, sequences, mask, traces = cut.all
+    short = distillation.token_losses(logits[:, :6], sequences[:, :6], mask[:, :5], traces, LOSSES["forward_kl"])
+    assert short.shape == (1, 5)
+    torch.testing.assert_close(short, full[:, :5], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["token", "mask", "order"])
+def test_tokens_that_are_not_the_traces_raise(distillation, change: str) -> None:
+    batch = Batch([(3, 4), (3, 4)])
+    if change == "token":
+        batch.sequences[0, 5] = (batch.sequences[0, 5] + 1) % VOCAB
+    elif change == "mask":
+        batch.action_mask[0] = batch.action_mask[0].roll(-1)
+    else:
+        batch.traces.reverse()
+    with pytest.raises(RuntimeError, match=r"not those of its traces; .* must never decode and re-tokenise"):
+        distillation.token_losses(*batch.all, LOSSES["forward_kl"])
+
+
+def test_batch_without_a_response_token_still_runs_its_backward(distillation) -> None:
+    batch = Batch([(3, 4), (2, 2)])
+    batch.action_mask.zero_()
+    values = distillation.token_losses(*batch.all, LOSSES["forward_kl"])
+    assert values.shape == batch.action_mask.shape and not values.any()
+    values.sum().backward()
+    assert batch.logits.grad is not None and not batch.logits.grad.any()
+
+
+def test_response_may_be_empty_in_one_row(distillation) -> None:
+    batch = Batch(LENGTHS)
+    batch.action_mask[1].zero_()
+    values = distillation.token_losses(*batch.all, LOSSES["forward_kl"])
+    alone = distillation.token_losses(*Batch(LENGTHS).rows(0, 2), LOSSES["forward_kl"])
+    torch.testing.assert_close(values[[0, 2]], alone, rtol=0, atol=0)
+    assert not values[1].any()
+
+
+# --- in the host's place ---
+
+
+def step(distillation, batch: Batch, micro_batches: list[list[int]], token_level: bool) -> torch.Tensor:
+    """Gradient of one optimizer step, as the host and DeepSpeed accumulate it over micro-batches."""
+    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
+
+    loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=token_level)
+    count = len(micro_batches)
+    parts = [batch.rows(*rows) for rows in micro_batches]
+    for (logits, sequences, mask, traces), info in iter_grad_accum_global_norm(
+        parts, SimpleNamespace(), count, lambda part: part[2]
+    ):
+        loss.expect(sequences, traces)
+        loss.capture(None, None, (None, {"logits": logits}))
+        value, *_ = loss(None, None, None, action_mask=mask, rollout_log_probs=None, **info)
+        (value / count).backward()  # DeepSpeed divides by the number of micro-batches
+    gradient, batch.logits.grad = batch.logits.grad, None
+    return gradient
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_micro_batches_sum_to_the_whole(distillation, token_level: bool) -> None:
+    """The gradient of a step does not depend on how its sequences are split, however uneven they are."""
+    batch = Batch([(3, 9), (2, 1), (5, 6), (4, 2)])
+    whole = step(distillation, batch, [[0, 1, 2, 3]], token_level)
+    for split in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[3, 0], [2, 1]]):
+        torch.testing.assert_close(step(distillation, batch, split, token_level), whole, rtol=1e-5, atol=1e-7)
+    assert whole.abs().sum() > 0
+
+
+def test_token_mean_and_sequence_mean(distillation, aggregate_loss) -> None:
+    """Token mean: every token weighs the same; sequence mean: every sequence does."""
+    batch = Batch(LENGTHS)
+    values = distillation.token_losses(*batch.all, LOSSES["forward_kl"]).detach()
+    per_row = [values[row][batch.action_mask[row].bool()] for row in range(3)]
+    expected = {True: torch.cat(per_row).mean(), False: torch.stack([v.mean() for v in per_row]).mean()}
+    for token_level, value in expected.items():
+        loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=token_level)
+        logits, sequences, mask, traces = batch.all
+        loss.expect(sequences, traces)
+        loss.capture(None, None, (None, {"logits": logits}))
+        found, *rest = loss(None, None, None, action_mask=mask)
+        torch.testing.assert_close(found.detach(), value, rtol=1e-5, atol=1e-7)
+        assert len(rest) == 4 and rest[2:] == [None, None] and not any(r.requires_grad for r in rest[:2])
+
+
+def test_logits_are_used_once(distillation) -> None:
+    """A second loss without a forward in between would be that of another batch."""
+    batch = Batch(LENGTHS)
+    loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=True)
+    logits, sequences, mask, traces = batch.all
+    loss.expect(sequences, traces)
+    loss.capture(None, None, (None, {"logits": logits}))
+    loss(None, None, None, action_mask=mask)
+    with pytest.raises(RuntimeError, match="logits were not captured"):
+        loss(None, None, None, action_mask=mask)
+    loss.capture(None, None, torch.zeros(1))  # a forward for log-probs only
+    with pytest.raises(RuntimeError, match="logits were not captured"):
+        loss(None, None, None, action_mask=mask)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_whole_pipeline_on_a_tiny_llama(distillation, kind: str) -> None:
+    """The host's Actor, our hook and the loss give the loss and gradient of a float64 model fed row by row."""
+    from openrlhf.models import Actor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    exact = LlamaForCausalLM(config).double()
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+
+    batch = Batch(LENGTHS, width=13, seed=4)
+    actor = Actor(model)
+    actor.packing_samples = False
+    loss = distillation.DistillationLoss(LOSSES[kind], token_level_loss=True)
+    actor.register_forward_hook(loss.capture)
+    attention = torch.zeros_like(batch.sequences)
+    for row, lengths in enumerate(LENGTHS):
+        attention[row, : sum(lengths)] = 1
+    loss.expect(batch.sequences, batch.traces)
+    actor(batch.sequences, batch.action_mask, attention_mask=attention, return_output=True)
+    value, *_ = loss(None, None, None, action_mask=batch.action_mask)
+    value.backward()
+
+    total = torch.zeros((), dtype=torch.float64)
+    for row, (prompt, response) in enumerate(LENGTHS):
+        logits = exact(batch.sequences[row : row + 1, : prompt + response]).logits[0]
+        total = total + reference(logits, batch.traces[row], prompt, kind).sum()
+    (total / sum(response for _, response in LENGTHS)).backward()
+    expected = total.detach() / sum(response for _, response in LENGTHS)
+    torch.testing.assert_close(value.detach().double(), expected, rtol=1e-4, atol=1e-6)
+    for (name, found), wanted in zip(model.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=2e-3, atol=2e-5, msg=name)

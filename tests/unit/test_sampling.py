@@ -1,0 +1,109 @@
+"""Warping against a slow numpy reference, and the law of a draw."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from skd_plugin.core import rng, sampling
+
+P_VALUE = 1e-4
+
+
+def slow_warp(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    """One row, token by token, in float64."""
+    if temperature == 0:
+        probs = np.zeros(len(logits))
+        probs[int(np.argmax(logits))] = 1.0
+        return probs
+    probs = np.exp((logits - logits.max()) / temperature)
+    probs /= probs.sum()
+    kept, mass = [], 0.0
+    for token in sorted(range(len(probs)), key=lambda v: (-probs[v], v)):
+        if mass >= top_p and top_p < 1:
+            break
+        kept.append(token)
+        mass += probs[token]
+    result = np.zeros_like(probs)
+    result[kept] = probs[kept] / mass
+    return result
+
+
+def warp_one(logits: list[float], temperature: float, top_p: float) -> torch.Tensor:
+    return sampling.warp(torch.tensor([logits]), torch.tensor([temperature]), torch.tensor([top_p]))[0]
+
+
+def test_warp_matches_the_reference_in_a_mixed_batch():
+    generator = torch.Generator().manual_seed(0)
+    settings_ = [(t, p) for t in (0.0, 0.3, 1.0, 2.5) for p in (0.05, 0.5, 0.9, 1.0)]
+    logits = torch.randn(len(settings_), 40, generator=generator) * 3
+    temperature, top_p = (torch.tensor(column) for column in zip(*settings_, strict=True))
+    expected = np.stack([slow_warp(row.double().numpy(), t, p) for row, (t, p) in zip(logits, settings_, strict=True)])
+    np.testing.assert_allclose(sampling.warp(logits, temperature, top_p).numpy(), expected, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    logits=st.lists(st.integers(-6, 6), min_size=1, max_size=12),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    top_p=st.integers(1, 64).map(lambda n: n / 64),
+)
+def test_warp_of_any_row(logits, temperature, top_p):
+    """Includes ties. Where the kept mass meets top_p exactly, rounding may decide: those rows are skipped."""
+    probs = np.sort(slow_warp(np.array(logits, dtype=float), temperature or 1.0, 1.0))[::-1]
+    if np.abs(np.cumsum(probs) - top_p).min() < 1e-6:
+        return
+    warped = warp_one([float(x) for x in logits], temperature, top_p)
+    np.testing.assert_allclose(warped, slow_warp(np.array(logits, dtype=float), temperature, top_p), atol=1e-6)
+
+
+def test_temperature_zero_takes_the_first_of_equal_logits():
+    assert warp_one([1.0, 3.0, 3.0, 0.0], 0.0, 0.5).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_nucleus_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().tolist()
+    torch.testing.assert_close(warp_one(logits, 1.0, 0.6), torch.tensor([0.625, 0.375, 0.0]))
+    torch.testing.assert_close(warp_one(logits, 1.0, 0.4), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_nucleus_is_taken_after_the_temperature():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().tolist()
+    assert (warp_one(logits, 10.0, 0.6) > 0).tolist() == [True, True, False]
+    assert (warp_one(logits, 0.2, 0.9) > 0).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_warp_is_float32_and_sums_to_one(dtype):
+    logits = (torch.randn(8, 100, generator=torch.Generator().manual_seed(1)) * 5).to(dtype)
+    warped = sampling.warp(logits, torch.full((8,), 0.7), torch.full((8,), 0.95))
+    assert warped.dtype == torch.float32
+    torch.testing.assert_close(warped.sum(-1), torch.ones(8))
+
+
+def test_draw_has_the_law():
+    probs = torch.randn(60, generator=torch.Generator().manual_seed(2)).mul(1.5).softmax(-1)
+    count = 20_000
+    noise = rng.uniform(torch.arange(count), torch.zeros(count), rng.STUDENT)
+    drawn = torch.bincount(sampling.draw(probs.expand(count, -1), noise), minlength=60)
+    assert (
+        stats.chisquare(drawn.numpy(), probs.double().numpy() / probs.double().sum().item() * count).pvalue > P_VALUE
+    )
+
+
+def test_draw_inverts_the_distribution():
+    probs = torch.tensor([0.25, 0.0, 0.5, 0.25])
+    noise = torch.tensor([1e-9, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 1e-9], dtype=torch.float64)
+    assert sampling.draw(probs.expand(6, -1), noise).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.0, 1e-30, 1e-8, 0.1, 1.0]), min_size=1, max_size=10).filter(any),
+    noise=st.sampled_from([2.0**-54, 0.25, 0.5, 0.75, 1 - 2.0**-53]) | st.floats(1e-16, 1 - 1e-16),
+)
+def test_draw_never_takes_an_impossible_token(weights, noise):
+    token = sampling.draw(torch.tensor([weights]), torch.tensor([noise], dtype=torch.float64)).item()
+    assert weights[token] > 0

@@ -1,0 +1,124 @@
+"""The arithmetic task: its stories are sound, its splits apart, and its checker strict."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from skd_plugin.tasks import TASKS, Task, arithmetic
+from skd_plugin.tasks.arithmetic import MAX_VALUE, NUM_STEPS, Arithmetic, vocabulary
+from skd_plugin.tasks.reward import make_label, reward_func
+
+STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+) \.")
+
+
+@pytest.fixture
+def task() -> Arithmetic:
+    return Arithmetic()
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_task_has_the_protocol(name: str) -> None:
+    made: Task = TASKS[name]()
+    assert made.name == name and isinstance(made.metric, str)
+    examples = made.examples("train", 20, seed=3)
+    assert len(examples) == 20 and len({e.prompt for e in examples}) == 20
+    assert all(made.score(e.reference, e.label) == 1.0 for e in examples)
+
+
+def test_same_arguments_same_examples(task: Arithmetic) -> None:
+    assert task.examples("test", 30, seed=5) == task.examples("test", 30, seed=5)
+    assert task.examples("test", 30, seed=5) == task.examples("test", 50, seed=5)[:30]
+    assert task.examples("test", 30, seed=5) != task.examples("test", 30, seed=6)
+
+
+def test_splits_share_no_story_whatever_the_seeds(task: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In so small a world that different seeds do make the same stories."""
+    for name in ("NAMES", "ITEMS", "GAIN", "LOSE"):
+        monkeypatch.setattr(arithmetic, name, getattr(arithmetic, name)[:1])
+    monkeypatch.setattr(arithmetic, "NUM_STEPS", (1, 1))
+    train, again = ({e.prompt for e in task.examples("train", 3000, seed)} for seed in (0, 1))
+    test, more = ({e.prompt for e in task.examples("test", 600, seed)} for seed in (0, 2))
+    assert train & again and test & more, "the world is too large for this test"
+    assert not (train | again) & (test | more)
+
+
+def test_stories_add_up(task: Arithmetic) -> None:
+    """The steps of a reference follow the story's numbers, one after the other, to its label."""
+    for example in task.examples("train", 300):
+        start, *amounts = map(int, re.findall(r"\d+", example.prompt))
+        steps = STEP.findall(example.reference)
+        assert NUM_STEPS[0] <= len(steps) == len(amounts) <= NUM_STEPS[1]
+        value = start
+        for amount, (left, sign, right, result) in zip(amounts, steps, strict=True):
+            assert (int(left), int(right)) == (value, amount)
+            value = value + amount if sign == "+" else value - amount
+            assert int(result) == value and 0 < value <= MAX_VALUE
+        assert str(value) == example.label
+
+
+def test_reference_scores_one_and_a_wrong_answer_zero(task: Arithmetic) -> None:
+    for example in task.examples("test", 100):
+        assert task.score(example.reference, example.label) == 1.0
+        wrong = example.reference.removesuffix(example.label) + str(int(example.label) + 1)
+        assert task.score(wrong, example.label) == 0.0
+        assert task.step_validity(example.reference) == 1.0
+
+
+def test_a_wrong_step_spoils_the_answer(task: Arithmetic) -> None:
+    """Continued from a wrong result, the story ends at another number."""
+    for example in task.examples("test", 100):
+        steps = STEP.findall(example.reference)
+        value = int(steps[0][3]) + 10  # the first result is wrong, the rest goes on from it
+        for _, sign, amount, _ in steps[1:]:
+            value = value + int(amount) if sign == "+" else value - int(amount)
+        assert task.score(f" ... . the answer is {value}", example.label) == 0.0
+        first = steps[0]
+        broken = example.reference.replace(f"= {first[3]} .", f"= {int(first[3]) + 10} .", 1)
+        assert task.step_validity(broken) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        (" the answer is 73", 1.0),
+        (" first 47 + 38 = 85 . in total the answer is 73 ", 1.0),
+        (" the answer is 73 .", 0.0),
+        (" the answer is 7", 0.0),
+        (" the answer is 173", 0.0),
+        (" the answer is 73 the answer is 74", 0.0),
+        (" 73", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_score_wants_the_answer_at_the_end(task: Arithmetic, response: str, score: float) -> None:
+    assert task.score(response, "73") == score
+
+
+def test_step_validity_is_a_share(task: Arithmetic) -> None:
+    assert task.step_validity("1 + 2 = 3 . 9 - 4 = 5 . 2 + 2 = 5 . 1 - 1 = 1") == 0.5
+    assert task.step_validity("nothing") == 0.0
+
+
+def test_every_word_is_in_the_vocabulary(task: Arithmetic) -> None:
+    tokens = set(vocabulary())
+    for example in task.examples("train", 200):
+        words = re.findall(r" ?[a-z]+| ?[0-9]| ?[.?+=-]", example.prompt + example.reference)
+        assert "".join(words) == example.prompt + example.reference
+        assert set(words) <= tokens
+
+
+@pytest.mark.parametrize(("answer", "score"), [("73", 1.0), ("74", 0.0)])
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_reward_function_scores_the_response_alone(answer: str, score: float, end: str) -> None:
+    """The host hands in prompt and response as one text, with the end token if the response has one."""
+    prompt = "the answer is 1"
+    label = make_label("arithmetic", "73", "</s>")
+    rewards = reward_func([f"{prompt} so the answer is {answer}{end}"], [prompt], [label])
+    assert rewards == {"rewards": score, "scores": score}
+
+
+def test_reward_function_takes_one_response() -> None:
+    with pytest.raises(ValueError):
+        reward_func(["a", "b"], ["a", "b"], ["{}", "{}"])

@@ -1,0 +1,75 @@
+"""The record of a response: slices, joins, and its documented JSON form."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+from skd_plugin.core import accept
+from skd_plugin.core.trace import SOURCE_LETTERS, Trace
+
+KEYS = {
+    "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
+    "student_entropy", "teacher_topk_ids", "teacher_topk_logp", "finish",
+}  # fmt: skip
+
+
+@pytest.fixture
+def trace() -> Trace:
+    """A kept, a replaced and an undrafted token."""
+    nan = float("nan")
+    return Trace(
+        response_ids=torch.tensor([5, 6, 7], dtype=torch.int32),
+        source=torch.tensor([accept.ACCEPTED, accept.REPLACED, accept.UNDRAFTED], dtype=torch.uint8),
+        rejected_ids=torch.tensor([-1, 9, -1], dtype=torch.int32),
+        draft_rank=torch.tensor([0, 12, -1], dtype=torch.int32),
+        student_logp=torch.tensor([-0.5, -1.5, nan]),
+        teacher_logp=torch.tensor([-0.25, -0.75, -float("inf")]),
+        kl=torch.tensor([0.5, 0.25, nan]),
+        student_entropy=torch.tensor([1.0, 2.0, nan]),
+        teacher_topk_ids=torch.tensor([[5, 1], [6, 2], [7, 3]], dtype=torch.int32),
+        teacher_topk_logp=torch.tensor([[-0.25, -2.0], [-0.75, -2.5], [-1.0, -float("inf")]]),
+    )
+
+
+def assert_equal(left: Trace, right: Trace) -> None:
+    for field in fields(Trace):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        assert a.dtype == b.dtype, field.name
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=field.name)
+
+
+def test_json_has_the_documented_keys_and_values(trace):
+    line = trace.to_json([1, 2], "stop")
+    assert set(line) == KEYS
+    assert line["prompt_ids"] == [1, 2] and line["response_ids"] == [5, 6, 7] and line["finish"] == "stop"
+    assert line["source"] == "stu"
+    assert line["rejected_ids"] == [-1, 9, -1] and line["draft_rank"] == [0, 12, -1]
+    assert line["teacher_topk_ids"] == [[5, 1], [6, 2], [7, 3]]
+
+
+def test_json_is_strict(trace):
+    """NaN and infinity are not JSON: they become null."""
+    line = json.loads(json.dumps(trace.to_json([1, 2], "length"), allow_nan=False))
+    assert line["student_logp"] == [-0.5, -1.5, None]
+    assert line["teacher_logp"] == [-0.25, -0.75, None]
+    assert line["kl"][2] is None and line["student_entropy"][2] is None
+    assert line["teacher_topk_logp"][2] == [-1.0, None]
+
+
+def test_letters_follow_the_codes():
+    assert [SOURCE_LETTERS[code] for code in (accept.ACCEPTED, accept.REPLACED, accept.UNDRAFTED)] == ["s", "t", "u"]
+
+
+def test_slices_join_to_the_whole(trace):
+    assert_equal(Trace.join([trace.slice(0, 1), trace.slice(1, 1), trace.slice(1, 3)]), trace)
+    assert len(trace.slice(0, 2)) == 2
+    assert trace.num_rejected == 1 and trace.slice(0, 1).num_rejected == 0
+
+
+def test_empty_joins_without_a_change(trace):
+    empty = Trace.empty(2)
+    assert len(empty) == 0 and empty.teacher_topk_ids.shape == (0, 2)
+    assert_equal(Trace.join([empty, trace]), trace)
+    assert empty.to_json([1, 2], "stop")["source"] == ""
