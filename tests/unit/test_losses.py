@@ -166,7 +166,7 @@ def test_any_shape(kind, tokens, vocab, scale, seed, data):
 @settings(max_examples=40, deadline=None)
 @given(vocab=st.integers(2, 24), scale=st.sampled_from([0.5, 3.0, 8.0]), seed=st.integers(0, 10**6))
 def test_joining_categories_never_raises_it(kind, vocab, scale, seed):
-    """A smaller K is a coarser view. (The adaptive weight changes with the view: it is no divergence of a fixed form.)"""
+    """A smaller K is a coarser view."""
     if kind == "adaptive_kl":
         pytest.skip("its head is chosen on the categories, so joining them may raise it")
     student, teacher, *_ = make_case(3, vocab, 1, seed, scale)
