@@ -30,7 +30,18 @@ class RolloutConfig(Section):
 
 
 class LossConfig(Section):
-    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    kind: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "symmetric_kl",
+        "jsd",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "adaptive_kl",
+    ] = Field("forward_kl", description="divergence of the student from the teacher; p is the teacher")
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
+    alpha: float = Field(0.1, ge=0, lt=1, description="of the skew divergences: share of the first distribution")
     top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
 
 

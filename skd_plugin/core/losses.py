@@ -1,93 +1,140 @@
 """Distillation losses, one value a token. p is the teacher, q the student, in nats, in float32.
 
-Shapes: N trained tokens, K teacher entries kept a token, V student vocabulary. A loss never reduces over tokens: the
-host's `aggregate_loss` does, with the token count of the whole optimizer step.
+Shapes: N trained tokens, V vocabulary, K teacher entries kept a token, C = K + 1 categories: the teacher's top-K and
+one tail that holds all other tokens. A loss never reduces over tokens: the host's `aggregate_loss` does, with the
+token count of the whole optimizer step.
+
+Each divergence is written once, over any categories: the C of a rollout, or the whole vocabulary. Joining categories
+cannot raise a divergence (data-processing inequality), so the value on C categories is a lower bound of the value on
+the vocabulary, never negative, and zero iff the C probabilities agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `top_k_loss`
+
+ADAPTIVE_HEAD_MASS = 0.5  # mu of the adaptive KL, as in its paper
 
 
-def log_tail(head_logp_NK: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum of the head's probabilities): the mass of all tokens outside the head.
+def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p||q) = sum p (log p - log q). The loss of SKD (arXiv 2410.11325, section 3) and of Hinton et al. 2015."""
+    p = log_p.exp()
+    # A category without mass adds 0, whatever the other distribution says.
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
-    A head that holds all mass up to rounding gets a tail of one float32 epsilon (log = -15.9), so that its logarithm
-    and gradient stay finite.
 
-    Returns:
-        float32 [N].
+def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(q||p) = sum q (log q - log p). MiniLLM (arXiv 2306.08543)."""
+    return forward_kl(log_q, log_p)
+
+
+def symmetric_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """(KL(p||q) + KL(q||p)) / 2. Half of Jeffreys' divergence."""
+    return 0.5 * (forward_kl(log_p, log_q) + reverse_kl(log_p, log_q))
+
+
+def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q, 0 < beta < 1. GKD (arXiv 2306.13649, eq. 1).
+
+    At most the entropy of (beta, 1 - beta); divided by beta it tends to KL(p||q) for beta -> 0, divided by 1 - beta to
+    KL(q||p) for beta -> 1.
     """
-    head_N = head_logp_NK.exp().sum(-1)
-    return torch.log((1.0 - head_N).clamp_min(torch.finfo(torch.float32).eps))
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
-def student_buckets(student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor) -> torch.Tensor:
-    """log q of the teacher's K tokens, and of everything else as one bucket: [N, K + 1].
+def skew_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
+    """KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1; alpha = 0 is the forward KL. DistiLLM (arXiv 2402.03898)."""
+    return forward_kl(log_p, _log_mixture(log_p, log_q, alpha))
 
-    The tail is a log-sum-exp over the logits outside the head, not 1 - head: it keeps full precision and a gradient
-    when the student has next to no mass there.
+
+def skew_reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
+    """KL(q || alpha q + (1 - alpha) p), 0 <= alpha < 1; alpha = 0 is the reverse KL. DistiLLM (arXiv 2402.03898)."""
+    return forward_kl(log_q, _log_mixture(log_q, log_p, alpha))
+
+
+def total_variation(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """sum |p - q| / 2, in [0, 1], no unit. One minus it is the acceptance rate of speculative decoding."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def adaptive_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """w KL(p||q) + (1 - w) KL(q||p), w the share of |p - q| that lies in p's head. AKL (arXiv 2404.02657).
+
+    The head: the fewest most probable categories that hold half of p. w is a constant to the gradient.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    sorted_p, order = p.sort(dim=-1, descending=True)
+    head = torch.zeros_like(p).scatter(-1, order, (sorted_p.cumsum(-1) - sorted_p < ADAPTIVE_HEAD_MASS).to(p.dtype))
+    gap = (p - q).abs().detach()
+    head_share = (gap * head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return head_share * forward_kl(log_p, log_q) + (1 - head_share) * reverse_kl(log_p, log_q)
+
+
+def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight_a: float) -> torch.Tensor:
+    """log(w a + (1 - w) b) without leaving log space."""
+    if weight_a == 0:
+        return log_b
+    log_weights = torch.tensor([weight_a, 1 - weight_a], dtype=torch.float64).log().tolist()
+    return torch.logaddexp(log_a + log_weights[0], log_b + log_weights[1])
+
+
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "adaptive_kl": adaptive_kl,
+}
+
+
+def make_divergence(kind: str, *, beta: float, alpha: float) -> Divergence:
+    """The divergence of a recipe with its parameter bound: chosen once, so that a training step has no branch.
+
+    Raises:
+        KeyError: no divergence of that name.
+    """
+    parameters = {"jsd": {"beta": beta}, "skew_forward_kl": {"alpha": alpha}, "skew_reverse_kl": {"alpha": alpha}}
+    return partial(DIVERGENCES[kind], **parameters.get(kind, {}))
+
+
+def student_categories(student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor) -> torch.Tensor:
+    """log q of the teacher's K tokens and of everything else as one category: float32 [N, K + 1].
+
+    The tail is a log-sum-exp over the logits outside the head, not log(1 - head): it keeps its precision and its
+    gradient where the student has next to no mass there. For K = V there is no tail, and the result is [N, K].
     """
     logits_NV = student_logits_NV.float()
     total_N1 = logits_NV.logsumexp(-1, keepdim=True)
     head_NK = logits_NV.gather(1, teacher_ids_NK) - total_N1
     if teacher_ids_NK.shape[1] >= logits_NV.shape[1]:
-        tail_N1 = torch.full_like(total_N1, float("-inf"))
-    else:
-        tail_N1 = logits_NV.scatter(1, teacher_ids_NK, float("-inf")).logsumexp(-1, keepdim=True) - total_N1
+        return head_NK
+    tail_N1 = logits_NV.scatter(1, teacher_ids_NK, float("-inf")).logsumexp(-1, keepdim=True) - total_N1
     return torch.cat([head_NK, tail_N1], dim=1)
 
 
-def _teacher_buckets(teacher_logp_NK: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    if teacher_logp_NK.shape[1] >= vocab_size:
-        tail_N = torch.full_like(teacher_logp_NK[:, 0], float("-inf"))
-    else:
-        tail_N = log_tail(teacher_logp_NK)
-    return torch.cat([teacher_logp_NK, tail_N[:, None]], dim=1)
+def top_k_loss(divergence: Divergence) -> TokenLoss:
+    """A divergence as a loss of the student's logits against what a rollout keeps of the teacher.
 
-
-def _divergence(p_logp_NC: torch.Tensor, q_logp_NC: torch.Tensor) -> torch.Tensor:
-    """KL(p||q) over the categories of the last axis. A category that p gives no mass adds 0, whatever q says."""
-    p_NC = p_logp_NC.exp()
-    log_ratio_NC = torch.where(p_NC > 0, p_logp_NC - q_logp_NC, 0.0)
-    return (p_NC * log_ratio_NC).sum(-1)
-
-
-def forward_kl(
-    student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor, teacher_logp_NK: torch.Tensor
-) -> torch.Tensor:
-    """Forward KL, KL(p||q) = sum p (log p - log q), on K + 1 categories: the teacher's top-K and one tail.
-
-    The loss of SKD (arXiv 2410.11325, section 3) and of Hinton et al. 2015. Joining the tail into one category cannot
-    raise the divergence (log-sum inequality), so this is a lower bound of the full-vocabulary value, never negative,
-    zero iff the K + 1 probabilities agree, and equal to the full-vocabulary value for K = V.
-
-    Args:
-        student_logits_NV: [N, V], any float type, with gradient.
-        teacher_ids_NK: int64 [N, K].
-        teacher_logp_NK: [N, K], log p over the whole vocabulary (not renormalised over the K).
-
-    Returns:
-        float32 [N], nats, >= 0 up to rounding.
+    The loss takes student_logits_NV (any float type, with gradient), teacher_ids_NK (int64) and teacher_logp_NC
+    (log p of the K tokens over the whole vocabulary, not renormalised, and the log mass of all others as the last
+    column). It returns float32 [N]. Padded teacher or student vocabularies need no care: a padding row is one more
+    token of the tail.
     """
-    teacher_NC = _teacher_buckets(teacher_logp_NK.float(), student_logits_NV.shape[1])
-    return _divergence(teacher_NC, student_buckets(student_logits_NV, teacher_ids_NK))
 
+    def loss(
+        student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor, teacher_logp_NC: torch.Tensor
+    ) -> torch.Tensor:
+        log_q = student_categories(student_logits_NV, teacher_ids_NK)
+        return divergence(teacher_logp_NC[:, : log_q.shape[1]].float(), log_q)
 
-def reverse_kl(
-    student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor, teacher_logp_NK: torch.Tensor
-) -> torch.Tensor:
-    """Reverse KL, KL(q||p) = sum q (log q - log p), on the same K + 1 categories; used by MiniLLM (arXiv 2306.08543).
-
-    The tail category is what keeps it honest: without it the student could lower the loss by moving mass outside the
-    teacher's top-K. Shapes and units as `forward_kl`.
-    """
-    teacher_NC = _teacher_buckets(teacher_logp_NK.float(), student_logits_NV.shape[1])
-    return _divergence(student_buckets(student_logits_NV, teacher_ids_NK), teacher_NC)
-
-
-LOSSES: dict[str, TokenLoss] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
+    return loss

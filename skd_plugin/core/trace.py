@@ -31,6 +31,7 @@ class Trace:
     student_entropy: torch.Tensor  # float32 [R], nats
     teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
     teacher_topk_logp: torch.Tensor  # float32 [R, K]
+    teacher_tail_logp: torch.Tensor  # float32 [R], log mass of all tokens outside the K; -inf for K = V
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -48,7 +49,17 @@ class Trace:
         ints, floats = torch.empty(0, dtype=torch.int32), torch.empty(0)
         table = torch.empty(0, num_teacher_entries)
         return cls(
-            ints, ints.to(torch.uint8), ints, ints, floats, floats, floats, floats, table.to(torch.int32), table
+            ints,
+            ints.to(torch.uint8),
+            ints,
+            ints,
+            floats,
+            floats,
+            floats,
+            floats,
+            table.to(torch.int32),
+            table,
+            floats,
         )
 
     def to_json(self, prompt_ids: list[int], finish: str) -> dict:
@@ -65,6 +76,7 @@ class Trace:
             "student_entropy": _numbers(self.student_entropy),
             "teacher_topk_ids": self.teacher_topk_ids.tolist(),
             "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
+            "teacher_tail_logp": _numbers(self.teacher_tail_logp),
             "finish": finish,
         }
 

@@ -110,7 +110,7 @@ class SKDSampler:
         teacher_logp_MV = teacher_NV[emitted].log_softmax(-1)
         student_logp_MV = student_logp_NV[emitted].float()
         token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], draft_N[emitted]
-        top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
+        top_ids, top_logp, tail_logp = self._teacher_head(teacher_logp_MV)
         step = Trace(
             response_ids=token_M.to(torch.int32).cpu(),
             source=torch.where(kept_M, accept.ACCEPTED, accept.REPLACED).to(torch.uint8).cpu(),
@@ -120,8 +120,9 @@ class SKDSampler:
             teacher_logp=teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
             student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
-            teacher_topk_ids=top_ids.to(torch.int32).cpu(),
-            teacher_topk_logp=top_logp.cpu(),
+            teacher_topk_ids=top_ids,
+            teacher_topk_logp=top_logp,
+            teacher_tail_logp=tail_logp,
         )
         start = 0
         for row, count in enumerate((token_BL != accept.NOTHING).sum(1).tolist()):
@@ -130,7 +131,7 @@ class SKDSampler:
                 start += count
 
     def _undrafted_part(self, token: int, teacher_logp_1V: torch.Tensor) -> Trace:
-        top_logp, top_ids = teacher_logp_1V.topk(self._table.num_teacher_entries, dim=-1)
+        top_ids, top_logp, tail_logp = self._teacher_head(teacher_logp_1V)
         nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
             response_ids=torch.tensor([token], dtype=torch.int32),
@@ -141,9 +142,16 @@ class SKDSampler:
             teacher_logp=teacher_logp_1V[:, token].cpu(),
             kl=unknown,
             student_entropy=unknown,
-            teacher_topk_ids=top_ids.to(torch.int32).cpu(),
-            teacher_topk_logp=top_logp.cpu(),
+            teacher_topk_ids=top_ids,
+            teacher_topk_logp=top_logp,
+            teacher_tail_logp=tail_logp,
         )
+
+    def _teacher_head(self, teacher_logp_MV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and log p of the K most probable tokens, and the log mass of all others, summed up and not 1 - head."""
+        top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
+        tail_logp = teacher_logp_MV.scatter(1, top_ids, float("-inf")).logsumexp(-1)
+        return top_ids.to(torch.int32).cpu(), top_logp.cpu(), tail_logp.cpu()
 
     def _lengths(self) -> torch.Tensor:
         """Tokens that each request has so far [B]: the position of the next one."""

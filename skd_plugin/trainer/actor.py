@@ -13,7 +13,7 @@ import torch
 from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 
 from skd_plugin.compat import cpu
-from skd_plugin.core.losses import LOSSES
+from skd_plugin.core.losses import make_divergence, top_k_loss
 from skd_plugin.rollout.actor import TRACE_KEY
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
@@ -27,8 +27,10 @@ HostPolicy = host.PolicyModelActor.__ray_metadata__.modified_class.__bases__[0]
 class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
+        options = self.args.skd.loss
+        divergence = make_divergence(options.kind, beta=options.beta, alpha=options.alpha)
         self.actor_loss_fn = DistillationLoss(
-            LOSSES[self.args.skd.loss.kind], token_level_loss=self.args.actor.loss_agg_mode == "token-mean"
+            top_k_loss(divergence), token_level_loss=self.args.actor.loss_agg_mode == "token-mean"
         )
         self.actor.register_forward_hook(self.actor_loss_fn.capture)
 

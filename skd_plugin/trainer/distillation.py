@@ -76,9 +76,10 @@ def token_losses(
     values_BT = logits_BTV.new_zeros(action_mask.shape)
     if not len(batch_N):
         return values_BT + logits_BTV.sum() * 0  # keeps the graph, so that every ZeRO rank runs its backward
+    teacher_logp_NC = torch.cat([taught.teacher_topk_logp, taught.teacher_tail_logp[:, None]], dim=1)
     values_N = token_loss(
         logits_BTV[batch_N, time_N],
         taught.teacher_topk_ids.to(device=device, dtype=torch.int64),
-        taught.teacher_topk_logp.to(device),
+        teacher_logp_NC.to(device),
     )
     return values_BT.index_put((batch_N, time_N), values_N)
