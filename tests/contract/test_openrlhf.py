@@ -377,6 +377,7 @@ def make_trace(ids: list[int]) -> Trace:
         student_entropy=torch.zeros(count),
         teacher_topk_ids=torch.zeros(count, 1, dtype=torch.int32),
         teacher_topk_logp=torch.zeros(count, 1),
+        teacher_tail_logp=torch.zeros(count),
     )
 
 

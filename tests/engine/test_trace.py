@@ -105,6 +105,8 @@ def test_teacher_entries(case):
     named = case.teacher_logp.gather(1, case.record.teacher_topk_ids.long())
     torch.testing.assert_close(named, best, atol=2 * TOLERANCE, rtol=0)
     assert all(len(set(row)) == ENTRIES for row in case.record.teacher_topk_ids.tolist())
+    tail = case.teacher_logp.sort(dim=-1, descending=True).values[:, ENTRIES:].exp().sum(-1)
+    torch.testing.assert_close(case.record.teacher_tail_logp.double(), tail.log(), atol=TOLERANCE, rtol=0)
 
 
 def test_json_lines(case):

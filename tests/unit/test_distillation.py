@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.losses import LOSSES
+from skd_plugin.core.losses import make_divergence, top_k_loss
 from skd_plugin.core.trace import Trace
 
 VOCAB, TEACHER_ENTRIES = 20, 5
+LOSSES = {kind: top_k_loss(make_divergence(kind, beta=0.5, alpha=0.1)) for kind in ("forward_kl", "reverse_kl")}
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +49,7 @@ def make_trace(response: list[int], generator: torch.Generator) -> Trace:
         student_entropy=unused,
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=logp,
+        teacher_tail_logp=teacher.scatter(1, ids, float("-inf")).logsumexp(-1),
     )
 
 

@@ -35,6 +35,7 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
         student_entropy=3 * known,
         teacher_topk_ids=torch.zeros(count, 2, dtype=torch.int32),
         teacher_topk_logp=torch.full((count, 2), topk_mass / 2).log(),
+        teacher_tail_logp=torch.full((count,), 1 - topk_mass).log(),
     )
 
 

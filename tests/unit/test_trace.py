@@ -11,7 +11,7 @@ from skd_plugin.core.trace import SOURCE_LETTERS, Trace
 
 KEYS = {
     "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
-    "student_entropy", "teacher_topk_ids", "teacher_topk_logp", "finish",
+    "student_entropy", "teacher_topk_ids", "teacher_topk_logp", "teacher_tail_logp", "finish",
 }  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def trace() -> Trace:
         student_entropy=torch.tensor([1.0, 2.0, nan]),
         teacher_topk_ids=torch.tensor([[5, 1], [6, 2], [7, 3]], dtype=torch.int32),
         teacher_topk_logp=torch.tensor([[-0.25, -2.0], [-0.75, -2.5], [-1.0, -float("inf")]]),
+        teacher_tail_logp=torch.tensor([-2.5, -0.8, -float("inf")]),
     )
 
 
