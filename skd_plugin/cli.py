@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     try:
         return commands[argv[0]](argv[1:])
-    except (RecipeError, RuntimeError) as error:
+    except RecipeError as error:
         print(f"skd {argv[0]}: {error}", file=sys.stderr)
         return 2
 
@@ -66,14 +67,16 @@ def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
     """
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
         raise RecipeError("name the recipe first, e.g. skd train recipes/quickstart.yaml")
-    positional = [item for item in argv[1:] if not item.startswith("--") and "=" in item]
+    positional = [item for item in argv[1:] if item.startswith(("skd.", "openrlhf.")) and "=" in item]
     flags = [item for item in argv[1:] if item not in positional]
     parser = _flag_parser()
     values, unknown = parser.parse_known_args(flags)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(unknown_key(unknown[0].split("=")[0], known))
-    return argv[0], positional + [f"{key}={_yaml(value)}" for key, value in vars(values).items()]
+    # The host's parser has made typed values, which JSON (a part of YAML) carries unchanged; ours are still text.
+    given = {key: v if key.startswith("skd.") else json.dumps(v) for key, v in vars(values).items()}
+    return argv[0], positional + [f"{key}={value}" for key, value in given.items()]
 
 
 def _flag_parser() -> argparse.ArgumentParser:
@@ -102,12 +105,6 @@ def _train_help() -> str:
     parser.prog = "skd train RECIPE.yaml [key=value ...]"
     parser.usage = "%(prog)s [--flag value ...]"
     return parser.format_help()
-
-
-def _yaml(value: object) -> str:
-    import yaml
-
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).strip().split("\n")[0]
 
 
 if __name__ == "__main__":

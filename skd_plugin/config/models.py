@@ -49,13 +49,22 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
             raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
     for role, config in configs.items():
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        needed = max_len + draft_len + 1
+        needed = context_needed(max_len, draft_len)
         if context is not None and needed > context:
             raise RecipeError(
-                f"openrlhf.data.max_len = {max_len} needs a context of {needed} tokens (draft_len + 1 more), but the "
-                f"{role} has {context}; lower data.max_len to {context - draft_len - 1}"
+                f"openrlhf.data.max_len = {max_len} needs a context of {needed} tokens (2 x draft_len + 1 more), but "
+                f"the {role} has {context}; lower data.max_len to {context + max_len - needed}"
             )
     return tokenizers["student"]
+
+
+def context_needed(max_len: int, draft_len: int) -> int:
+    """Tokens of context that the engine needs for sequences of `max_len`.
+
+    vLLM counts the drafts of a step and those it will ask for next, and stops drafting for the whole batch where they
+    would not fit.
+    """
+    return max_len + 2 * draft_len + 1
 
 
 def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None:

@@ -29,10 +29,16 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         key, separator, value = override.partition("=")
         if not separator:
             raise RecipeError(f"'{override}' is no override; write key=value, e.g. skd.rollout.top_k=10")
-        set_dotted(recipe, key, yaml.safe_load(value))
+        try:
+            set_dotted(recipe, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"'{override}': the value is not valid YAML") from error
     unknown = [name for name in recipe if name not in SECTIONS]
     if unknown:
         raise RecipeError(f"{path}: {unknown_key(unknown[0], SECTIONS)}")
+    for name in SECTIONS:
+        if not isinstance(recipe.get(name) or {}, dict):
+            raise RecipeError(f"{path}: '{name}' is {recipe[name]!r}, but must be a section with options")
     return recipe
 
 
@@ -73,6 +79,8 @@ def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     content = _resolve_paths(content, path.parent)
     base = content.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise RecipeError(f"{path}: 'base' is {base!r}, but must name one recipe file")
     return _merge(_load_with_bases(path.parent / base, (*seen, path)), content) if base else content
 
 

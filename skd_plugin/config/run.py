@@ -68,12 +68,18 @@ class Models:
     def max_len(self) -> int:
         return self.given.get("data.max_len", self.defaults["data.max_len"])
 
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Ours, or else the host's; None is whatever max_len leaves."""
+        ours = self.skd.rollout.max_new_tokens
+        return ours if ours is not None else self.given.get("rollout.max_new_tokens")
+
 
 def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
     """Reads a recipe and checks its two models; enough for sampling, where there is nothing to train.
 
     Raises:
-        RecipeError: see the message. RuntimeError: an unsupported version of the host.
+        RecipeError: what is wrong, what was expected, what to do.
     """
     check_versions()
     content = load_recipe(recipe, overrides)
@@ -100,20 +106,23 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Everything that can be wrong in a recipe is found here, before Ray, vLLM or DeepSpeed is started.
 
     Raises:
-        RecipeError: see the message. RuntimeError: an unsupported version of the host.
+        RecipeError: what is wrong, what was expected, what to do.
     """
     models = load_models(recipe, overrides)
     skd = models.skd
     host = models.given | _run_folder_options(skd)
-    if skd.rollout.max_new_tokens is not None:
-        host["rollout.max_new_tokens"] = skd.rollout.max_new_tokens
+    host["rollout.max_new_tokens"] = models.max_new_tokens
     if skd.task is not None:
-        host |= _task_options(skd, models.tokenizer, models.max_len)
+        host |= _task_options(skd)
     host.setdefault("reward.remote_url", host_rules.NO_REWARD)
     complete = {**models.defaults, **host}
     host_rules.check(complete)
     if skd.task is None:
         _check_dataset(complete, models.tokenizer)
+    elif skd.task.train_prompts < complete["rollout.batch_size"]:
+        raise RecipeError(_too_few_prompts(skd.task.train_prompts, complete))
+    else:
+        _write_task(skd, models.tokenizer, models.max_len - (models.max_new_tokens or 1))
     return Run(skd, host, models.cpu)
 
 
@@ -152,20 +161,35 @@ def _run_folder_options(skd: SKDConfig) -> dict[str, Any]:
     }
 
 
-def _task_options(skd: SKDConfig, tokenizer: Any, max_len: int) -> dict[str, Any]:
-    """Writes the task's prompts into the run folder and points the host's data and reward options at them."""
+def _task_options(skd: SKDConfig) -> dict[str, Any]:
+    """The host's data and reward options for a task of ours."""
     from skd_plugin.tasks import TASKS, reward
 
     assert skd.task is not None
     if skd.task.name not in TASKS:
         raise RecipeError(f"skd.task.name: {unknown_key(skd.task.name, TASKS)}; there are {', '.join(sorted(TASKS))}")
+    folder = Path(skd.run_dir) / "data"
+    return {
+        "data.prompt_dataset": str(folder / "train.jsonl"),
+        "data.input_key": "input",
+        "data.label_key": "label",
+        "eval.dataset": str(folder / "test.jsonl"),
+        "reward.remote_url": reward.__file__,
+    }
+
+
+def _write_task(skd: SKDConfig, tokenizer: Any, max_prompt_len: int) -> None:
+    """The task's prompts into the run folder, after all of them have been found to fit."""
+    from skd_plugin.tasks import TASKS, reward
+
+    assert skd.task is not None
     task = TASKS[skd.task.name]()
+    counts = {"train": skd.task.train_prompts, "test": skd.task.eval_prompts}
+    splits = {split: task.examples(split, count, skd.task.seed) for split, count in counts.items()}
+    check_prompts([e.prompt for examples in splits.values() for e in examples], tokenizer, max_prompt_len)
     folder = Path(skd.run_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {"train": skd.task.train_prompts, "test": skd.task.eval_prompts}
-    for split, count in counts.items():
-        examples = task.examples(split, count, skd.task.seed)
-        check_prompts([e.prompt for e in examples], tokenizer, max_len - (skd.rollout.max_new_tokens or 1))
+    for split, examples in splits.items():
         lines = (
             {
                 "input": e.prompt,
@@ -175,13 +199,13 @@ def _task_options(skd: SKDConfig, tokenizer: Any, max_len: int) -> dict[str, Any
             for e in examples
         )
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
-        "data.prompt_dataset": str(folder / "train.jsonl"),
-        "data.input_key": "input",
-        "data.label_key": "label",
-        "eval.dataset": str(folder / "test.jsonl"),
-        "reward.remote_url": reward.__file__,
-    }
+
+
+def _too_few_prompts(count: int, options: dict[str, Any]) -> str:
+    return (
+        f"there are {count} prompts, but a step needs openrlhf.rollout.batch_size = {options['rollout.batch_size']}; "
+        "give more prompts or make the batch smaller"
+    )
 
 
 def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
@@ -196,7 +220,9 @@ def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
     template = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
     key = options["data.input_key"]
     rows = [json.loads(line) for line in path.read_text().splitlines()[:PROMPTS_CHECKED] if line.strip()]
-    if rows and key not in rows[0]:
+    if len(rows) < options["rollout.batch_size"]:
+        raise RecipeError(f"{path}: {_too_few_prompts(len(rows), options)}")
+    if key not in rows[0]:
         raise RecipeError(f"{path} has no column '{key}' (openrlhf.data.input_key); it has {', '.join(rows[0])}")
     prompts = [
         preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0] for row in rows

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import FORCED_AND_ONE, engine_arguments, split_prompt
+from skd_plugin.rollout.engine import end_tokens, engine_arguments, split_prompt
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
 
@@ -54,9 +54,11 @@ class SKDRollout(HostRollout):
             *args, remote_rm_url=rewards, worker_extension_cls=WORKER_EXTENSION_CLS, **{**kwargs, **arguments}
         )
         self.executor = _TracingExecutor(self.executor)
+        self.num_teacher_entries = skd.num_teacher_entries
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
+        self._student_end = end_tokens(self._tokenizer)
         self.set_rule(skd.rule, skd.seed)
 
     def set_rule(self, rule: SamplingRule, seed: int) -> None:
@@ -77,10 +79,10 @@ class SKDRollout(HostRollout):
         params = self._rule.request(prompt_token_ids, next(self._trace_ids), self._next_seed(prompt_token_ids))
         engine_params = deepcopy(sampling_params)
         engine_params.temperature, engine_params.top_p, engine_params.top_k = 1.0, 1.0, 0
-        engine_params.min_tokens, engine_params.logprobs = FORCED_AND_ONE, None
+        engine_params.min_tokens, engine_params.logprobs = 0, None
         engine_params.max_tokens += 1  # the forced end of the prompt
         # vLLM knows the teacher's end token; the student's may be another one of the same vocabulary.
-        engine_params.stop_token_ids = [*(engine_params.stop_token_ids or ()), self._tokenizer.eos_token_id]
+        engine_params.stop_token_ids = [*(engine_params.stop_token_ids or ()), *self._student_end]
         engine_params.extra_args = params.to_extra_args()
         output = await super().generate(split_prompt(prompt_token_ids), engine_params)
         completion = output.outputs[0]
@@ -133,7 +135,7 @@ class _TracingExecutor(AgentExecutorBase):
     async def execute(self, *args: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
         turns = _TurnRecorder(llm_engine)
         response = await self._inner.execute(*args, llm_engine=turns, **kwargs)
-        response[TRACE_KEY] = Trace.join(turns.traces)
+        response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])
         return response
 
 
@@ -142,6 +144,7 @@ class _TurnRecorder:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self.nothing = Trace.empty(engine.num_teacher_entries)  # of an executor that asks for no token at all
         self.traces: list[Trace] = []
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     if samples < 1:
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
     models = load_models(recipe, overrides)
-    skd, max_len, max_new_tokens = models.skd, models.max_len, models.skd.rollout.max_new_tokens
+    skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
     prompt_ids = read_prompts(Path(prompts), models.tokenizer, max_len, max_new_tokens)
     repeated = [ids for ids in prompt_ids for _ in range(samples)]
     limits = [min(max_new_tokens or max_len, max_len - len(ids)) for ids in repeated]

@@ -16,13 +16,38 @@ from skd_plugin.rollout.requests import RequestTable
 class SKDDrafter(DraftModelProposer):
     """Proposes with the request's student settings, where vLLM's own drafter knows only the request's temperature.
 
-    What vLLM keeps as "draft probabilities" is here log q at temperature 1, [B, L, V]; `SKDSampler` is its reader.
+    What vLLM keeps as "draft probabilities" is here log q at temperature 1, [B, L, V]; `SKDSampler` reads it through
+    `take_proposed`, because vLLM itself forgets that of a request whose drafts wait a step.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, table: RequestTable) -> None:
         super().__init__(vllm_config, device, runner)
         self._table, self._runner = table, runner
         self._next_position: torch.Tensor | None = None
+        self._open: dict[str, torch.Tensor] = {}  # request -> log q [L, V] of its proposals that wait for the teacher
+
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens_BL = super().propose(*args, **kwargs)
+        # A request that is not in this step (its token budget was spent) keeps its drafts, so they are kept here too.
+        self._open = {name: logp for name, logp in self._open.items() if name in self._runner.requests}
+        self._open |= zip(self._runner.input_batch.req_ids, self.take_last_draft_probs(), strict=True)
+        return tokens_BL
+
+    def take_proposed(self, request_ids: list[str], counts: list[int]) -> torch.Tensor:
+        """log q [N, V] of the proposals that are verified now, N the sum of the counts; taken once each.
+
+        Raises:
+            RuntimeError: vLLM scheduled drafts that the student did not propose; their law would be unknown.
+        """
+        missing = [name for name, count in zip(request_ids, counts, strict=True) if count and name not in self._open]
+        if missing:
+            raise RuntimeError(
+                f"vLLM scheduled draft tokens that the student did not propose, for request {missing[0]}: the "
+                "engine's max_model_len is too small for its drafts. Start it with the arguments of "
+                "skd_plugin.rollout.engine.engine_arguments."
+            )
+        pairs = zip(request_ids, counts, strict=True)
+        return torch.cat([self._open.pop(name)[:count] for name, count in pairs if count])
 
     def _get_model(self) -> torch.nn.Module:
         with cpu.loadable_weights():

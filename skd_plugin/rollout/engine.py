@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from skd_plugin.config.models import context_needed
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.requests import RequestParams
 from skd_plugin.rollout.rule import SamplingRule
 
-# vLLM's min_tokens: the forced end of the prompt must not stop a response, even where it is an end token itself.
-FORCED_AND_ONE = 2
 WORKER_CLS = "skd_plugin.rollout.worker.SKDWorker"
+SCHEDULER_CLS = "skd_plugin.rollout.scheduler.SKDScheduler"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def engine_arguments(
 
     Args:
         draft_len: tokens that the student proposes before the teacher looks (gamma).
-        max_len: longest sequence in tokens, prompt and response; the engine gets draft_len + 1 more, because within
-            draft_len of its limit vLLM stops drafting.
+        max_len: longest sequence in tokens, prompt and response.
         num_teacher_entries: most probable teacher tokens returned for each response token.
     """
     cpu = not torch.cuda.is_available()
@@ -53,9 +52,10 @@ def engine_arguments(
             "draft_sample_method": "probabilistic",
         },
         worker_cls=WORKER_CLS,
+        scheduler_cls=SCHEDULER_CLS,
         additional_config={"skd_teacher_entries": num_teacher_entries},
         async_scheduling=False,
-        max_model_len=max_len + draft_len + 1,
+        max_model_len=context_needed(max_len, draft_len),
         dtype="float32" if cpu else "bfloat16",
         enable_prefix_caching=True,
     )
@@ -65,7 +65,12 @@ def engine_arguments(
     return arguments | others
 
 
-def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_eos_id: int) -> Any:
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The end token that a tokenizer knows, if it knows one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_end: list[int]) -> Any:
     """SamplingParams of one request; the forced end of the prompt takes one more output token.
 
     vLLM's temperature is 1 whatever the models' temperatures are: SKD's sampler has its own. vLLM stops at the
@@ -76,8 +81,7 @@ def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_eos
     return SamplingParams(
         temperature=1.0,
         max_tokens=max_new_tokens + 1,
-        min_tokens=FORCED_AND_ONE,
-        stop_token_ids=[student_eos_id],
+        stop_token_ids=student_end,
         extra_args=params.to_extra_args(),
     )
 
@@ -130,10 +134,10 @@ class SKDEngine:
             r.request(prompt, trace_id, request_seed)
             for r, prompt, trace_id, request_seed in zip(rules, prompts, trace_ids, seeds, strict=True)
         ]
-        eos_id = self._tokenizer.eos_token_id
+        end = end_tokens(self._tokenizer)
         outputs = self._llm.generate(
             [{"prompt_token_ids": split_prompt(prompt)} for prompt in prompts],
-            [vllm_sampling_params(p, limit, eos_id) for p, limit in zip(params, limits, strict=True)],
+            [vllm_sampling_params(p, limit, end) for p, limit in zip(params, limits, strict=True)],
             use_tqdm=progress,
         )
         traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]

@@ -5,6 +5,7 @@ Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary,
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,30 +30,31 @@ class SKDSampler:
         self._table = table
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
-        request_ids = self._runner.input_batch.req_ids
-        if metadata is None:
-            undrafted, undrafted_logits = list(range(len(request_ids))), logits
-            token_BL = torch.full((len(request_ids), 1), accept.NOTHING, dtype=torch.int32, device=logits.device)
-        else:
-            undrafted = [row for row, count in enumerate(metadata.num_draft_tokens) if count == 0]
-            undrafted_logits = logits[metadata.bonus_logits_indices[undrafted]]
-            token_BL = self._verify(logits, metadata)
+        num_requests = len(self._runner.input_batch.req_ids)
+        scheduled = [0] * num_requests if metadata is None else metadata.num_draft_tokens
+        # vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
+        real = [] if metadata is None else [token >= 0 for token in metadata.draft_token_ids.tolist()]
+        first = [0, *accumulate(scheduled)]
+        counts = [sum(real[start : start + count]) for start, count in zip(first, scheduled, strict=False)]
+        width = 1 if metadata is None else self._runner.num_spec_tokens + 1
+        token_BL = torch.full((num_requests, width), accept.NOTHING, dtype=torch.int32, device=logits.device)
+        if any(counts):
+            token_BL = self._verify(logits, metadata, counts)
+        undrafted = [row for row, count in enumerate(counts) if not count]
         if undrafted:
-            token_BL[undrafted, 0] = self._undrafted(undrafted, undrafted_logits)
+            # A request has a row of logits for each scheduled draft and one more; its next token is that of the first.
+            next_token_rows = [first[row] + row for row in undrafted]
+            token_BL[undrafted, 0] = self._undrafted(undrafted, logits[next_token_rows])
         return SamplerOutput(sampled_token_ids=token_BL, logprobs_tensors=None)
 
-    def _verify(self, logits: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
+    def _verify(self, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]) -> torch.Tensor:
         """Tokens [B, L + 1] of the requests with drafts; rows without stay empty."""
-        student_logp_NV = self._runner._get_spec_decode_draft_probs(metadata)
-        if student_logp_NV is None:
-            raise RuntimeError(
-                "vLLM scheduled draft tokens that the student did not propose (a request came within draft_len of "
-                "max_model_len). Give the engine max_model_len >= max_len + draft_len + 1."
-            )
-        counts_B = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+        student_logp_NV = self._runner.drafter.take_proposed(self._runner.input_batch.req_ids, counts)
+        real = metadata.draft_token_ids >= 0
+        counts_B = torch.tensor(counts, device=logits.device)
         rows_N = self._table.rows(self._runner.input_batch.req_ids).repeat(counts_B)
-        teacher_NV = logits[metadata.target_logits_indices].float()
-        draft_N = metadata.draft_token_ids.long()
+        teacher_NV = logits[metadata.target_logits_indices[real]].float()
+        draft_N = metadata.draft_token_ids[real].long()
         rank_N = accept.teacher_rank(teacher_NV, draft_N)
         kept_N = accept.top_k_gate(rank_N, rows_N.top_k)
 

@@ -6,6 +6,7 @@ Everything else of the host stays as it is.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -69,10 +70,11 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
 def ray_options(run: Run) -> dict[str, Any]:
     """Arguments of ray.init: the host's own environment, and what a CPU needs in every worker."""
     env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+    env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     if run.cpu:
         env |= cpu.ENV
         options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.compat.cpu.install"
         # Logical: the host reserves a GPU for each actor.
-        options |= {"num_gpus": 8, "num_cpus": 16, "include_dashboard": False}
+        options |= {"address": "local", "num_gpus": 8, "num_cpus": 16, "include_dashboard": False}
     return options

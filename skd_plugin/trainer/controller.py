@@ -11,6 +11,7 @@ import torch
 from openrlhf.trainer.ppo_trainer import PPOTrainer, compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.rollout.actor import TRACE_KEY
 from skd_plugin.rollout.rule import SamplingRule
@@ -24,6 +25,11 @@ EXPECTED_PARTS = {
     "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
     "policy": {"trainer": "SKDActorTrainer", "loss": "DistillationLoss"},
 }
+
+
+def _spread(samples: list[Experience], count: int) -> list[Experience]:
+    """`count` of them, evenly spread: they come in the order of their end, so the first ones are the short ones."""
+    return samples[:: max(1, len(samples) // count)][:count] if count else []
 
 
 class SKDTrainer(HostTrainer):
@@ -52,6 +58,7 @@ class SKDTrainer(HostTrainer):
         self.status = Status(Path(self.skd.run_dir))
         self.metrics = JsonLines(Path(self.skd.run_dir) / "metrics.jsonl")
         self.traces = JsonLines(Path(self.skd.run_dir) / "traces.jsonl")
+        self._scored = strategy.args.reward.remote_url != [NO_REWARD]
         self._evaluated_step: int | None = None
         self._rollout_figures: dict[str, float] = {}
 
@@ -59,7 +66,7 @@ class SKDTrainer(HostTrainer):
         self._check_parts()
         self._step = global_step
         if self.eval_dataloader is not None:
-            if self.skd.eval.teacher:
+            if self.skd.eval.teacher and self._scored:
                 self.status.stage("measuring the teacher")
                 self._log_eval(0, self._evaluate_rule(self.rule.teacher_only(0.0), "teacher_"))
             if self.skd.eval.at_start:
@@ -88,7 +95,7 @@ class SKDTrainer(HostTrainer):
         started = time.monotonic()
         traces = [sample.info[TRACE_KEY][0] for sample in rollout_samples]
         self._rollout_figures = rollout_metrics(traces, self.skd.rollout.draft_len)
-        for sample in rollout_samples[: self.skd.traces_per_step]:
+        for sample in _spread(rollout_samples, self.skd.traces_per_step):
             self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
         status, step = super().train_step(rollout_samples, global_step)
         self._step = step
@@ -107,7 +114,7 @@ class SKDTrainer(HostTrainer):
             "time/rollout": generation,
             "time/sync": status.get("timing/broadcast"),
             "time/step": generation + self._rollout_figures.get("time/train", 0.0),
-            "grad_norm": status.get("actor_grad_norm"),
+            "grad_norm": status.get("actor_grad_norm") or None,  # DeepSpeed keeps none in float32
             "lr": status.get("actor_lr"),
         }
         figures["tokens_per_s"] = tokens / figures["time/step"] if figures["time/step"] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,14 @@ def draft_waste(traces: list[Trace], draft_len: int) -> float:
     for trace in traces:
         changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
         left = 0
-        for ends_block in changed.tolist():
+        for ends_block, source in zip(changed.tolist(), trace.source.tolist(), strict=True):
+            if source == UNDRAFTED:
+                left = 0
+                continue
             if left == 0:
                 blocks, left = blocks + 1, draft_len
             left = 0 if ends_block else left - 1
-        emitted += len(trace)
+        emitted += int((trace.source != UNDRAFTED).sum())
     return 1.0 - emitted / (blocks * draft_len) if blocks else 0.0
 
 
@@ -78,5 +82,5 @@ class JsonLines:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN: a figure that does not exist is null."""
-    return None if isinstance(value, float) and value != value else value
+    """JSON has neither NaN nor infinity: a figure that does not exist is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

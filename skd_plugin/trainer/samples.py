@@ -30,10 +30,15 @@ class SKDSamplesGenerator(SamplesGenerator):
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         self._sample_by(self.rule, derive_seed(self.seed, self.step))
         self.step += 1
-        return super().generate_samples(**generate_kwargs)
+        samples, *others, exhausted = super().generate_samples(**generate_kwargs)
+        if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
+            # The end of the dataset does not fill a batch. The host would fail where it has fewer samples than actors,
+            # or stop in the middle of DeepSpeed's accumulation.
+            samples = []
+        return samples, *others, exhausted
 
     def generate_eval_samples(self, *, rule: SamplingRule, **generate_kwargs: Any) -> list[Experience]:
-        """Responses to the held-out prompts, in the order of the prompts."""
+        """Responses to the held-out prompts, in the order in which they were finished."""
         self._sample_by(rule, derive_seed(self.seed, -1))
         return super().generate_eval_samples(**generate_kwargs)
 

@@ -36,8 +36,6 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "every token of the engine goes through one call of self._sample, before the drafter proposes"),
     (f"{RUNNER}._bookkeeping_sync", "8996e31d2657", "rollout/sampler.py",
      "it drops the -1 entries and the discarded rows of what the sampler returns"),
-    (f"{RUNNER}._get_spec_decode_draft_probs", "b1b306b97885", "rollout/sampler.py",
-     "it lines the drafter's log-probs up with the drafted tokens, request by request"),
     (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "rollout/sampler.py",
      "its indices pick the teacher's logits"),
     (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "rollout/drafter.py",
@@ -69,7 +67,6 @@ def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, be
 
 SIGNATURES = [
     (f"{RUNNER}._sample", "logits spec_decode_metadata", "rollout/sampler.py"),
-    (f"{RUNNER}._get_spec_decode_draft_probs", "spec_decode_metadata", "rollout/sampler.py"),
     (f"{DRAFTER}.__init__", "vllm_config device runner", "rollout/drafter.py"),
     (f"{DRAFTER}._get_model", "", "rollout/drafter.py"),
     (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "rollout/drafter.py"),
@@ -126,7 +123,7 @@ def test_cpu_runner_shares_the_code_that_we_replace() -> None:
 
     runner = find(RUNNER)
     assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/rollout/worker.py"
-    for name in ("_sample", "sample_tokens", "_bookkeeping_sync", "_get_spec_decode_draft_probs"):
+    for name in ("_sample", "sample_tokens", "_bookkeeping_sync"):
         assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/rollout/sampler.py"
 
 
@@ -333,13 +330,25 @@ def test_sampling_parameters_carry_ours() -> None:
     from skd_plugin.rollout.engine import vllm_sampling_params
     from skd_plugin.rollout.rule import SamplingRule
 
-    params = vllm_sampling_params(SamplingRule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, 2)
+    params = vllm_sampling_params(SamplingRule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, [2])
     assert isinstance(params, SamplingParams) and params.max_tokens == 6
     assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/rollout/requests.py"
     changed = copy.deepcopy(params)
     changed.temperature, changed.top_p, changed.top_k, changed.min_tokens, changed.logprobs = 1.0, 1.0, 0, 0, None
     changed.extra_args = {}
     assert SamplingParams(top_k=0).top_k == 0, "revisit SKDRollout.generate in skd_plugin/rollout/actor.py"
+
+
+def test_scheduler_is_asked_for_each_requests_new_tokens() -> None:
+    """SKDScheduler overrides the one place where a request's tokens are looked at for an end token."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from skd_plugin.rollout.scheduler import SKDScheduler
+
+    source = inspect.getsource(Scheduler.update_from_output)
+    assert "self._update_request_with_output(" in source, "revisit skd_plugin/rollout/scheduler.py"
+    ours, host = SKDScheduler._update_request_with_output, Scheduler._update_request_with_output
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(host).parameters)
 
 
 def test_llm_takes_one_parameter_set_a_prompt() -> None:

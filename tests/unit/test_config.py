@@ -23,7 +23,13 @@ from skd_plugin.config.schema import SKDConfig, field_docs
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
 PAIR = RECIPES / "models" / "arithmetic"
-SMALL = ["skd.task.train_prompts=8", "skd.task.eval_prompts=4"]
+SMALL = [
+    "skd.task.train_prompts=8",
+    "skd.task.eval_prompts=4",
+    "openrlhf.rollout.batch_size=2",
+    "openrlhf.train.batch_size=2",
+    "openrlhf.train.micro_batch_size=1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -324,15 +330,15 @@ def test_k_beyond_the_vocabulary(pair, key: str) -> None:
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_context_that_is_too_short(pair, role: str) -> None:
-    """176 tokens and two drafts need 179 positions."""
-    check_pair(**pair(**{role: {"max_position_embeddings": 179}}), **SIZES)
+    """176 tokens and two drafts need 181 positions."""
+    check_pair(**pair(**{role: {"max_position_embeddings": 181}}), **SIZES)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_context_that_is_one_too_short(pair, role: str) -> None:
-    message = rf"data\.max_len = 176 needs a context of 179 .* but the {role} has 178; lower data\.max_len to 175"
+    message = rf"data\.max_len = 176 needs a context of 181 .* but the {role} has 180; lower data\.max_len to 175"
     with pytest.raises(RecipeError, match=message):
-        check_pair(**pair(**{role: {"max_position_embeddings": 178}}), **SIZES)
+        check_pair(**pair(**{role: {"max_position_embeddings": 180}}), **SIZES)
 
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:
@@ -384,6 +390,14 @@ def test_run_survives_its_file(quickstart) -> None:
     assert Run.load(path).host_argv() == run.host_argv()
 
 
+def test_fewer_prompts_than_a_step_needs(write, quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"there are 1 prompts, but a step needs .*batch_size = 2"):
+        quickstart("skd.task.train_prompts=1")
+    own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n')
+    with pytest.raises(RecipeError, match=r"p\.jsonl: there are 1 prompts"):
+        quickstart("skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q")
+
+
 def test_run_without_a_task_reads_the_users_prompts(write, quickstart) -> None:
     prompts = write("p.jsonl", '{"q": "tom has 3 coins ."}\n{"q": "ann has 4 apples ."}\n')
     given = ["skd.task=null", f"openrlhf.data.prompt_dataset={prompts}", "openrlhf.data.input_key=q"]
@@ -430,13 +444,13 @@ def test_installed_versions_are_supported() -> None:
 
 def test_unsupported_version(monkeypatch: pytest.MonkeyPatch, quickstart) -> None:
     monkeypatch.setitem(versions.SUPPORTED, ("openrlhf",), "0.99.")
-    with pytest.raises(RuntimeError, match=r"openrlhf 0\.11\.2 is installed; .* tested with openrlhf==0\.99\.\* only"):
+    with pytest.raises(RecipeError, match=r"openrlhf 0\.11\.2 is installed; .* tested with openrlhf==0\.99\.\* only"):
         quickstart()
 
 
 def test_missing_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "SUPPORTED", {("no-such-host", "nor-this-one"): "1."})
-    with pytest.raises(RuntimeError, match=r"no-such-host is not installed; .* pip install 'no-such-host==1\.\*'"):
+    with pytest.raises(RecipeError, match=r"no-such-host is not installed; .* pip install 'no-such-host==1\.\*'"):
         versions.check_versions()
 
 
@@ -481,12 +495,11 @@ def test_unknown_flag_names_the_nearest(flag: str, near: str) -> None:
         cli._recipe_and_overrides(["r.yaml", flag, "3"])
 
 
-known_bug = pytest.mark.xfail(strict=True, reason="see the report of this test's author; remove when mended")
 TRICKY = [
-    pytest.param("--data.input_template", "Q: {}", "data.input_template", id="mapping", marks=known_bug),
-    pytest.param("--data.input_template", "a=b {}", "data.input_template", id="equals", marks=known_bug),
-    pytest.param("--data.input_template", "a\nb", "data.input_template", id="newline", marks=known_bug),
-    pytest.param("--data.input_key", "on", "data.input_key", id="boolean", marks=known_bug),
+    pytest.param("--data.input_template", "Q: {}", "data.input_template", id="mapping"),
+    pytest.param("--data.input_template", "a=b {}", "data.input_template", id="equals"),
+    pytest.param("--data.input_template", "a\nb", "data.input_template", id="newline"),
+    pytest.param("--data.input_key", "on", "data.input_key", id="boolean"),
     pytest.param("--data.prompt_dataset", "x" * 60 + " " + "y" * 60, "data.prompt_dataset", id="long"),
 ]
 
@@ -498,7 +511,6 @@ def test_text_of_a_host_flag_arrives_unchanged(flag: str, value: str, key: str, 
     assert flatten(host) == {key: value}
 
 
-@known_bug
 def test_long_list_of_a_host_flag_arrives_whole() -> None:
     names = [f"a_rather_long_module_name_{i}" for i in range(9)]
     _, overrides = cli._recipe_and_overrides(["r.yaml", "--ds.lora.target_modules", *names])
@@ -547,10 +559,10 @@ def test_wrong_command_line_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [
-        pytest.param("skd: 3", [], id="skd", marks=known_bug),
-        pytest.param("openrlhf: [a]", ["skd.teacher.model_name_or_path=t"], id="openrlhf", marks=known_bug),
-        pytest.param("base: [a]", [], id="base", marks=known_bug),
-        pytest.param("{}", ["skd.rollout.top_k=[1"], id="override", marks=known_bug),
+        pytest.param("skd: 3", [], id="skd"),
+        pytest.param("openrlhf: [a]", ["skd.teacher.model_name_or_path=t"], id="openrlhf"),
+        pytest.param("base: [a]", [], id="base"),
+        pytest.param("{}", ["skd.rollout.top_k=[1"], id="override"),
     ],
 )
 def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], write) -> None:

@@ -102,7 +102,6 @@ def test_draft_waste_by_hand() -> None:
     assert draft_waste([Trace.empty(2)], 3) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an undrafted token counts as the first of a block; remove when mended")
 def test_undrafted_token_is_no_draft() -> None:
     """Two blocks of three are drafted, around one token that nobody proposed; two drafts are thrown away."""
     kinds = [SWAPPED, UNKNOWN, KEPT, KEPT, KEPT]
@@ -121,7 +120,6 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
     assert path.read_text().endswith("\n")
 
 
-@pytest.mark.xfail(strict=True, reason="infinity is written as `Infinity`, which is no JSON; remove when mended")
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_infinity_is_null_too(tmp_path: Path, value: float) -> None:
     path = tmp_path / "metrics.jsonl"
