@@ -37,10 +37,20 @@ class SKDSamplesGenerator(SamplesGenerator):
             samples = []
         return samples, *others, exhausted
 
+    @torch.no_grad()
     def generate_eval_samples(self, *, rule: SamplingRule, **generate_kwargs: Any) -> list[Experience]:
-        """Responses to the held-out prompts, in the order in which they were finished."""
+        """Responses to all held-out prompts, in the order in which they were finished.
+
+        All at once: the host would wait for each rollout batch of them to end before it sends the next.
+        """
         self._sample_by(rule, derive_seed(self.seed, -1))
-        return super().generate_eval_samples(**generate_kwargs)
+        samples, _, _ = self._generate_vllm(
+            dataloader_iter=iter(self.eval_dataloader),
+            num_prompts=len(self.eval_dataloader),
+            dynamic_filtering=False,
+            **generate_kwargs,
+        )
+        return samples
 
     def _sample_by(self, rule: SamplingRule, seed: int) -> None:
         batch_vllm_engine_call(self.vllm_engines, "set_rule", rule, seed)

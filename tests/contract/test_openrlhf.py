@@ -137,7 +137,7 @@ SIGNATURES = [
     (f"{SAMPLES}.__init__", "strategy prompts_dataloader eval_dataloader tokenizer vllm_engines",
      "trainer/samples.py"),
     (f"{SAMPLES}.generate_samples", "**", "trainer/samples.py"),
-    (f"{SAMPLES}.generate_eval_samples", "**", "trainer/samples.py"),
+    (f"{SAMPLES}._generate_vllm", "dataloader_iter num_prompts dynamic_filtering **", "trainer/samples.py"),
     (f"{SAMPLES}._process_response_into_experience", "response **", "trainer/samples.py"),
     (f"{ENGINE}:batch_vllm_engine_call", "engines method_name * rank_0_only **", "trainer/samples.py"),
     (f"{MAKER}.__init__",

@@ -137,3 +137,20 @@ def test_the_longest_sequence_is_drafted_to_its_end(engine, draft_len):
     for sample in samples:
         assert (sample.trace.source != 2).all()
         assert sample.finish == "stop" or len(sample.trace) == MAX_LEN - len(sample.prompt_ids)
+
+
+def test_new_weights_are_the_ones_that_draft(engine, hf_models):
+    """Weights loaded into the running engine change what it drafts, to the last digit: nothing packed away survives."""
+    own_engine, prompt = engine(1), [1, 5, 7, 9]
+    student = hf_models["student"]
+    changed = {name: weight * 1.5 for name, weight in student.named_parameters()}
+    rule = SamplingRule(top_k=VOCAB)
+    try:
+        own_engine.load_student([(name, weight.detach()) for name, weight in changed.items()])
+        sample = own_engine.generate([prompt], rule, 6, seed=4)[0]
+    finally:
+        own_engine.load_student([(name, weight.detach()) for name, weight in student.named_parameters()])
+    ids = sample.trace.response_ids.long()
+    logits = torch.func.functional_call(student, changed, (torch.tensor([[*prompt, *ids.tolist()]]),)).logits[0]
+    expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[:, None]).squeeze(1)
+    torch.testing.assert_close(sample.trace.student_logp, expected.detach(), atol=1e-3, rtol=0)
