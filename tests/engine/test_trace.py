@@ -140,7 +140,7 @@ def test_the_longest_sequence_is_drafted_to_its_end(engine, draft_len):
 
 
 def test_new_weights_are_the_ones_that_draft(engine, hf_models):
-    """Weights loaded into the running engine change what it drafts, to the last digit: nothing packed away survives."""
+    """Weights loaded into the running engine change what it drafts: nothing that was packed away survives."""
     own_engine, prompt = engine(1), [1, 5, 7, 9]
     student = hf_models["student"]
     changed = {name: weight * 1.5 for name, weight in student.named_parameters()}
