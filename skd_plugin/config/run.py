@@ -134,6 +134,8 @@ def parse_skd(section: dict[str, Any]) -> SKDConfig:
         key = ".".join(("skd", *(str(part) for part in first["loc"])))
         if first["type"] == "extra_forbidden":
             raise RecipeError(unknown_key(key, field_docs())) from error
+        if first["type"] == "value_error":  # a check of ours between two options
+            raise RecipeError(f"{key}: {first['ctx']['error']}") from error
         got = "" if first["type"] == "missing" else f"; got {first['input']!r}"
         raise RecipeError(f"{key}: {first['msg'].lower()}{got}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -20,6 +20,10 @@ class RolloutConfig(Section):
         "skd", description="skd: the top-K gate; on_policy: every student token is kept; teacher: none is"
     )
     top_k: int = Field(25, ge=0, description="K: a student token among the teacher's K most probable ones is kept")
+    gate: Literal["top_k", "top_p", "floor", "typical", "confident", "chance", "interpolated"] = Field(
+        "top_k", description="which proposals are kept; laws and sources in core/gates.py"
+    )
+    threshold: float | None = Field(None, ge=0, description="of the gate; every gate but top_k needs one")
     draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
     student_temperature: float = Field(1.0, ge=0)
     student_top_p: float = Field(1.0, gt=0, le=1)
@@ -27,6 +31,15 @@ class RolloutConfig(Section):
     teacher_top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int | None = Field(None, ge=1, description="longest response; default: what max_len leaves")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _threshold_belongs_to_the_gate(self) -> RolloutConfig:
+        if (self.threshold is None) != (self.gate == "top_k"):
+            need = "needs a" if self.threshold is None else "has no"
+            raise ValueError(f"gate '{self.gate}' {need} threshold (skd.rollout.threshold)")
+        if self.gate in ("chance", "interpolated") and self.threshold > 1:
+            raise ValueError(f"the threshold of gate '{self.gate}' is a probability; got {self.threshold}")
+        return self
 
 
 class LossConfig(Section):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-STUDENT, TEACHER = 0, 1  # streams: the student's proposals, the teacher's replacements
+STUDENT, TEACHER, COIN = 0, 1, 2  # streams: the student's proposals, the teacher's replacements, a gate's chance
+_NUM_STREAMS = 4  # room for one more
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the odd constants of SplitMix64, as signed 64-bit integers
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -33,12 +34,12 @@ def uniform(seed_N: torch.Tensor, position_N: torch.Tensor, stream: int) -> torc
     Args:
         seed_N: int64 [N], one seed a request.
         position_N: integer [N], index of the token in its sequence (prompt included).
-        stream: `STUDENT` or `TEACHER`; draws of different streams are independent.
+        stream: `STUDENT`, `TEACHER` or `COIN`; draws of different streams are independent.
 
     Returns:
         float64 [N].
     """
-    counter = (position_N.to(torch.int64) * 2 + stream + 1) * _GOLDEN
+    counter = (position_N.to(torch.int64) * _NUM_STREAMS + stream + 1) * _GOLDEN
     bits = _shift_right(_mix(_mix(seed_N) + counter), 11)
     return (bits.to(torch.float64) + 0.5) * 2.0**-53
 

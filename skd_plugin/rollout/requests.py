@@ -25,6 +25,8 @@ class RequestParams:
     student_top_p: float
     teacher_temperature: float
     teacher_top_p: float
+    gate: str = "top_k"  # a name of core.gates.GATES
+    threshold: float = 0.0  # of the gates other than top_k
 
     def to_extra_args(self) -> dict[str, Any]:
         return {EXTRA_ARGS_KEY: asdict(self)}
@@ -36,6 +38,7 @@ class Rows:
 
     seed: torch.Tensor
     top_k: torch.Tensor
+    threshold: torch.Tensor
     student_temperature: torch.Tensor
     student_top_p: torch.Tensor
     teacher_temperature: torch.Tensor
@@ -75,6 +78,7 @@ class RequestTable:
                 Rows(
                     seed=self._tensor([p.seed for p in params], torch.int64),
                     top_k=self._tensor([p.top_k for p in params], torch.int64),
+                    threshold=self._tensor([p.threshold for p in params], torch.float32),
                     student_temperature=self._tensor([p.student_temperature for p in params], torch.float32),
                     student_top_p=self._tensor([p.student_top_p for p in params], torch.float32),
                     teacher_temperature=self._tensor([p.teacher_temperature for p in params], torch.float32),

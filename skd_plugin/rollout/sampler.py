@@ -13,6 +13,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core import accept, rng, sampling
+from skd_plugin.core.gates import GATES, Proposals
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.requests import RequestTable
 
@@ -55,28 +56,42 @@ class SKDSampler:
         rows_N = self._table.rows(self._runner.input_batch.req_ids).repeat(counts_B)
         teacher_NV = logits[metadata.target_logits_indices[real]].float()
         draft_N = metadata.draft_token_ids[real].long()
-        rank_N = accept.teacher_rank(teacher_NV, draft_N)
-        kept_N = accept.top_k_gate(rank_N, rows_N.top_k)
-
         request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
         place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
-        position_N = self._lengths()[request_N] + place_N
-        replacement_N = draft_N.clone()
-        rejected = (~kept_N).nonzero().squeeze(1)
-        if len(rejected):
-            teacher_probs = sampling.warp(
-                teacher_NV[rejected], rows_N.teacher_temperature[rejected], rows_N.teacher_top_p[rejected]
-            )
-            noise = rng.uniform(rows_N.seed[rejected], position_N[rejected], rng.TEACHER)
-            replacement_N[rejected] = sampling.draw(teacher_probs, noise)
+        proposals = Proposals(
+            draft_N=draft_N,
+            teacher_logits_NV=teacher_NV,
+            student_logp_NV=student_logp_NV,
+            position_N=self._lengths()[request_N] + place_N,
+            **{f"{name}_N": value for name, value in vars(rows_N).items()},
+        )
+        kept_N, replacement_N = self._judge(proposals, request_N)
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
             shape = (len(counts_B), self._runner.num_spec_tokens + 1)
             return value_N.new_zeros(shape).index_put_((request_N, place_N), value_N)
 
         token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(replacement_N), counts_B)
-        self._record(token_BL, request_N, place_N, draft_N, rank_N, kept_N, teacher_NV, student_logp_NV)
+        self._record(token_BL, request_N, place_N, proposals, kept_N)
         return token_BL.to(torch.int32)
+
+    def _judge(self, proposals: Proposals, request_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which proposals their request's gate keeps [N], and the tokens in place of the others [N]."""
+        gates = [self._table.params(name).gate for name in self._runner.input_batch.req_ids]
+        kept_N = torch.zeros_like(proposals.draft_N, dtype=torch.bool)
+        replacement_N = proposals.draft_N.clone()
+        for name in sorted(set(gates)):
+            own_B = torch.tensor([gate == name for gate in gates], device=request_N.device)
+            rows = own_B[request_N].nonzero().squeeze(1)
+            group = proposals if len(rows) == len(request_N) else proposals.select(rows)
+            kept = GATES[name].keep(group)
+            kept_N[rows] = kept
+            rejected = (~kept).nonzero().squeeze(1)
+            if len(rejected):
+                lost = group.select(rejected)
+                noise = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
+                replacement_N[rows[rejected]] = sampling.draw(GATES[name].replacement(lost), noise)
+        return kept_N, replacement_N
 
     def _undrafted(self, rows: list[int], teacher_RV: torch.Tensor) -> torch.Tensor:
         """Tokens of the requests that bring no draft: the end of the prompt, or a teacher token after a preemption."""
@@ -101,23 +116,20 @@ class SKDSampler:
         token_BL: torch.Tensor,
         request_N: torch.Tensor,
         place_N: torch.Tensor,
-        draft_N: torch.Tensor,
-        rank_N: torch.Tensor,
+        proposals: Proposals,
         kept_N: torch.Tensor,
-        teacher_NV: torch.Tensor,
-        student_logp_NV: torch.Tensor,
     ) -> None:
         token_N = token_BL[request_N, place_N]
         emitted = (token_N != accept.NOTHING).nonzero().squeeze(1)
-        teacher_logp_MV = teacher_NV[emitted].log_softmax(-1)
-        student_logp_MV = student_logp_NV[emitted].float()
-        token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], draft_N[emitted]
+        teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
+        student_logp_MV = proposals.student_logp_NV[emitted]
+        token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], proposals.draft_N[emitted]
         top_ids, top_logp, tail_logp = self._teacher_head(teacher_logp_MV)
         step = Trace(
             response_ids=token_M.to(torch.int32).cpu(),
             source=torch.where(kept_M, accept.ACCEPTED, accept.REPLACED).to(torch.uint8).cpu(),
             rejected_ids=torch.where(kept_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
-            draft_rank=rank_N[emitted].to(torch.int32).cpu(),
+            draft_rank=proposals.rank_N[emitted].to(torch.int32).cpu(),
             student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             teacher_logp=teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),

@@ -141,6 +141,8 @@ def test_flatten_is_the_inverse_of_set_dotted() -> None:
         ("skd.rollout.draft_len=0", r"skd\.rollout\.draft_len: .*; got 0"),
         ("skd.rollout.student_top_p=0", r"skd\.rollout\.student_top_p: .*; got 0"),
         ("skd.rollout.method=both", r"skd\.rollout\.method: .*'skd', 'on_policy' or 'teacher'; got 'both'"),
+        ("skd.rollout.gate=floor", r"skd\.rollout: gate 'floor' needs a threshold \(skd\.rollout\.threshold\)$"),
+        ("skd.rollout.threshold=0.5", r"skd\.rollout: gate 'top_k' has no threshold \(skd\.rollout\.threshold\)$"),
         ("skd.loss.kind=hellinger", r"skd\.loss\.kind: .*; got 'hellinger'"),
         ("skd.teacher.model_name_or_path=null", r"skd\.teacher\.model_name_or_path: .*string"),
     ],
