@@ -19,7 +19,7 @@ class RolloutConfig(Section):
     method: Literal["skd", "on_policy", "teacher"] = Field(
         "skd", description="skd: the top-K gate; on_policy: every student token is kept; teacher: none is"
     )
-    top_k: int = Field(25, ge=0, description="K: a student token among the teacher's K most probable ones is kept")
+    top_k: int = Field(25, ge=1, description="K: a student token among the teacher's K most probable ones is kept")
     gate: Literal["top_k", "top_p", "floor", "typical", "confident", "chance", "interpolated"] = Field(
         "top_k", description="which proposals are kept; laws and sources in core/gates.py"
     )

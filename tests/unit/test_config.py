@@ -137,7 +137,7 @@ def test_flatten_is_the_inverse_of_set_dotted() -> None:
     [
         ("skd.rollout.topk=3", r"unknown key 'skd\.rollout\.topk'; did you mean 'skd\.rollout\.top_k'"),
         ("skd.teacher.model=x", r"unknown key 'skd\.teacher\.model'; did you mean 'skd\.teacher\.model_name_or_path'"),
-        ("skd.rollout.top_k=-1", r"skd\.rollout\.top_k: .*greater than or equal to 0; got -1"),
+        ("skd.rollout.top_k=0", r"skd\.rollout\.top_k: .*greater than or equal to 1; got 0"),
         ("skd.rollout.draft_len=0", r"skd\.rollout\.draft_len: .*; got 0"),
         ("skd.rollout.student_top_p=0", r"skd\.rollout\.student_top_p: .*; got 0"),
         ("skd.rollout.method=both", r"skd\.rollout\.method: .*'skd', 'on_policy' or 'teacher'; got 'both'"),
