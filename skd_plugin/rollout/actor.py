@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import end_tokens, engine_arguments, split_prompt
+from skd_plugin.rollout.engine import end_tokens, engine_arguments, refuse_unsupported, split_prompt
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
 
@@ -76,9 +76,9 @@ class SKDRollout(HostRollout):
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
         if multi_modal_data:
             raise ValueError("SKD does not support image inputs: the student drafts from token ids only")
+        refuse_unsupported(sampling_params)
         params = self._rule.request(prompt_token_ids, next(self._trace_ids), self._next_seed(prompt_token_ids))
         engine_params = deepcopy(sampling_params)
-        engine_params.temperature, engine_params.top_p, engine_params.top_k = 1.0, 1.0, 0
         engine_params.min_tokens, engine_params.logprobs = 0, None
         engine_params.max_tokens += 1  # the forced end of the prompt
         # vLLM knows the teacher's end token; the student's may be another one of the same vocabulary.

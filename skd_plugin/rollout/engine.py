@@ -86,6 +86,35 @@ def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_end
     )
 
 
+# Sampling parameters of vLLM that SKD's sampler does not apply, with the values at which they do nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "temperature": (1.0,),
+    "top_p": (1.0,),
+    "top_k": (-1, 0),
+    "min_p": (0.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "structured_outputs": (None,),
+    "prompt_logprobs": (None,),
+}
+
+
+def refuse_unsupported(sampling_params: Any) -> None:
+    """Raises ValueError for a sampling parameter that would silently do nothing in an SKD engine."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(sampling_params, name)
+        if value not in neutral:
+            raise ValueError(
+                # Sampling parameters of vLLM that SKD's sampler does not apply, with the values at which they do nothing anyway.
+                "their own settings: use skd.rollout.student_temperature, student_top_p, teacher_temperature, ..."
+            )
+
+
 def split_prompt(prompt_ids: Sequence[int]) -> list[int]:
     """What the engine is given to read: the prompt without its last token, which is forced as the first output.
 
