@@ -110,7 +110,7 @@ def refuse_unsupported(sampling_params: Any) -> None:
         value = getattr(sampling_params, name)
         if value not in neutral:
             raise ValueError(
-                # Sampling parameters of vLLM that SKD's sampler does not apply, with the values at which they do nothing anyway.
+                f"sampling parameter {name} = {value!r} has no effect in an SKD engine: student and teacher have "
                 "their own settings: use skd.rollout.student_temperature, student_top_p, teacher_temperature, ..."
             )
 
