@@ -570,3 +570,16 @@ def test_wrong_command_line_is_one_line_and_status_2(
 def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], write) -> None:
     with pytest.raises(RecipeError):
         load_models(write("own.yaml", recipe), overrides)
+
+
+@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_gpu_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
+    """Every option is known to OpenRLHF's parser or to our schema, and none is one that a run refuses."""
+    content = load_recipe(recipe)
+    skd = parse_skd(content["skd"])
+    assert skd.device == "cuda"
+    given = host_rules.complete(content["openrlhf"], cpu=False)
+    parser = host_parser()
+    host_arguments(given, parser)
+    defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
+    host_rules.check({**defaults, **given})
