@@ -5,8 +5,10 @@ python -m skd_plugin.trainer.launch RUN_DIR/config.yaml
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
+import signal
 import sys
 import traceback
 from types import TracebackType
@@ -18,6 +20,7 @@ from skd_plugin.trainer.status import Status
 
 
 def main(config_path: str) -> None:
+    _end_with_the_parent()
     run = Run.load(config_path)
     status = Status(run.folder)
     sys.excepthook = _report_to(status)
@@ -39,6 +42,13 @@ def main(config_path: str) -> None:
         raise RuntimeError("the host came to its end without SKD's trainer: it no longer uses the names we rebind")
     status.stage("done")
     ray.shutdown()
+
+
+def _end_with_the_parent() -> None:
+    """Should `skd` itself be killed, this process is told to end, and Ray's processes end with it (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _report_to(status: Status):
