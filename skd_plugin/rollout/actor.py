@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
@@ -21,6 +22,7 @@ from skd_plugin.rollout.engine import end_tokens, engine_arguments, refuse_unsup
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
 
+ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
 TRACE_KEY = "skd"  # of a response, and of Experience.info
 
 # Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.
@@ -67,11 +69,14 @@ class SKDRollout(HostRollout):
         self._times_seen: Counter[int] = Counter()
 
     async def describe_skd(self) -> dict[str, str | int]:
-        return (await self.llm.collective_rpc("describe_skd"))[0]
+        return (await call_worker(self.llm, "describe_skd"))[0]
 
     async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
         pieces = (bucket.names, bucket.shapes, bucket.dtype, ipc_handles)
-        await self.llm.collective_rpc("receive_student", args=pieces)
+        await call_worker(self.llm, "receive_student", *pieces)
+
+    async def reset_prefix_cache(self) -> None:
+        await while_alive(self.llm, self.llm.reset_prefix_cache())
 
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
         if multi_modal_data:
@@ -107,6 +112,20 @@ class SKDRollout(HostRollout):
         return text
 
 
+async def while_alive(llm: Any, call: Awaitable[Any]) -> Any:
+    """Result of a call to the engine; vLLM never answers one that was under way when the engine died."""
+    task = asyncio.ensure_future(call)
+    while not (await asyncio.wait({task}, timeout=ENGINE_WATCH_S))[0]:
+        if llm.errored:
+            task.cancel()
+            raise llm.dead_error
+    return task.result()
+
+
+async def call_worker(llm: Any, method: str, *args: Any) -> list[Any]:
+    return await while_alive(llm, llm.collective_rpc(method, args=args))
+
+
 class _TraceFetcher:
     """Fetches traces from the worker; requests that end while a call is under way share the next one."""
 
@@ -120,7 +139,7 @@ class _TraceFetcher:
         async with self._turn:
             if not future.done():
                 batch, self._waiting = self._waiting, {}
-                traces = (await self._llm.collective_rpc("take_traces", args=(list(batch),)))[0]
+                traces = (await call_worker(self._llm, "take_traces", list(batch)))[0]
                 for waiter, trace in zip(batch.values(), traces, strict=True):
                     waiter.set_result(trace)
         return future.result()
