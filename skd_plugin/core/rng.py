@@ -29,7 +29,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed_N: torch.Tensor, position_N: torch.Tensor, stream: int) -> torch.Tensor:
-    """Uniform numbers in the open interval (0, 1).
+    """Uniform numbers in (0, 1]; 1 itself comes by rounding, once in 2^53 draws.
 
     Args:
         seed_N: int64 [N], one seed a request.

@@ -46,11 +46,12 @@ def draw(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
 
     Args:
         probs_NV: float [N, V], non-negative; rows need not be normalised.
-        uniform_N: float64 [N], in (0, 1).
+        uniform_N: float64 [N], in (0, 1].
 
     Returns:
         int64 [N].
     """
     cdf_NV = probs_NV.cumsum(-1, dtype=torch.float64)
     target_N1 = uniform_N[:, None] * cdf_NV[:, -1:]
-    return torch.searchsorted(cdf_NV, target_N1, right=True).squeeze(1).clamp_(max=probs_NV.shape[-1] - 1)
+    # The first entry that reaches the target: it has risen above its neighbour, so its probability is not zero.
+    return torch.searchsorted(cdf_NV, target_N1, right=False).squeeze(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from skd_plugin.core import rng, sampling
 from skd_plugin.rollout.engine import SamplingRule
 from tests.conftest import EOS, VOCAB
 from tests.unit.test_sampling import slow_warp
@@ -224,3 +225,27 @@ def test_request_that_waits_a_step_keeps_its_drafts(engine):
     roomy = engine(4).generate(prompts, rule, 9, seeds=seeds)
     tight = engine(2, max_num_seqs=16, max_num_batched_tokens=40).generate(prompts, rule, 9, seeds=seeds)
     assert_same_responses(tight, roomy)
+
+
+@pytest.mark.parametrize("draft_len", BLOCKS)
+def test_each_draw_is_that_of_its_position(engine, reference_logits, draft_len):
+    """The student's and the teacher's draw at a position invert their laws at two numbers that nothing else uses."""
+    rule, seeds = SamplingRule(top_k=12), list(range(60))
+    samples = engine(draft_len).generate([PROMPTS[i % 3] for i in seeds], rule, 8, seeds=seeds)
+    sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
+    rows = {name: reference_logits(name, sequences) for name in ("student", "teacher")}
+    same = {"student": [], "teacher": []}
+    for index, sample in enumerate(samples):
+        start, stop = len(sample.prompt_ids), len(sequences[index])
+        positions, seed = torch.arange(start, stop), torch.tensor([seeds[index]]).expand(stop - start)
+        emitted, replaced = sample.trace.response_ids, sample.trace.source == 1
+        proposed = torch.where(replaced, sample.trace.rejected_ids, emitted)
+        draws = {
+            name: sampling.draw(rows[name][index][start - 1 : -1].softmax(-1), rng.uniform(seed, positions, stream))
+            for name, stream in (("student", rng.STUDENT), ("teacher", rng.TEACHER))
+        }
+        same["student"] += (draws["student"] == proposed).tolist()
+        same["teacher"] += (draws["teacher"] == emitted)[replaced].tolist()
+    for name, matches in same.items():
+        assert len(matches) > 100
+        assert sum(matches) >= len(matches) - 2, f"{name}: more than rounding at a step of the distribution"

@@ -113,3 +113,9 @@ class SplitMix:
 
 
 PINNED = [0.8833108082136427, 0.20205969594076628, 0.66961068259739, 0.7604634950281639]
+
+
+def test_no_two_draws_of_a_sequence_share_a_number():
+    streams = (rng.STUDENT, rng.TEACHER, rng.COIN)
+    values = torch.cat([by_position(5, stream) for stream in streams])
+    assert len(values.unique()) == len(values) == len(streams) * COUNT

@@ -107,3 +107,10 @@ def test_draw_inverts_the_distribution():
 def test_draw_never_takes_an_impossible_token(weights, noise):
     token = sampling.draw(torch.tensor([weights]), torch.tensor([noise], dtype=torch.float64)).item()
     assert weights[token] > 0
+
+
+def test_the_largest_uniform_number_draws_a_possible_token():
+    """1.0 comes by rounding; neither it nor a number just above 0 may reach a token of probability zero."""
+    probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).expand(2, -1)
+    drawn = sampling.draw(probs, torch.tensor([1.0, 2.0**-54], dtype=torch.float64))
+    assert drawn.tolist() == [2, 1]
