@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import torch
 
-ACCEPTED, REPLACED, UNDRAFTED = 0, 1, 2  # provenance of a token; letters "s", "t", "u" in a trace
+# Provenance of a token; the letters of a trace are in core.trace.
+ACCEPTED = 0  # proposed by the student and kept
+REPLACED = 1  # drawn from the teacher in place of a rejected proposal
+UNDRAFTED = 2  # the teacher's, where the student proposed nothing
+REFERENCE = 3  # of a given text
+RESAMPLED = 4  # drawn from the student a second time, inside what the gate keeps
+FLAGGED = 5  # rejected by the gate, but left in the text (the control without write-back)
 NOTHING = -1  # no token: an unused place of a block, or nothing was rejected
 
 

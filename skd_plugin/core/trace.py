@@ -11,7 +11,7 @@ import torch
 
 from skd_plugin.core.accept import NOTHING
 
-SOURCE_LETTERS = "stu"  # by the codes of core.accept: the student's, the teacher's, undrafted
+SOURCE_LETTERS = "sturaf"  # by the codes of core.accept, in their order
 
 
 @dataclass
