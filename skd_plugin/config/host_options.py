@@ -38,6 +38,48 @@ def host_parser() -> argparse.ArgumentParser:
     return namespace["parser"]
 
 
+def check_by_host(arguments: list[str]) -> None:
+    """The checks between options that the host makes after parsing, run from its source before anything is started.
+
+    Raises:
+        RecipeError: with the host's own words.
+    """
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    body = _main_body()
+    start = next(i for i, node in enumerate(body) if "parse_args" in ast.dump(node))
+    checks = [n for n in body[start + 1 :] if isinstance(n, ast.If | ast.Assert | ast.Assign) and not _is_call(n)]
+    namespace = {"args": _hierarchize(host_parser().parse_args(arguments))}
+    try:
+        with redirect_stdout(StringIO()):  # its warnings are repeated in the run's log
+            exec(compile(ast.Module(checks, type_ignores=[]), HOST_MODULE, "exec"), namespace)
+    except AssertionError as error:
+        raise RecipeError(f"openrlhf: {error}") from error
+
+
+def _is_call(node: ast.stmt) -> bool:
+    """`args = hierarchize(args)` and the call of train(), or of another hub under `use_ms`."""
+    text = ast.unparse(node)
+    return "hierarchize" in text or "train(args)" in text or "use_ms" in text
+
+
+def _hierarchize(args: argparse.Namespace) -> SimpleNamespace:
+    """Dotted names as nested namespaces, as the host's validation reads them."""
+    root: dict[str, Any] = {}
+    for key, value in vars(args).items():
+        *parents, last = key.split(".")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+
+    def build(node: Any) -> Any:
+        return SimpleNamespace(**{k: build(v) for k, v in node.items()}) if isinstance(node, dict) else node
+
+    return build(root)
+
+
 def _main_body() -> list[ast.stmt]:
     spec = importlib.util.find_spec(HOST_MODULE)
     if spec is None or spec.origin is None:

@@ -17,6 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "eval.temperature": 0,
     "eval.n_samples_per_prompt": 1,
     "ckpt.best_metric_key": "none",
+    "ckpt.save_steps": 50,
+    "ckpt.max_num": 2,
 }
 CPU_DEFAULTS: dict[str, Any] = {
     "actor.num_gpus_per_node": 1,
@@ -26,10 +28,8 @@ CPU_DEFAULTS: dict[str, Any] = {
     "vllm.enforce_eager": True,
 }
 
-# option -> (allowed value, reason). The one list of what is not supported yet.
+# What is not supported: option -> (allowed value, reason). Together with REWARD_FREE the one list of refusals.
 FIXED: dict[str, tuple[Any, str]] = {
-    "algo.kl.init_coef": (0, "a distillation run has no reference model; the teacher takes its place"),
-    "algo.advantage.estimator": ("reinforce", "rewards are not mixed in yet, so no critic and no groups"),
     "rollout.temperature": (1.0, "the host divides the trained logits by it; set skd.rollout.student_temperature"),
     "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
     "train.async_enable": (False, "the asynchronous trainer builds its own actors, which SKD does not reach yet"),
@@ -39,13 +39,22 @@ FIXED: dict[str, tuple[Any, str]] = {
     "ds.ring_attn_size": (1, "ring attention packs samples, and the loss needs unpacked logits"),
     "ds.tensor_parallel_size": (1, "logits sharded over ranks are not supported"),
     "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
-    "algo.dynamic_filtering_enable": (False, "it needs rewards"),
-    "algo.advantage.is_correction_level": ("off", "it corrects a policy gradient, and there is none"),
     "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
     "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
     "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),
     "vllm.enable_sleep": (False, "sleeping frees the teacher's weights, which the weight sync does not bring back"),
     "ds.use_liger_kernel": (False, "Liger's fused loss returns no logits"),
+    "use_ms": (False, "models and datasets come from Hugging Face or from disk"),
+}
+# Likewise, of a run whose skd.objective.rl_coef is 0: nothing would read them.
+REWARD_FREE: dict[str, tuple[Any, str]] = {
+    "algo.kl.init_coef": (0, "a run without rewards has no reference model; the teacher takes its place"),
+    "algo.advantage.estimator": ("reinforce", "a run without rewards needs no critic and no groups"),
+    "algo.dynamic_filtering_enable": (False, "it filters by rewards"),
+    "algo.advantage.is_correction_level": ("off", "it corrects a policy gradient, and there is none"),
+    "reward.model_name_or_path": (None, "nothing would use its rewards"),
+    "reward.overlong_buffer_len": (None, "it changes rewards, and there are none"),
+    "reward.stop_properly_penalty_coef": (None, "it changes rewards, and there are none"),
 }
 
 
@@ -54,15 +63,25 @@ def complete(host: dict[str, Any], *, cpu: bool) -> dict[str, Any]:
     return {**DEFAULTS, **(CPU_DEFAULTS if cpu else {}), **flatten(host)}
 
 
-def check(options: dict[str, Any]) -> None:
+def check(options: dict[str, Any], *, uses_rewards: bool) -> None:
     """Raises RecipeError at the first option that a distillation run cannot honour, and at missing ones."""
-    for key, (allowed, reason) in FIXED.items():
+    for key, (allowed, reason) in {**FIXED, **({} if uses_rewards else REWARD_FREE)}.items():
         if key in options and options[key] is not None and options[key] != allowed:
-            raise RecipeError(f"openrlhf.{key} is {options[key]!r}, but must be {allowed!r}: {reason}")
+            hint = "; set skd.objective.rl_coef above 0 to mix rewards in" if key in REWARD_FREE else ""
+            raise RecipeError(f"openrlhf.{key} is {options[key]!r}, but must be {allowed!r}: {reason}{hint}")
     if not options.get("data.prompt_dataset"):
         raise RecipeError("openrlhf.data.prompt_dataset is missing: name a dataset, or give the recipe a skd.task")
     if (options["vllm.num_engines"] or 0) < 1:
         raise RecipeError(f"openrlhf.vllm.num_engines is {options['vllm.num_engines']}, but SKD samples in an engine")
+    if options["ckpt.max_num"] < 2:
+        raise RecipeError(
+            f"openrlhf.ckpt.max_num is {options['ckpt.max_num']}, but must be 2 or more: the host deletes the oldest "
+            "checkpoint before it writes the next, and a run that dies in between would have none"
+        )
+    _check_batches(options)
+
+
+def _check_batches(options: dict[str, Any]) -> None:
     if options["train.batch_size"] % options["train.micro_batch_size"]:
         raise RecipeError(
             f"openrlhf.train.batch_size = {options['train.batch_size']} is not a multiple of train.micro_batch_size = "
@@ -73,4 +92,14 @@ def check(options: dict[str, Any]) -> None:
         raise RecipeError(
             f"openrlhf.rollout.batch_size x n_samples_per_prompt is {per_rollout}, not a multiple of "
             f"openrlhf.train.batch_size = {options['train.batch_size']}: the rest of a rollout would go to waste"
+        )
+
+
+def check_rewards(options: dict[str, Any], *, teacher_advantage: float) -> None:
+    """Raises RecipeError where the policy loss has nothing to learn from."""
+    sources = ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path")
+    if options.get("reward.remote_url") == NO_REWARD and not teacher_advantage:
+        raise RecipeError(
+            "skd.objective.rl_coef is above 0, but the recipe names no reward: give one of "
+            f"{', '.join('openrlhf.' + name for name in sources)}, a skd.task, or skd.objective.teacher_advantage"
         )

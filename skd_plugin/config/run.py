@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from skd_plugin.compat.versions import check_versions
 from skd_plugin.config import host_rules
-from skd_plugin.config.host_options import host_arguments, host_parser
+from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
 from skd_plugin.config.models import check_pair, check_prompts
 from skd_plugin.config.recipe import RecipeError, load_recipe, unknown_key
 from skd_plugin.config.schema import SKDConfig, field_docs
@@ -113,10 +113,13 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     host = models.given | _run_folder_options(skd)
     host["rollout.max_new_tokens"] = models.max_new_tokens
     if skd.task is not None:
-        host |= _task_options(skd)
-    host.setdefault("reward.remote_url", host_rules.NO_REWARD)
+        host |= _task_options(skd, host)
+    _default_reward(host)
     complete = {**models.defaults, **host}
-    host_rules.check(complete)
+    host_rules.check(complete, uses_rewards=skd.objective.uses_rewards)
+    if skd.objective.uses_rewards:
+        host_rules.check_rewards(complete, teacher_advantage=skd.objective.teacher_advantage)
+    check_by_host(host_arguments(host, host_parser()))
     if skd.task is None:
         _check_dataset(complete, models.tokenizer)
     elif skd.task.train_prompts < complete["rollout.batch_size"]:
@@ -124,6 +127,12 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     else:
         _write_task(skd, models.tokenizer, models.max_len - (models.max_new_tokens or 1))
     return Run(skd, host, models.cpu)
+
+
+def _default_reward(host: dict[str, Any]) -> None:
+    """Without this name, and without rewards of the user's, the host would start a reward model."""
+    if not any(host.get(name) for name in ("reward.model_name_or_path", "train.agent_func_path")):
+        host.setdefault("reward.remote_url", host_rules.NO_REWARD)
 
 
 def parse_skd(section: dict[str, Any]) -> SKDConfig:
@@ -163,21 +172,29 @@ def _run_folder_options(skd: SKDConfig) -> dict[str, Any]:
     }
 
 
-def _task_options(skd: SKDConfig) -> dict[str, Any]:
-    """The host's data and reward options for a task of ours."""
+def _task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
+    """The host's data and reward options for a task of ours. A reward of the user's own takes the checker's place."""
     from skd_plugin.tasks import TASKS, reward
 
     assert skd.task is not None
     if skd.task.name not in TASKS:
         raise RecipeError(f"skd.task.name: {unknown_key(skd.task.name, TASKS)}; there are {', '.join(sorted(TASKS))}")
+    for name in ("data.prompt_dataset", "eval.dataset"):
+        if host.get(name):
+            raise RecipeError(f"openrlhf.{name} is given, but skd.task makes the prompts; leave one of them out")
     folder = Path(skd.run_dir) / "data"
-    return {
+    options = {
         "data.prompt_dataset": str(folder / "train.jsonl"),
         "data.input_key": "input",
         "data.label_key": "label",
         "eval.dataset": str(folder / "test.jsonl"),
-        "reward.remote_url": reward.__file__,
+        "reward.remote_url": host.get("reward.remote_url") or reward.__file__,
     }
+    if host.get("train.agent_func_path"):
+        del options["reward.remote_url"]  # the agent says what its response is worth
+    if host.get("reward.model_name_or_path"):
+        del options["reward.remote_url"], options["eval.dataset"]  # the host evaluates by reward functions only
+    return options
 
 
 def _write_task(skd: SKDConfig, tokenizer: Any, max_prompt_len: int) -> None:

@@ -58,6 +58,23 @@ class LossConfig(Section):
     top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
 
 
+class ObjectiveConfig(Section):
+    kd_coef: float = Field(1.0, ge=0, description="weight of the distillation loss")
+    rl_coef: float = Field(0.0, ge=0, description="weight of the host's policy loss; above 0 rewards are used")
+    replaced_tokens: Literal["exclude", "importance"] = Field(
+        "exclude",
+        description="the teacher's tokens in the policy loss: left out, or weighted by q/p within the host's clip",
+    )
+    teacher_advantage: float = Field(
+        0.0, ge=0, description="c: adds c (log p - log q) to the advantage of each of the student's tokens"
+    )
+    reward_timeout_s: float = Field(300.0, gt=0, description="a reward that takes longer ends the run; seconds")
+
+    @property
+    def uses_rewards(self) -> bool:
+        return self.rl_coef > 0
+
+
 class TaskConfig(Section):
     name: str = Field(description="a task of skd_plugin.tasks; it makes the prompts and checks the answers")
     train_prompts: int = Field(8192, ge=1)
@@ -74,6 +91,7 @@ class SKDConfig(Section):
     teacher: TeacherConfig
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     task: TaskConfig | None = None
     eval: EvalConfig = EvalConfig()
     run_dir: str = Field("runs/skd", description="everything a run leaves behind is in this folder")

@@ -15,18 +15,19 @@ from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase
 from transformers import AutoTokenizer
 
+from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.engine import end_tokens, engine_arguments, refuse_unsupported, split_prompt
+from skd_plugin.rollout.rewards import RewardedExecutor
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
 TRACE_KEY = "skd"  # of a response, and of Experience.info
 
-# Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.
-HostRollout = RolloutRayActor.__ray_metadata__.modified_class.__bases__[0]
+HostRollout = plain_class(RolloutRayActor)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class EngineSpec:
     num_teacher_entries: int
     rule: SamplingRule
     seed: int
+    reward_timeout_s: float
     vllm_options: dict[str, Any]
 
 
@@ -55,7 +57,8 @@ class SKDRollout(HostRollout):
         await super().__init__(
             *args, remote_rm_url=rewards, worker_extension_cls=WORKER_EXTENSION_CLS, **{**kwargs, **arguments}
         )
-        self.executor = _TracingExecutor(self.executor)
+        executor = RewardedExecutor(self.executor, skd.reward_timeout_s) if rewards else self.executor
+        self.executor = _TracingExecutor(executor)
         self.num_teacher_entries = skd.num_teacher_entries
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()

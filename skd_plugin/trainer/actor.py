@@ -11,33 +11,39 @@ import openrlhf.trainer.ray.ppo_actor as host
 import ray
 import torch
 from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
+from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
 from skd_plugin.compat import cpu
+from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.core.losses import make_divergence, top_k_loss
-from skd_plugin.rollout.actor import TRACE_KEY
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
+from skd_plugin.trainer.lesson import LessonPlan
+from skd_plugin.trainer.objective import DistillationTerm, Objective, PolicyTerm
 
 BUCKET_BYTES = 512 << 20  # one message of the weight sync; a larger parameter travels alone
 
-# Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.
-HostPolicy = host.PolicyModelActor.__ray_metadata__.modified_class.__bases__[0]
+HostPolicy = plain_class(host.PolicyModelActor)
 
 
 class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
-        options = self.args.skd.loss
-        divergence = make_divergence(options.kind, beta=options.beta, alpha=options.alpha)
-        self.actor_loss_fn = DistillationLoss(
-            top_k_loss(divergence), token_level_loss=self.args.actor.loss_agg_mode == "token-mean"
+        skd = self.args.skd
+        divergence = make_divergence(skd.loss.kind, beta=skd.loss.beta, alpha=skd.loss.alpha)
+        distillation = DistillationLoss(top_k_loss(divergence))
+        self.actor.register_forward_hook(distillation.capture)
+        by_token = self.args.actor.loss_agg_mode == "token-mean"
+        self.actor_loss_fn = Objective(
+            {"kd": DistillationTerm(distillation, by_token), "rl": PolicyTerm(self.actor_loss_fn)}
         )
-        self.actor.register_forward_hook(self.actor_loss_fn.capture)
+        # The host's ppo_train looks the function up in its module; this process serves one actor.
+        host.iter_grad_accum_global_norm = LessonPlan(
+            iter_grad_accum_global_norm, lambda trace: torch.ones(len(trace)), skd.objective.replaced_tokens
+        )
 
     def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # Popped, because the host makes a metric of everything that it finds in `info`.
-        traces = experience.info.pop(TRACE_KEY)
-        self.actor_loss_fn.expect(experience.sequences, traces)
+        self.actor_loss_fn.expect(experience)
         return super().training_step(experience, *args, **kwargs)
 
     def broadcast_to_vllm(self) -> None:
@@ -118,6 +124,15 @@ class SKDPolicy(HostPolicy):
         host.ActorPPOTrainer = SKDActorTrainer  # the host's init names the class; this process serves one actor
         super().init_model_from_pretrained(*args, **kwargs)
 
+    def begin_step(self, coefficients: dict[str, float], seed: int) -> None:
+        """Before each `fit`. The seed makes the host's shuffling the same in a run that was interrupted."""
+        self.trainer.actor_loss_fn.weigh(**coefficients)
+        torch.manual_seed(seed)
+
     def describe_skd(self) -> dict[str, str]:
         """What is really in place, for the start-up check."""
-        return {"trainer": type(self.trainer).__name__, "loss": type(self.trainer.actor_loss_fn).__name__}
+        return {
+            "trainer": type(self.trainer).__name__,
+            "loss": type(self.trainer.actor_loss_fn).__name__,
+            "plan": type(host.iter_grad_accum_global_norm).__name__,
+        }

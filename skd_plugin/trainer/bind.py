@@ -1,7 +1,7 @@
 """The one place where names of OpenRLHF are rebound, so that its own `train_ppo_ray` builds SKD's parts.
 
-The host's `train()` names four things: its strategy factory, its engine actor, its policy actor and its trainer.
-Everything else of the host stays as it is.
+The host's `train()` names what is rebound here: its strategy factory, its engine, policy and critic actors and its
+trainer. Everything else of the host stays as it is.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from typing import Any
 import ray
 
 from skd_plugin.compat import cpu
+from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.run import Run
 from skd_plugin.rollout.actor import EngineSpec, SKDRollout
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.trainer.actor import SKDPolicy
 from skd_plugin.trainer.controller import SKDTrainer
+from skd_plugin.trainer.critic import SKDCritic
 
 
 def bind(run: Run) -> None:
     """Raises RuntimeError if a name to be rebound is not where it is expected."""
     import openrlhf.trainer.ppo_trainer as ppo_trainer
+    import openrlhf.trainer.ray.launcher as launcher
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
+    import openrlhf.trainer.ray.ppo_critic as ppo_critic
     import openrlhf.trainer.ray.vllm_engine as vllm_engine
     import openrlhf.utils as host_utils
 
@@ -38,7 +42,11 @@ def bind(run: Run) -> None:
     _rebind(host_utils, "get_strategy", strategy_with_skd)
     _rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))
     _rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
+    _rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     _rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
+    if run.cpu:
+        for name in ("ReferenceModelActor", "RewardModelActor"):
+            _rebind(launcher, name, ray.remote(num_gpus=1)(_on_cpu(getattr(launcher, name))))
 
 
 def _rebind(module: Any, name: str, replacement: Any) -> None:
@@ -49,6 +57,17 @@ def _rebind(module: Any, name: str, replacement: Any) -> None:
     setattr(module, name, replacement)
 
 
+def _on_cpu(host_actor: Any) -> type:
+    """The host's actor of a frozen model, in float32 on a CPU."""
+
+    class OnCpu(plain_class(host_actor)):
+        def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            cpu.adapt_host_trainer()
+            super().init_model_from_pretrained(*args, **kwargs)
+
+    return OnCpu
+
+
 def _rollout_class(run: Run) -> type[SKDRollout]:
     """SKDRollout with the recipe in it: the host creates the actor with arguments of its own only."""
     spec = EngineSpec(
@@ -57,6 +76,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
         num_teacher_entries=run.skd.loss.top_k,
         rule=SamplingRule.of(run.skd.rollout),
         seed=run.skd.rollout.seed,
+        reward_timeout_s=run.skd.objective.reward_timeout_s,
         vllm_options=run.skd.vllm,
     )
 

@@ -11,19 +11,21 @@ import torch
 from openrlhf.trainer.ppo_trainer import PPOTrainer, compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.core.rng import derive_seed
 from skd_plugin.rollout.actor import TRACE_KEY
 from skd_plugin.rollout.rule import SamplingRule
-from skd_plugin.trainer.metrics import JsonLines, mean_kl, rollout_metrics
-from skd_plugin.trainer.samples import SKDExperienceMaker, SKDSamplesGenerator
+from skd_plugin.trainer.metrics import JsonLines, mean_kl, objective_metrics, rollout_metrics
+from skd_plugin.trainer.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.trainer.status import Status
 
-HostTrainer = PPOTrainer.__ray_metadata__.modified_class.__bases__[0]
+HostTrainer = plain_class(PPOTrainer)
 
 EXPECTED_PARTS = {
     "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
-    "policy": {"trainer": "SKDActorTrainer", "loss": "DistillationLoss"},
+    "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "plan": "LessonPlan"},
 }
 
 
@@ -46,7 +48,8 @@ class SKDTrainer(HostTrainer):
             rule=self.rule,
             seed=self.skd.rollout.seed,
         )
-        self.experience_maker = SKDExperienceMaker(
+        maker = SKDExperienceMaker if self.skd.objective.uses_rewards else RewardFreeExperienceMaker
+        self.experience_maker = maker(
             self.actor_model_group,
             self.critic_model_group,
             self.reward_model_group,
@@ -97,11 +100,20 @@ class SKDTrainer(HostTrainer):
         self._rollout_figures = rollout_metrics(traces, self.skd.rollout.draft_len)
         for sample in _spread(rollout_samples, self.skd.traces_per_step):
             self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
+        coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
-        self._step = step
+        self._step = self.samples_generator.step = step
+        self._rollout_figures |= objective_metrics(status, traces, coefficients)
         self._rollout_figures["time/train"] = time.monotonic() - started
         self._rollout_figures["tokens"] = sum(len(trace) for trace in traces)
         return status, step
+
+    def _begin_step(self, global_step: int) -> dict[str, float]:
+        objective = self.skd.objective
+        coefficients = {"kd": objective.kd_coef, "rl": objective.rl_coef}
+        seed = derive_seed(self.args.train.seed, global_step) % 2**63
+        ray.get(self.actor_model_group.async_run_method("begin_step", coefficients, seed))
+        return coefficients
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
         """Adds the figures of SKD to what the host's loggers get, and writes the step's line of metrics.jsonl."""
@@ -109,7 +121,6 @@ class SKDTrainer(HostTrainer):
         generation = status.get("timing/generation", 0.0)
         tokens = self._rollout_figures.pop("tokens", 0)
         figures = {
-            "skd/loss": status.get("policy_loss"),
             **self._rollout_figures,
             "time/rollout": generation,
             "time/sync": status.get("timing/broadcast"),
@@ -118,11 +129,9 @@ class SKDTrainer(HostTrainer):
             "lr": status.get("actor_lr"),
         }
         figures["tokens_per_s"] = tokens / figures["time/step"] if figures["time/step"] else None
-        reward = status.get("rollout/reward_mean")
-        if reward is not None and reward == reward:
-            figures["skd/rollout_score"] = reward
-        super().save_logs_and_checkpoints(global_step, {**status, **figures}, client_states)
+        # Before the checkpoint is written: a run that is resumed from it has this line.
         self.metrics.append({"step": global_step, **figures})
+        super().save_logs_and_checkpoints(global_step, {**status, **figures}, client_states)
 
     @torch.no_grad()
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:

@@ -8,47 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from openrlhf.models import aggregate_loss
 
 from skd_plugin.core.losses import TokenLoss
 from skd_plugin.core.trace import Trace
 
 
 class DistillationLoss(torch.nn.Module):
-    """Stands in for the host's PolicyLoss: same arguments, same results, another loss.
-
-    The host hands its policy loss log-probabilities; distillation needs logits. `capture` is a forward hook of the
-    host's Actor that keeps them for the one call that follows.
+    """Token losses of the student's logits, which `capture`, a forward hook of the host's Actor, keeps for the one
+    call that follows: the host hands its policy loss log-probabilities, and distillation needs logits.
     """
 
-    def __init__(self, token_loss: TokenLoss, token_level_loss: bool) -> None:
+    def __init__(self, token_loss: TokenLoss) -> None:
         super().__init__()
         self._token_loss = token_loss
-        self._token_level_loss = token_level_loss
         self._logits_BTV: torch.Tensor | None = None
-        self._sequences_BT: torch.Tensor | None = None
-        self._traces: list[Trace] = []
 
     def capture(self, actor: torch.nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, tuple):  # the training forward; the host's other forwards ask for log-probs only
             self._logits_BTV = output[1]["logits"]
 
-    def expect(self, sequences_BT: torch.Tensor, traces: list[Trace]) -> None:
-        """The batch whose loss is asked for next."""
-        self._sequences_BT, self._traces = sequences_BT, traces
-
-    def forward(
-        self, log_probs: Any, old_log_probs: Any, advantages: Any, action_mask: torch.Tensor, **others: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio): the last four have no meaning here."""
-        others.pop("rollout_log_probs", None)
+    def forward(self, action_mask: torch.Tensor, sequences_BT: torch.Tensor, traces: list[Trace]) -> torch.Tensor:
+        """Loss of every response token [B, T - 1]; 0 elsewhere."""
         logits_BTV, self._logits_BTV = self._logits_BTV, None
-        if logits_BTV is None or self._sequences_BT is None:
+        if logits_BTV is None:
             raise RuntimeError("the student's logits were not captured: the host's Actor did not run its hooks")
-        values = token_losses(logits_BTV, self._sequences_BT, action_mask, self._traces, self._token_loss)
-        loss = aggregate_loss(values, action_mask, token_level_loss=self._token_level_loss, **others)
-        none = torch.zeros((), device=loss.device)
-        return loss, none, none, None, None
+        return token_losses(logits_BTV, sequences_BT.to(logits_BTV.device), action_mask, traces, self._token_loss)
 
 
 def token_losses(

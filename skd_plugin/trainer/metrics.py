@@ -11,6 +11,7 @@ import torch
 
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
 from skd_plugin.core.trace import Trace
+from skd_plugin.trainer.lesson import students_own
 
 
 def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
@@ -38,6 +39,38 @@ def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
         "skd/draft_waste": draft_waste(traces, draft_len),
         "skd/response_len": len(tokens) / len(traces),
     }
+
+
+POLICY_FIGURES = {  # name in the host's status -> ours
+    "rl_loss": "rl/loss",
+    "rl_clip_ratio": "rl/clip_ratio",
+    "rl_kl": "rl/kl_to_old",
+    "rl_rollout_kl": "rl/kl_to_rollout",
+    "rl_filtered": "rl/filtered_frac",
+    "return": "rl/return",
+    "kl": "rl/kl_to_reference",
+    "critic_loss": "rl/critic_loss",
+    "dynamic_filtering_pass_rate": "rl/filter_pass_rate",
+}
+
+
+def objective_metrics(
+    status: dict[str, Any], traces: list[Trace], coefficients: dict[str, float]
+) -> dict[str, float | None]:
+    """Figures of the two terms of the loss; those of the policy only where it takes part or rewards are measured.
+
+    Args:
+        status: what the host's training step returned.
+    """
+    figures = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients["kd"]}
+    reward = status.get("rollout/reward_mean")
+    if reward is not None and not math.isnan(reward):
+        figures["rl/reward"] = reward
+    if coefficients["rl"]:
+        own = torch.cat([students_own(trace) for trace in traces]).float().mean().item()
+        figures |= {"rl/coef": coefficients["rl"], "rl/own_frac": own}
+        figures |= {ours: status[theirs] for theirs, ours in POLICY_FIGURES.items() if theirs in status}
+    return figures
 
 
 def mean_kl(traces: list[Trace]) -> float:

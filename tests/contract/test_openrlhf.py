@@ -498,14 +498,14 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
         split_experience_batch,
     )
 
-    from skd_plugin.trainer.samples import SKDExperienceMaker
+    from skd_plugin.trainer.samples import RewardFreeExperienceMaker
 
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
         rollout=SimpleNamespace(micro_batch_size=2),
         algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
     )
-    maker = SKDExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
+    maker = RewardFreeExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
     responses = [[8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
     samples = [generator._process_response_into_experience(make_response([5, 6], r), max_len=64) for r in responses]
     batches = maker.make_experience_batch(samples)
@@ -522,14 +522,14 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
 
 
 def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -> None:
-    from skd_plugin.trainer.samples import SKDExperienceMaker
+    from skd_plugin.trainer.samples import RewardFreeExperienceMaker
 
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
         rollout=SimpleNamespace(micro_batch_size=4),
         algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
     )
-    maker = SKDExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
+    maker = RewardFreeExperienceMaker(None, None, None, None, None, SimpleNamespace(args=args), _Tokenizer())
     samples = [generator._process_response_into_experience(make_response([5, 6], [7]), max_len=64) for _ in range(2)]
     trainer = find(f"{PPO}:PPOTrainer")
     stats = trainer._compute_rollout_stats(None, maker.make_experience_batch(samples))
@@ -577,7 +577,7 @@ def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
     actor = Actor(LlamaForCausalLM(config))
     actor.packing_samples = False
-    loss = DistillationLoss(forward_kl, token_level_loss=True)
+    loss = DistillationLoss(forward_kl)
     actor.register_forward_hook(loss.capture)
     ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     actor(ids, ones[:, 1:], attention_mask=ones)

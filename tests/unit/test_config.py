@@ -14,7 +14,7 @@ import yaml
 from skd_plugin import cli
 from skd_plugin.compat import versions
 from skd_plugin.config import RecipeError, Run, host_rules, load_recipe, load_run
-from skd_plugin.config.host_options import host_arguments, host_parser
+from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
 from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
@@ -27,6 +27,7 @@ SMALL = [
     "skd.task.train_prompts=8",
     "skd.task.eval_prompts=4",
     "openrlhf.rollout.batch_size=2",
+    "openrlhf.rollout.micro_batch_size=1",
     "openrlhf.train.batch_size=2",
     "openrlhf.train.micro_batch_size=1",
 ]
@@ -229,7 +230,7 @@ WRONG = {
 
 
 def test_complete_options_pass() -> None:
-    host_rules.check(_complete())
+    host_rules.check(_complete(), uses_rewards=False)
 
 
 @pytest.mark.parametrize("key", list(host_rules.FIXED))
@@ -237,7 +238,7 @@ def test_host_option_that_a_distillation_run_cannot_honour(key: str) -> None:
     value = WRONG.get(key, True)
     allowed, reason = host_rules.FIXED[key]
     with pytest.raises(RecipeError) as caught:
-        host_rules.check(_complete(**{key: value}))
+        host_rules.check(_complete(**{key: value}), uses_rewards=False)
     assert str(caught.value) == f"openrlhf.{key} is {value!r}, but must be {allowed!r}: {reason}"
 
 
@@ -250,16 +251,16 @@ def test_refused_host_option_in_a_recipe(quickstart) -> None:
 
 def test_rollouts_that_do_not_divide_into_training_batches() -> None:
     sizes = {"rollout.batch_size": 6, "rollout.n_samples_per_prompt": 2}
-    host_rules.check(_complete(**sizes, **{"train.batch_size": 4}))
+    host_rules.check(_complete(**sizes, **{"train.batch_size": 4}), uses_rewards=False)
     with pytest.raises(RecipeError, match=r"is 12, not a multiple of openrlhf\.train\.batch_size = 8"):
-        host_rules.check(_complete(**sizes, **{"train.batch_size": 8}))
+        host_rules.check(_complete(**sizes, **{"train.batch_size": 8}), uses_rewards=False)
 
 
 def test_prompts_are_required() -> None:
     with pytest.raises(
         RecipeError, match=r"openrlhf\.data\.prompt_dataset is missing: name a dataset, or .* skd\.task"
     ):
-        host_rules.check(_complete(**{"data.prompt_dataset": None}))
+        host_rules.check(_complete(**{"data.prompt_dataset": None}), uses_rewards=False)
 
 
 def test_student_is_required(write) -> None:
@@ -429,12 +430,13 @@ def test_cuda_is_asked_for_without_a_gpu(quickstart, monkeypatch: pytest.MonkeyP
     with pytest.raises(RecipeError, match=r"wants CUDA \(skd\.device: cuda\), but this machine has no GPU"):
         quickstart("skd.device=cuda")
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
-    assert not quickstart("skd.device=cuda").cpu
+    assert not quickstart("skd.device=cuda", "openrlhf.actor.num_gpus_per_node=1").cpu
 
 
 def test_device_cpu_is_a_cpu_run_everywhere(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert quickstart("skd.device=cpu").cpu and not quickstart("skd.device=auto").cpu
+    one = "openrlhf.actor.num_gpus_per_node=1"
+    assert quickstart("skd.device=cpu").cpu and not quickstart("skd.device=auto", one).cpu
 
 
 # --- versions ---
@@ -582,4 +584,5 @@ def test_gpu_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
     parser = host_parser()
     host_arguments(given, parser)
     defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
-    host_rules.check({**defaults, **given})
+    host_rules.check({**defaults, **given}, uses_rewards=skd.objective.uses_rewards)
+    check_by_host(host_arguments({**given, "reward.remote_url": given.get("reward.remote_url", "skd")}, parser))

@@ -187,19 +187,42 @@ def test_response_may_be_empty_in_one_row(distillation) -> None:
 # --- in the host's place ---
 
 
-def step(distillation, batch: Batch, micro_batches: list[list[int]], token_level: bool) -> torch.Tensor:
-    """Gradient of one optimizer step, as the host and DeepSpeed accumulate it over micro-batches."""
+def objective(loss, token_level: bool = True):
+    """What stands in the host's trainer, with the distillation term alone."""
+    from skd_plugin.trainer.objective import DistillationTerm, Objective
+
+    found = Objective({"kd": DistillationTerm(loss, token_level)})
+    found.weigh(kd=1.0)
+    return found
+
+
+def experience_of(sequences: torch.Tensor, mask: torch.Tensor, traces: list[Trace]) -> SimpleNamespace:
+    return SimpleNamespace(sequences=sequences, action_mask=mask, info={"skd": traces})
+
+
+def plan(host_totals=None):
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-    loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=token_level)
+    from skd_plugin.trainer.lesson import LessonPlan
+
+    return LessonPlan(host_totals or iter_grad_accum_global_norm, lambda trace: torch.ones(len(trace)), "exclude")
+
+
+def step(distillation, batch: Batch, micro_batches: list[list[int]], token_level: bool) -> torch.Tensor:
+    """Gradient of one optimizer step, as the host and DeepSpeed accumulate it over micro-batches."""
+    capture = distillation.DistillationLoss(LOSSES["forward_kl"])
+    loss = objective(capture, token_level)
     count = len(micro_batches)
-    parts = [batch.rows(*rows) for rows in micro_batches]
-    for (logits, sequences, mask, traces), info in iter_grad_accum_global_norm(
-        parts, SimpleNamespace(), count, lambda part: part[2]
-    ):
-        loss.expect(sequences, traces)
-        loss.capture(None, None, (None, {"logits": logits}))
-        value, *_ = loss(None, None, None, action_mask=mask, rollout_log_probs=None, **info)
+    logits_of = {}
+    experiences = []
+    for rows in micro_batches:
+        logits, *others = batch.rows(*rows)
+        experiences.append(experience_of(*others))
+        logits_of[id(experiences[-1])] = logits
+    for experience, info in plan()(experiences, SimpleNamespace(), count, lambda e: e.action_mask):
+        loss.expect(experience)
+        capture.capture(None, None, (None, {"logits": logits_of[id(experience)]}))
+        value, *_ = loss(torch.zeros(()), None, None, action_mask=experience.action_mask, **info)
         (value / count).backward()  # DeepSpeed divides by the number of micro-batches
     gradient, batch.logits.grad = batch.logits.grad, None
     return gradient
@@ -222,28 +245,31 @@ def test_token_mean_and_sequence_mean(distillation, aggregate_loss) -> None:
     per_row = [values[row][batch.action_mask[row].bool()] for row in range(3)]
     expected = {True: torch.cat(per_row).mean(), False: torch.stack([v.mean() for v in per_row]).mean()}
     for token_level, value in expected.items():
-        loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=token_level)
-        logits, sequences, mask, traces = batch.all
-        loss.expect(sequences, traces)
-        loss.capture(None, None, (None, {"logits": logits}))
-        found, *rest = loss(None, None, None, action_mask=mask)
+        capture = distillation.DistillationLoss(LOSSES["forward_kl"])
+        loss = objective(capture, token_level)
+        logits, *others = batch.all
+        experience = experience_of(*others)
+        experience.lesson = plan().lesson(experience)
+        loss.expect(experience)
+        capture.capture(None, None, (None, {"logits": logits}))
+        found, *rest = loss(torch.zeros(()), None, None, action_mask=batch.action_mask)
         torch.testing.assert_close(found.detach(), value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(experience.info["skd_loss"], expected[True], rtol=1e-5, atol=1e-7)
         assert len(rest) == 4 and rest[2:] == [None, None] and not any(r.requires_grad for r in rest[:2])
 
 
 def test_logits_are_used_once(distillation) -> None:
     """A second loss without a forward in between would be that of another batch."""
     batch = Batch(LENGTHS)
-    loss = distillation.DistillationLoss(LOSSES["forward_kl"], token_level_loss=True)
+    loss = distillation.DistillationLoss(LOSSES["forward_kl"])
     logits, sequences, mask, traces = batch.all
-    loss.expect(sequences, traces)
     loss.capture(None, None, (None, {"logits": logits}))
-    loss(None, None, None, action_mask=mask)
+    loss(mask, sequences, traces)
     with pytest.raises(RuntimeError, match="logits were not captured"):
-        loss(None, None, None, action_mask=mask)
+        loss(mask, sequences, traces)
     loss.capture(None, None, torch.zeros(1))  # a forward for log-probs only
     with pytest.raises(RuntimeError, match="logits were not captured"):
-        loss(None, None, None, action_mask=mask)
+        loss(mask, sequences, traces)
 
 
 @pytest.mark.parametrize("kind", list(LOSSES))
@@ -269,14 +295,17 @@ def test_whole_pipeline_on_a_tiny_llama(distillation, kind: str) -> None:
     batch = Batch(LENGTHS, width=13, seed=4)
     actor = Actor(model)
     actor.packing_samples = False
-    loss = distillation.DistillationLoss(LOSSES[kind], token_level_loss=True)
-    actor.register_forward_hook(loss.capture)
+    capture = distillation.DistillationLoss(LOSSES[kind])
+    loss = objective(capture)
+    actor.register_forward_hook(capture.capture)
     attention = torch.zeros_like(batch.sequences)
     for row, lengths in enumerate(LENGTHS):
         attention[row, : sum(lengths)] = 1
-    loss.expect(batch.sequences, batch.traces)
+    experience = experience_of(batch.sequences, batch.action_mask, batch.traces)
+    experience.lesson = plan().lesson(experience)
+    loss.expect(experience)
     actor(batch.sequences, batch.action_mask, attention_mask=attention, return_output=True)
-    value, *_ = loss(None, None, None, action_mask=batch.action_mask)
+    value, *_ = loss(torch.zeros(()), None, None, action_mask=batch.action_mask)
     value.backward()
 
     total = torch.zeros((), dtype=torch.float64)
