@@ -16,7 +16,7 @@ from skd_plugin.compat.versions import check_versions
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
 from skd_plugin.config.models import check_pair, check_prompts
-from skd_plugin.config.recipe import RecipeError, load_recipe, unknown_key
+from skd_plugin.config.recipe import RecipeError, flatten, load_recipe, unknown_key
 from skd_plugin.config.schema import SKDConfig, field_docs
 
 PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
@@ -34,6 +34,11 @@ class Run:
 
     def host_argv(self) -> list[str]:
         return host_arguments(self.host, host_parser())
+
+    def flat_options(self) -> dict[str, Any]:
+        """Every option of the run by its full dotted name."""
+        ours = flatten(self.skd.model_dump(), "skd.")
+        return {**ours, **{f"openrlhf.{key}": value for key, value in self.host.items()}}
 
     def save(self) -> Path:
         """Writes config.yaml; `Run.load` reads it back in the process that starts the host."""

@@ -95,6 +95,7 @@ class SKDConfig(Section):
     task: TaskConfig | None = None
     eval: EvalConfig = EvalConfig()
     run_dir: str = Field("runs/skd", description="everything a run leaves behind is in this folder")
+    resume: bool = Field(True, description="go on with an unfinished run of the same recipe in the run folder")
     traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")

@@ -14,6 +14,7 @@ import psutil
 from rich.console import Console
 
 from skd_plugin.config.run import Run
+from skd_plugin.terminal import resume
 from skd_plugin.terminal.progress import Follower, summary_table
 from skd_plugin.trainer.status import Status
 
@@ -25,10 +26,8 @@ RUN_ID = "SKD_RUN_ID"  # environment variable by which every process of a run is
 def supervise(run: Run) -> int:
     """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
     console = Console(highlight=False, soft_wrap=True)
-    kept = _put_old_run_aside(run)
+    run = _after_the_earlier_run(run, console)
     config_path = run.save()
-    if kept is not None:
-        console.print(f"An earlier run was here; it is now in {kept}")
     console.print(f"Run folder {run.folder}; the host's own output goes to host.log there")
     run_id, started = f"{run.folder}:{uuid.uuid4().hex}", time.monotonic()
     host = _start_host(config_path, run.folder / "host.log", run_id)
@@ -42,14 +41,14 @@ def supervise(run: Run) -> int:
             follower.show_news(spinner)
     except KeyboardInterrupt:
         Status(run.folder).stage("stopped", error="stopped by the user")
-        console.print(f"Stopped. The last checkpoint, if one was saved, is in {run.folder / 'checkpoints'}")
+        console.print(f"Stopped. {_how_to_go_on(run)}")
         return 130
     finally:
         _end_host(host, run_id)
     if host.returncode != 0:
         error = Status(run.folder).read().get("error") or f"the host process ended with status {host.returncode}"
         console.print(f"[red]The run failed:[/red] {error}", markup=True)
-        console.print(f"The whole story is in {run.folder / 'host.log'}")
+        console.print(f"The whole story is in {run.folder / 'host.log'}. {_how_to_go_on(run)}")
         return 1
     console.print(summary_table(run.folder, time.monotonic() - started))
     console.print(f"The student is in {run.folder / 'model'}; everything else is beside it")
@@ -94,10 +93,19 @@ def _processes_of(run_id: str) -> list[psutil.Process]:
     return found
 
 
-def _put_old_run_aside(run: Run) -> Path | None:
-    """Moves the results of an earlier run out of the way, unless this one resumes it."""
-    if run.host.get("ckpt.load_enable") or not (run.folder / "metrics.jsonl").exists():
-        return None
+def _after_the_earlier_run(run: Run, console: Console) -> Run:
+    """Goes on with an earlier run in the folder where that is possible, or else moves it out of the way."""
+    earlier = resume.look_at(run)
+    if not earlier.exists:
+        return run
+    if earlier.step is not None:
+        console.print(f"An unfinished run is here; going on from its checkpoint of step {earlier.step}")
+        return resume.prepare(run, earlier.step)
+    console.print(f"An earlier run was here; {earlier.reason}, so it is now in {_put_aside(run)}")
+    return run
+
+
+def _put_aside(run: Run) -> Path:
     number = 1
     while (kept := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
         number += 1
@@ -106,3 +114,10 @@ def _put_old_run_aside(run: Run) -> Path | None:
         run.folder.mkdir()
         (kept / "data").rename(run.folder / "data")
     return kept
+
+
+def _how_to_go_on(run: Run) -> str:
+    step = resume.last_step(run)
+    if step is None:
+        return "No checkpoint was saved (openrlhf.ckpt.save_steps), so the same command starts from the beginning"
+    return f"The same command goes on from the checkpoint of step {step}"

@@ -67,19 +67,32 @@ class SKDTrainer(HostTrainer):
 
     def fit(self, global_step: int = 0) -> None:
         self._check_parts()
-        self._step = global_step
+        self._step = self.samples_generator.step = self.init_checkpoint_states()["global_step"]
         if self.eval_dataloader is not None:
-            if self.skd.eval.teacher and self._scored:
-                self.status.stage("measuring the teacher")
-                self._log_eval(0, self._evaluate_rule(self.rule.teacher_only(0.0), "teacher_"))
-            if self.skd.eval.at_start:
-                self.status.stage("measuring the student")
-                self.evaluate(0)
+            self._measure_before_training()
         self.status.stage("training", max_steps=self.max_steps)
         super().fit(global_step)
         if self.eval_dataloader is not None and self._evaluated_step != self._step:
             self.evaluate(self._step)
         self.status.stage("saving")
+
+    def _measure_before_training(self) -> None:
+        """What a resumed run has measured already is not measured again; what it was killed before, is."""
+        evaluations = [(r["step"], key) for r in self.metrics.read() for key in r if key.startswith("eval/")]
+        if self.skd.eval.teacher and self._scored and not any("/teacher_" in key for _, key in evaluations):
+            self.status.stage("measuring the teacher")
+            self._log_eval(0, self._evaluate_rule(self.rule.teacher_only(0.0), "teacher_"))
+        done = any(step == self._step and "/teacher_" not in key for step, key in evaluations)
+        if self._step:
+            self._evaluated_step = self._step if done else None
+            due = self._step % self.args.eval.steps == 0
+        else:
+            due = self.skd.eval.at_start
+        if due and not done:
+            self.status.stage("measuring the student")
+            if self._step:
+                self.broadcast_to_vllm()  # the engine still has the student of the beginning
+            self.evaluate(self._step)
 
     def _check_parts(self) -> None:
         """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""

@@ -108,6 +108,9 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+
     def append(self, record: dict[str, Any]) -> None:
         line = json.dumps({key: _strict(value) for key, value in record.items()})
         with self._path.open("a") as file:
