@@ -36,6 +36,7 @@ def _spread(samples: list[Experience], count: int) -> list[Experience]:
 
 class SKDTrainer(HostTrainer):
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        torch.manual_seed(strategy.args.train.seed)  # the host's prompt loader shuffles by a number drawn from it
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.skd: SKDConfig = strategy.args.skd
         self.rule = SamplingRule.of(self.skd.rollout)

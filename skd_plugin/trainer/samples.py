@@ -31,8 +31,6 @@ class SKDSamplesGenerator(SamplesGenerator):
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         self._sample_by(self.rule, derive_seed(self.seed, self.step))
-        if getattr(self, "_dataloader_iter", None) is None:  # an episode begins: the host shuffles by torch's own seed
-            torch.manual_seed(derive_seed(self.args.train.seed, self.step) % 2**63)
         samples, *others, exhausted = super().generate_samples(**generate_kwargs)
         if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
             # The end of the dataset does not fill a batch. The host would fail where it has fewer samples than actors,

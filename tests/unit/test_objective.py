@@ -1,0 +1,208 @@
+"""The two terms of the loss: which tokens each one trains, and that neither dilutes the other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from skd_plugin.core.accept import ACCEPTED, FLAGGED, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
+from tests.unit.test_distillation import LOSSES, Batch
+
+LENGTHS = [(3, 4), (2, 3), (4, 6)]
+
+
+@pytest.fixture(scope="module")
+def parts() -> SimpleNamespace:
+    from skd_plugin.compat import cpu
+
+    cpu.install()
+    from openrlhf.models import PolicyLoss
+    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
+
+    from skd_plugin.trainer import distillation, lesson, objective
+
+    return SimpleNamespace(
+        PolicyLoss=PolicyLoss,
+        host_totals=iter_grad_accum_global_norm,
+        DistillationLoss=distillation.DistillationLoss,
+        lesson=lesson,
+        objective=objective,
+    )
+
+
+class Step:
+    """One optimizer step of micro-batches on random logits, through the plan and the objective."""
+
+    def __init__(self, parts, sources: dict[tuple[int, int], int], replaced_tokens: str = "exclude", weigher=None):
+        self.parts = parts
+        self.batch = Batch(LENGTHS)
+        for trace in self.batch.traces:
+            trace.source[:] = ACCEPTED
+        for (row, index), code in sources.items():
+            self.batch.traces[row].source[index] = code
+        generator = torch.Generator().manual_seed(5)
+        shape = self.batch.action_mask.shape
+        self.advantages = torch.randn(shape, generator=generator)
+        logp = self.batch.logits.detach()[:, :-1].log_softmax(-1)
+        self.logp = logp.gather(2, self.batch.sequences[:, 1:, None]).squeeze(2)
+        self.old = self.logp + 0.05 * torch.randn(shape, generator=generator)
+        self.behaviour = self.logp + 0.1 * torch.randn(shape, generator=generator)
+        self.plan = parts.lesson.LessonPlan(
+            parts.host_totals, weigher or (lambda trace: torch.ones(len(trace))), replaced_tokens
+        )
+
+    def gradient(self, kd: float, rl: float, micro_batches=((0, 1, 2),), token_level: bool = True) -> torch.Tensor:
+        """Gradient of the logits; `self.infos` and `self.loss` are set on the way."""
+        capture = self.parts.DistillationLoss(LOSSES["forward_kl"])
+        policy = self.parts.PolicyLoss(token_level_loss=token_level)
+        objective = self.parts.objective.Objective(
+            {
+                "kd": self.parts.objective.DistillationTerm(capture, token_level),
+                "rl": self.parts.objective.PolicyTerm(policy),
+            }
+        )
+        objective.weigh(kd=kd, rl=rl)
+        experiences = []
+        for rows in micro_batches:
+            _, sequences, mask, traces = self.batch.rows(*rows)
+            experiences.append(
+                SimpleNamespace(rows=list(rows), sequences=sequences, action_mask=mask, info={"skd": traces})
+            )
+        self.infos, self.loss = [], 0.0
+        for experience, totals in self.plan(experiences, SimpleNamespace(), len(experiences), lambda e: e.action_mask):
+            logits = self.batch.logits[experience.rows]
+            logp = logits[:, :-1].log_softmax(-1).gather(2, experience.sequences[:, 1:, None]).squeeze(2)
+            capture.capture(None, None, (None, {"logits": logits}))
+            objective.expect(experience)
+            loss, *_ = objective(
+                logp,
+                self.old[experience.rows],
+                self.advantages[experience.rows],
+                action_mask=experience.action_mask,
+                rollout_log_probs=self.behaviour[experience.rows],
+                **totals,
+            )
+            (loss / len(experiences)).backward()
+            self.loss += loss.item() / len(experiences)
+            self.infos.append(experience.info)
+        gradient, self.batch.logits.grad = self.batch.logits.grad, None
+        return gradient
+
+    def position(self, row: int, index: int) -> tuple[int, int]:
+        """Where the logits of a response token are."""
+        return row, LENGTHS[row][0] - 1 + index
+
+
+FOREIGN = {(0, 1): REPLACED, (1, 0): UNDRAFTED, (2, 2): REFERENCE, (2, 3): RESAMPLED}
+
+
+def test_only_the_students_own_tokens_get_a_policy_gradient(parts) -> None:
+    step = Step(parts, {**FOREIGN, (2, 5): FLAGGED})
+    gradient = step.gradient(kd=0.0, rl=1.0)
+    for row, (_, length) in enumerate(LENGTHS):
+        for index in range(length):
+            moved = gradient[step.position(row, index)].abs().sum() > 0
+            assert moved == ((row, index) not in FOREIGN), (row, index)
+
+
+def test_replaced_tokens_do_not_dilute_the_policy_loss(parts) -> None:
+    """The policy loss is a mean over its own tokens, however many others there are."""
+    step = Step(parts, FOREIGN)
+    step.gradient(kd=0.0, rl=1.0)
+    values = []
+    for row, (prompt, length) in enumerate(LENGTHS):
+        for index in range(length):
+            if (row, index) not in FOREIGN:
+                place = (row, prompt - 1 + index)
+                ratio, advantage = (step.logp[place] - step.old[place]).exp(), step.advantages[place]
+                values.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    assert step.loss == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+    assert len(values) == sum(length for _, length in LENGTHS) - len(FOREIGN)
+
+
+def test_importance_weighted_tokens_are_measured_against_the_law_they_came_from(parts) -> None:
+    """Ratio q / p for a replaced token, from the rollout's record; only replaced tokens are let in."""
+    step = Step(parts, FOREIGN, "importance")
+    place = step.position(0, 1)
+    step.behaviour[place] = step.logp[place] - 0.1
+    step.advantages[place] = 1.0
+    gradient = step.gradient(kd=0.0, rl=1.0)
+    ratio, count = torch.tensor(0.1).exp(), sum(length for _, length in LENGTHS) - 3
+    q = step.batch.logits.detach()[place].softmax(-1)
+    expected = ratio * q / count
+    expected[step.batch.sequences[0, place[1] + 1]] -= ratio / count
+    torch.testing.assert_close(gradient[place], expected, rtol=1e-4, atol=1e-6)
+    assert gradient[step.position(1, 0)].abs().sum() == 0  # undrafted
+    step.behaviour[place] = step.logp[place] - 1.0  # a ratio beyond the host's clip
+    assert step.gradient(kd=0.0, rl=1.0)[place].abs().sum() == 0
+
+
+def test_without_a_policy_coefficient_it_is_pure_distillation(parts) -> None:
+    """Bit for bit, even where the policy's tensors are not there or not finite."""
+    step = Step(parts, FOREIGN)
+    pure = step.gradient(kd=1.0, rl=0.0)
+    step.advantages[:] = float("nan")
+    assert torch.equal(step.gradient(kd=1.0, rl=0.0), pure)
+    assert pure.abs().sum() > 0 and "rl_loss" not in step.infos[0]
+
+
+def test_terms_add_up(parts) -> None:
+    step = Step(parts, FOREIGN)
+    kd, rl = step.gradient(kd=1.0, rl=0.0), step.gradient(kd=0.0, rl=1.0)
+    torch.testing.assert_close(step.gradient(kd=0.3, rl=2.0), 0.3 * kd + 2.0 * rl, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_micro_batches_sum_to_the_whole(parts, token_level: bool) -> None:
+    weigher = lambda trace: trace.response_ids.float() + 0.5  # noqa: E731
+    step = Step(parts, FOREIGN, weigher=weigher)
+    whole = step.gradient(1.0, 0.5, token_level=token_level)
+    for split in (((0,), (1,), (2,)), ((2, 0), (1,))):
+        found = step.gradient(1.0, 0.5, split, token_level=token_level)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_have_mean_one_over_the_step(parts) -> None:
+    """Scaling a weigher changes nothing; the loss is the weighted mean of the token losses."""
+    weigh = lambda trace: trace.response_ids.float()  # noqa: E731
+    step = Step(parts, {}, weigher=weigh)
+    gradient = step.gradient(1.0, 0.0, ((0, 1), (2,)))
+    scaled = Step(parts, {}, weigher=lambda trace: 100 * weigh(trace)).gradient(1.0, 0.0, ((0, 1), (2,)))
+    torch.testing.assert_close(scaled, gradient, rtol=1e-4, atol=1e-7)
+    from skd_plugin.trainer.distillation import token_losses
+
+    values = token_losses(*step.batch.all, LOSSES["forward_kl"]).detach()
+    mask = step.batch.action_mask.bool()
+    weights = torch.cat([weigh(trace) for trace in step.batch.traces])
+    assert step.loss == pytest.approx((values[mask] * weights).sum().item() / weights.sum().item(), rel=1e-5)
+
+
+def test_a_step_without_a_token_of_its_own(parts) -> None:
+    """Every token is the teacher's: the policy loss is 0 with a graph, and nothing is NaN."""
+    everywhere = {(row, index): REPLACED for row, (_, length) in enumerate(LENGTHS) for index in range(length)}
+    step = Step(parts, everywhere)
+    gradient = step.gradient(kd=0.0, rl=1.0)
+    assert step.loss == 0.0 and gradient.abs().sum() == 0
+    assert all(torch.isfinite(value) for value in step.infos[0].values())
+
+
+def test_an_empty_response_trains_nothing_and_breaks_nothing(parts) -> None:
+    step = Step(parts, {})
+    step.batch.action_mask[1].zero_()
+    step.batch.traces[1] = step.batch.traces[1].slice(0, 0)
+    gradient = step.gradient(kd=1.0, rl=1.0)
+    assert gradient[1].abs().sum() == 0 and gradient[0].abs().sum() > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(parts) -> None:
+    step = Step(parts, {})
+    step.batch.logits.data[0, 3, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .*lower openrlhf\.actor\.adam\.lr"):
+        step.gradient(kd=1.0, rl=0.0)
+
+
+def test_nothing_to_learn_is_an_error(parts) -> None:
+    with pytest.raises(ValueError, match="kd_coef and rl_coef are both 0"):
+        Step(parts, {}).gradient(kd=0.0, rl=0.0)
