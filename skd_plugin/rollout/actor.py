@@ -94,7 +94,7 @@ class SKDRollout(HostRollout):
         engine_params.extra_args = params.to_extra_args()
         output = await super().generate(split_prompt(prompt_token_ids), engine_params)
         completion = output.outputs[0]
-        completion.token_ids = list(completion.token_ids)[1:]
+        completion.token_ids = self._without_overshoot(list(completion.token_ids)[1:], completion.stop_reason)
         completion.text = self._text(completion, engine_params)
         trace = (await self._traces.take(params.trace_id)).slice(0, len(completion.token_ids))
         if trace.response_ids.tolist() != completion.token_ids:
@@ -106,6 +106,14 @@ class SKDRollout(HostRollout):
         prompt_hash = crc32(str(prompt_ids).encode())
         self._times_seen[prompt_hash] += 1
         return derive_seed(self._seed, prompt_hash, self._times_seen[prompt_hash])
+
+    def _without_overshoot(self, ids: list[int], stop_reason: Any) -> list[int]:
+        """vLLM finds a stop string behind a whole block, and then cuts the text but not the tokens."""
+        if not isinstance(stop_reason, str):
+            return ids
+        while stop_reason in self._tokenizer.decode(ids[:-1]):
+            ids = ids[:-1]
+        return ids
 
     def _text(self, completion: Any, params: Any) -> str:
         """Text of the response without the forced token, whose own text vLLM has put in front."""

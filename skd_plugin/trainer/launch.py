@@ -6,6 +6,7 @@ python -m skd_plugin.trainer.launch RUN_DIR/config.yaml
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import runpy
 import signal
@@ -51,13 +52,22 @@ def _end_with_the_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def _with_advice(error: BaseException, text: str) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{text}. Make room, or point skd.run_dir at another disk"
+    return text
+
+
 def _report_to(status: Status):
     """An excepthook: the traceback goes to the log as ever, its last line also into the status file."""
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a remote call raised
         lines = "".join(traceback.format_exception_only(type(cause), cause)).strip().splitlines()
-        status.stage("failed", error=lines[-1])
+        try:
+            status.stage("failed", error=_with_advice(cause, lines[-1]))
+        except OSError as full:  # the status file is on the disk that is full; the supervisor reads the log then
+            print(f"could not write {status}: {full}", file=sys.stderr)
         sys.__excepthook__(kind, error, trace)
 
     return report

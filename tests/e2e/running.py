@@ -26,18 +26,18 @@ START_LIMIT_S = 400
 END_LIMIT_S = 240  # a guard against a hang, wide enough for a busy machine
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, recipe: Path = RECIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "skd_plugin.cli", "train", str(RECIPE), *SMALL, f"skd.run_dir={folder}", *overrides],
+        [sys.executable, "-m", "skd_plugin.cli", "train", str(recipe), *SMALL, f"skd.run_dir={folder}", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(folder: Path, *overrides: str) -> str:
+def finish(folder: Path, *overrides: str, recipe: Path = RECIPE) -> str:
     """A run to its end; returns what it printed."""
-    process = start(folder, *overrides)
+    process = start(folder, *overrides, recipe=recipe)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output

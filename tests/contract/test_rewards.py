@@ -1,0 +1,218 @@
+"""Rewards through the host's own executors: one that does not come is an error with its cause, never a silence."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.test_openrlhf import _Engine, _Tokenizer
+
+
+def execute(executor: Any, prompt: str = "ab") -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    call = executor.execute(
+        prompt=prompt, label="7", sampling_params=SamplingParams(max_tokens=8), max_length=64,
+        hf_tokenizer=_Tokenizer(), llm_engine=_Engine("xyz"), images=None,
+    )  # fmt: skip
+    return asyncio.run(call)
+
+
+def rewarded(endpoint: str | Path, timeout_s: float = 30.0) -> Any:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from skd_plugin.rollout.rewards import RewardedExecutor
+
+    return RewardedExecutor(SingleTurnAgentExecutor([str(endpoint)]), timeout_s)
+
+
+@pytest.fixture
+def reward_file(tmp_path: Path):
+    def write(body: str) -> Path:
+        path = tmp_path / "reward.py"
+        path.write_text(f"import time\ndef reward_func(queries, prompts, labels):\n    {body}\n")
+        return path
+
+    return write
+
+
+def test_fetchers_are_where_they_are_watched() -> None:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from skd_plugin.rollout.rewards import FETCHERS
+
+    assert all(hasattr(SingleTurnAgentExecutor, name) for name in FETCHERS), "revisit skd_plugin/rollout/rewards.py"
+
+
+def test_a_reward_that_comes_is_handed_on(reward_file) -> None:
+    response = execute(rewarded(reward_file("return {'rewards': float(labels[0]), 'scores': 1.0}")))
+    assert (response["reward"], response["scores"]) == (7.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        ("raise KeyError('no such label')", "KeyError: 'no such label'"),
+        ("time.sleep(1)", r"took longer than skd\.objective\.reward_timeout_s = 0\.2"),
+        ("return {}", "it returned none"),
+        ("return {'rewards': float('nan')}", "is nan; it must be finite"),
+        ("return {'rewards': float('inf')}", "is inf; it must be finite"),
+    ],
+)
+def test_a_reward_that_does_not_come_is_an_error(reward_file, body: str, cause: str) -> None:
+    from skd_plugin.rollout.rewards import RewardError
+
+    with pytest.raises(RewardError, match=f"prompt 'ab'.*{cause}"):
+        execute(rewarded(reward_file(body), timeout_s=0.2))
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(500, "out of order")
+
+        def log_message(self, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}/score"
+        found.shutdown()
+
+
+def test_a_server_that_fails_is_an_error(failing_server: str) -> None:
+    from skd_plugin.rollout.rewards import RewardError
+
+    with pytest.raises(RewardError, match="Request error for 5 times"):
+        execute(rewarded(failing_server))
+
+
+def test_causes_belong_to_their_own_samples(reward_file) -> None:
+    """Samples of one engine are scored at the same time; each error names its own prompt and cause."""
+    executor = rewarded(reward_file("raise ValueError(prompts[0])"))
+
+    async def both() -> list[Any]:
+        from vllm import SamplingParams
+
+        calls = [
+            executor.execute(prompt=prompt, label="", sampling_params=SamplingParams(max_tokens=8), max_length=64,
+                             hf_tokenizer=_Tokenizer(), llm_engine=_Engine("x"), images=None)
+            for prompt in ("first", "second")
+        ]  # fmt: skip
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    for prompt, error in zip(("first", "second"), asyncio.run(both()), strict=True):
+        assert f"'{prompt}'" in str(error) and f"ValueError: {prompt}" in str(error)
+
+
+def test_an_agent_without_a_reward_is_an_error() -> None:
+    from openrlhf.utils.agent import AgentExecutorBase
+
+    from skd_plugin.rollout.rewards import RewardedExecutor, RewardError
+
+    class Silent(AgentExecutorBase):
+        async def execute(self, prompt: str, **_: Any) -> dict[str, Any]:
+            return {"reward": None}
+
+    with pytest.raises(RewardError, match="no reward for the prompt 'ab'"):
+        execute(RewardedExecutor(Silent(), 1.0))
+
+
+# --- experience of rewarded responses (trainer/samples.py) ---
+
+
+def make_maker(estimator: str = "reinforce", **objective: float) -> Any:
+    from skd_plugin.config.schema import ObjectiveConfig
+    from skd_plugin.trainer.samples import SKDExperienceMaker
+
+    advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=True)
+    args = SimpleNamespace(
+        train=SimpleNamespace(dynamic_batch_enable=False),
+        rollout=SimpleNamespace(micro_batch_size=2, n_samples_per_prompt=2),
+        algo=SimpleNamespace(advantage=advantage),
+        reward=SimpleNamespace(clip_range=(-10, 10), overlong_buffer_len=None, stop_properly_penalty_coef=None),
+        skd=SimpleNamespace(objective=ObjectiveConfig(rl_coef=1.0, **objective)),
+    )
+    strategy = SimpleNamespace(args=args)
+    return SKDExperienceMaker(None, None, None, None, SimpleNamespace(value=0.1), strategy, _Tokenizer())
+
+
+def rollout(maker: Any, responses: list[list[int]], sources: list[list[int]]) -> list[Any]:
+    from skd_plugin.rollout.rule import SamplingRule
+    from skd_plugin.trainer.samples import SKDSamplesGenerator
+    from tests.contract.test_openrlhf import make_response
+
+    strategy = SimpleNamespace(args=maker.args)
+    generator = SKDSamplesGenerator(strategy, None, None, None, [], rule=SamplingRule(top_k=1), seed=0)
+    samples = []
+    for number, (response, source) in enumerate(zip(responses, sources, strict=True)):
+        made = make_response([5, 6], response, float(number))
+        made["skd"].source[:] = torch.tensor(source, dtype=torch.uint8)
+        made["skd"].teacher_logp[:], made["skd"].student_logp[:] = -1.0, -3.0
+        samples.append(generator._process_response_into_experience(made, max_len=64))
+    batches = maker.split_rollout_samples(samples)
+    for batch in batches:
+        batch.kl = torch.ones(batch.action_mask.shape)
+    return batches
+
+
+STUDENT, TEACHER = 0, 1
+RESPONSES = [[8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
+SOURCES = [[STUDENT], [STUDENT, TEACHER, STUDENT], [TEACHER, STUDENT], [STUDENT, STUDENT, STUDENT, TEACHER]]
+
+
+def test_behaviour_is_that_of_the_model_which_wrote_the_token() -> None:
+    batches = rollout(make_maker(), RESPONSES, SOURCES)
+    for batch, rows in zip(batches, ((0, 1), (2, 3)), strict=True):
+        for row, number in enumerate(rows):
+            found = batch.rollout_log_probs[row][batch.action_mask[row].bool()]
+            assert found.tolist() == [{STUDENT: -3.0, TEACHER: -1.0}[source] for source in SOURCES[number]]
+
+
+def test_a_teachers_token_pays_no_penalty_for_leaving_the_reference() -> None:
+    """The return of the first token is the reward minus the penalty (0.1 x 1 nat) of each of the student's tokens."""
+    maker = make_maker("reinforce")
+    maker.args.algo.advantage.no_std_norm = True
+    batches = maker.compute_advantages_and_returns(rollout(maker, RESPONSES, SOURCES))
+    for batch, rows in zip(batches, ((0, 1), (2, 3)), strict=True):
+        for row, number in enumerate(rows):
+            own = SOURCES[number].count(STUDENT)
+            first = batch.returns[row][batch.action_mask[row].bool()][0].item()
+            assert first == pytest.approx(number - 0.1 * own)
+
+
+def test_the_teachers_view_is_added_behind_the_normalisation() -> None:
+    """c (log p - log q) = 0.5 x 2 on every token, whatever the host made of the rewards."""
+    plain, guided = make_maker("rloo"), make_maker("rloo", teacher_advantage=0.5)
+    before = plain.compute_advantages_and_returns(rollout(plain, RESPONSES, SOURCES))
+    after = guided.compute_advantages_and_returns(rollout(guided, RESPONSES, SOURCES))
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(other.advantages - one.advantages, one.action_mask.float())
+
+
+def test_an_empty_response_has_advantages_without_nan() -> None:
+    maker = make_maker("group_norm")
+    batches = maker.compute_advantages_and_returns(rollout(maker, [[8], [], [9, 10], [11]], [[0], [], [0, 1], [0]]))
+    for batch in batches:
+        assert torch.isfinite(batch.advantages).all() and torch.isfinite(batch.returns).all()
+    assert not batches[0].action_mask[1].any()
+
+
+def test_a_failed_reward_would_be_logged_and_forgotten_by_the_host() -> None:
+    """Why RewardedExecutor exists. If this fails, the host raises by itself now."""
+    import inspect
+
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    source = inspect.getsource(SingleTurnAgentExecutor.execute)
+    assert "except Exception" in source and "logger.info" in source, "revisit skd_plugin/rollout/rewards.py"

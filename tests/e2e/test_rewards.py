@@ -1,0 +1,119 @@
+"""Rewards beside distillation, through the host's own options: server, reward model, critic, agent; and a failure."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import END_LIMIT_S, RECIPE, UNMEASURED, finish, metrics, processes_with, start, steps, traces
+
+pytestmark = pytest.mark.e2e
+
+STUDENT = RECIPE.parent / "models" / "arithmetic" / "student"
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Rewards by the length of the answer, so that the samples of a prompt differ."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        (query,), (prompt,) = asked["query"], asked["prompts"]
+        score = len(query[len(prompt) :]) % 7 / 7
+        body = json.dumps({"rewards": score, "scores": score}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.asked.append(prompt)  # type: ignore[attr-defined]
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as found:
+        found.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: ThreadingHTTPServer) -> None:
+    finish(
+        tmp_path,
+        *UNMEASURED,
+        "skd.task.train_prompts=64",
+        "skd.objective.rl_coef=0.5",
+        f"openrlhf.reward.remote_url=http://127.0.0.1:{server.server_port}/score",
+        "openrlhf.reward.overlong_buffer_len=8",
+        "openrlhf.algo.advantage.estimator=group_norm",
+        "openrlhf.algo.dynamic_filtering_enable=true",
+        "openrlhf.algo.dynamic_filtering_range=[0.1,0.9]",
+        "openrlhf.rollout.n_samples_per_prompt=4",
+        "openrlhf.train.batch_size=32",
+    )
+    trained = steps(tmp_path)
+    assert trained and len(server.asked) > 32 * len(trained)  # type: ignore[attr-defined]
+    for record in trained:
+        assert record["rl/reward"] < 0.9 and record["rl/filter_pass_rate"] > 0
+        assert record["rl/own_frac"] == pytest.approx(record["skd/accept_rate"])
+        assert isinstance(record["rl/loss"], float) and isinstance(record["skd/loss"], float)
+
+
+def test_reward_model_critic_and_reference(tmp_path: Path) -> None:
+    finish(
+        tmp_path,
+        *UNMEASURED,
+        "skd.objective.rl_coef=0.5",
+        "openrlhf.algo.advantage.estimator=gae",
+        "openrlhf.algo.kl.init_coef=0.01",
+        f"openrlhf.reward.model_name_or_path={STUDENT}",
+        f"openrlhf.critic.model_name_or_path={STUDENT}",
+        *(f"openrlhf.{group}.num_gpus_per_node=1" for group in ("ref", "reward", "critic")),
+    )
+    assert len(steps(tmp_path)) == 3
+    for record in steps(tmp_path):
+        for name in ("rl/critic_loss", "rl/kl_to_reference", "rl/reward", "rl/loss", "skd/loss"):
+            assert isinstance(record[name], float), name
+    assert not any(key.startswith("eval/") for record in metrics(tmp_path) for key in record)
+
+
+def test_agent_with_a_calculator(tmp_path: Path) -> None:
+    """Several turns by the recipe's agent: the calculator's words are in the context, but never in what is trained."""
+    recipe = RECIPE.with_name("quickstart-calculator.yaml")
+    finish(
+        tmp_path,
+        *UNMEASURED,
+        "skd.traces_per_step=32",
+        "openrlhf.rollout.n_samples_per_prompt=4",
+        "openrlhf.train.batch_size=32",
+        "skd.rollout.max_new_tokens=96",
+        recipe=recipe,
+    )
+    assert len(steps(tmp_path)) == 3
+    for record in steps(tmp_path):
+        assert record["skd/loss"] == pytest.approx(record["skd/kl"], rel=0.02)
+        assert record["rl/reward"] > 0.3  # the sums are right, whatever the student can calculate
+    asked = [trace for trace in traces(tmp_path) if "=" in trace["response"]]
+    assert len(asked) > 50
+    for trace in asked:
+        assert len(trace["source"]) == len(trace["response_ids"])
+        for written in trace["response"].split("=")[1:]:
+            assert not written.strip()[:1].isdigit(), trace["response"]
+
+
+def test_a_reward_that_raises_ends_the_run(tmp_path: Path) -> None:
+    broken = tmp_path / "broken_reward.py"
+    broken.write_text("def reward_func(queries, prompts, labels):\n    raise KeyError('no such label')\n")
+    folder = tmp_path / "run"
+    process = start(folder, *UNMEASURED, "skd.objective.rl_coef=1", f"openrlhf.reward.remote_url={broken}")
+    output, _ = process.communicate(timeout=END_LIMIT_S * 2)
+    assert process.returncode == 1, output
+    assert "The run failed: " in output and "no reward for the prompt" in output and "no such label" in output
+    assert not processes_with(folder)

@@ -1,0 +1,136 @@
+"""What a killed run leaves in its folder, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from skd_plugin.config.run import Run
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.terminal import resume
+from skd_plugin.trainer.status import Status
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that has written four steps, with its configuration in the folder."""
+    skd = SKDConfig(teacher={"model_name_or_path": "t"}, run_dir=str(tmp_path))
+    found = Run(skd, {"ckpt.path": str(tmp_path / "checkpoints"), "actor.adam.lr": 1e-3}, cpu=True)
+    found.save()
+    Status(tmp_path).stage("training")
+    lines = [{"step": 0, "eval/x/kl": 1.0}, *({"step": step, "skd/loss": 1.0} for step in range(1, 5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return found
+
+
+def checkpoint(run: Run, step: int, *, group: str = "_actor", whole: bool = True, tag: str = "global_step") -> None:
+    folder = Path(run.host["ckpt.path"]) / group / f"{tag}{step}"
+    folder.mkdir(parents=True)
+    (folder / "mp_rank_00_model_states.pt").write_text("weights")
+    if whole:
+        (folder / resume.METRIC_FILE).write_text("{}")
+    (folder.parent / "latest").write_text(folder.name)
+
+
+def recorded_steps(run: Run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tags(run: Run, group: str = "_actor") -> set[str]:
+    return {path.name for path in (Path(run.host["ckpt.path"]) / group).iterdir() if path.is_dir()}
+
+
+def latest(run: Run, group: str = "_actor") -> str:
+    return (Path(run.host["ckpt.path"]) / group / "latest").read_text()
+
+
+def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
+    skd = SKDConfig(teacher={"model_name_or_path": "t"}, run_dir=str(tmp_path))
+    assert not resume.look_at(Run(skd, {"ckpt.path": str(tmp_path)}, True)).exists
+
+
+def test_goes_on_from_the_last_whole_checkpoint(run: Run) -> None:
+    checkpoint(run, 2)
+    checkpoint(run, 4, whole=False)  # killed while it was being written, by one rank of several
+    assert resume.look_at(run).step == 2
+    going_on = resume.prepare(run, 2)
+    assert going_on.host["ckpt.load_enable"] is True
+    assert recorded_steps(run) == [0, 1, 2]
+    assert tags(run) == {"global_step2"} and latest(run) == "global_step2"
+
+
+def test_a_half_written_line_is_dropped(run: Run) -> None:
+    checkpoint(run, 4)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "skd/lo')
+    resume.prepare(run, 4)
+    assert recorded_steps(run) == [0, 1, 2, 3, 4]
+
+
+def test_traces_are_cut_with_the_metrics(run: Run) -> None:
+    checkpoint(run, 2)
+    (run.folder / "traces.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    resume.prepare(run, 2)
+    assert (run.folder / "traces.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_actor_and_critic_go_on_from_the_same_step(run: Run) -> None:
+    """Killed between the two: the actor's newer checkpoint is of no use."""
+    run = replace(run, host={**run.host, "algo.advantage.estimator": "gae"})
+    run.save()
+    for step in (2, 4):
+        checkpoint(run, step)
+    checkpoint(run, 2, group="_critic")
+    assert resume.look_at(run).step == 2
+    resume.prepare(run, 2)
+    assert tags(run) == tags(run, "_critic") == {"global_step2"}
+    assert latest(run) == latest(run, "_critic") == "global_step2"
+
+
+def test_the_best_checkpoint_of_an_evaluation_counts(run: Run) -> None:
+    checkpoint(run, 2)
+    checkpoint(run, 4, tag="best_global_step")
+    assert resume.look_at(run).step == 4
+    resume.prepare(run, 4)
+    assert latest(run) == "best_global_step4"
+
+
+def test_an_empty_latest_is_mended(run: Run) -> None:
+    checkpoint(run, 2)
+    (Path(run.host["ckpt.path"]) / "_actor" / "latest").write_text("")
+    resume.prepare(run, resume.look_at(run).step)
+    assert latest(run) == "global_step2"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda run: Status(run.folder).stage("done"), "it is finished"),
+        (lambda run: None, "it had no checkpoint yet"),
+    ],
+)
+def test_a_run_that_is_not_gone_on_with(run: Run, change, reason: str) -> None:
+    if reason == "it is finished":
+        checkpoint(run, 4)
+    change(run)
+    earlier = resume.look_at(run)
+    assert earlier.exists and earlier.step is None and earlier.reason == reason
+
+
+def test_another_recipe_is_another_run(run: Run) -> None:
+    checkpoint(run, 4)
+    other = Run(run.skd.model_copy(update={"traces_per_step": 9}), {**run.host, "actor.adam.lr": 2e-3}, cpu=True)
+    earlier = resume.look_at(other)
+    assert earlier.step is None
+    assert earlier.reason == "its recipe was another one (openrlhf.actor.adam.lr, skd.traces_per_step)"
+    forced = replace(other, host={**other.host, "ckpt.load_enable": True})
+    assert resume.look_at(forced).step == 4
+
+
+def test_resume_can_be_turned_off(run: Run) -> None:
+    checkpoint(run, 4)
+    off = replace(run, skd=run.skd.model_copy(update={"resume": False}))
+    assert resume.look_at(off).step is None and "skd.resume is false" in resume.look_at(off).reason
