@@ -11,6 +11,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _refuse_idle(section: Section, effects: dict[str, bool], because: str) -> None:
+    """Raises ValueError for an option that is set to another value than its default, and would do nothing."""
+    for name, has_effect in effects.items():
+        value = getattr(section, name)
+        if not has_effect and value != type(section).model_fields[name].default:
+            raise ValueError(f"{name} = {value} has no effect: {because}")
+
+
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
 
@@ -42,20 +50,65 @@ class RolloutConfig(Section):
         return self
 
 
+class ReweightConfig(Section):
+    by: Literal["none", "confidence", "divergence", "rank"] = Field(
+        "none", description="which tokens count more; laws in core/weights.py"
+    )
+    floor: float = Field(0.1, ge=0, lt=1, description="least weight of a token relative to the most")
+
+    @model_validator(mode="after")
+    def _floor_has_an_effect(self) -> ReweightConfig:
+        _refuse_idle(self, {"floor": self.by != "none"}, "by is none")
+        return self
+
+
+LossKind = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "adaptive_kl",
+    "cross_entropy",
+]
+
+
 class LossConfig(Section):
-    kind: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "symmetric_kl",
-        "jsd",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "total_variation",
-        "adaptive_kl",
-    ] = Field("forward_kl", description="divergence of the student from the teacher; p is the teacher")
+    kind: LossKind = Field(
+        "forward_kl", description="divergence of the student from the teacher, or cross_entropy of the emitted token"
+    )
+    replaced_kind: LossKind | None = Field(None, description="the same, for replaced tokens; default: kind")
     beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
     alpha: float = Field(0.1, ge=0, lt=1, description="of the skew divergences: share of the first distribution")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="tau of both models in a divergence; cross_entropy has none"
+    )
     top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
+    accepted_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that the gate kept")
+    replaced_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that it replaced")
+    clamp: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="upper limit of a token's loss; no gradient above it"
+    )
+    reweight: ReweightConfig = ReweightConfig()
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> LossConfig:
+        kinds = {self.kind, self.replaced_kind or self.kind}
+        effects = {
+            "beta": "jsd" in kinds,
+            "alpha": bool(kinds & {"skew_forward_kl", "skew_reverse_kl"}),
+            "temperature": kinds != {"cross_entropy"},
+        }
+        _refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
+        if self.accepted_weight == self.replaced_weight == 0:
+            raise ValueError("accepted_weight and replaced_weight are both 0: no token would be trained")
+        return self
+
+    def token_loss_arguments(self) -> dict[str, Any]:
+        """Of core.losses.make_token_loss."""
+        return self.model_dump(exclude={"top_k", "reweight"})
 
 
 class ObjectiveConfig(Section):

@@ -1,23 +1,65 @@
 """Distillation losses, one value a token. p is the teacher, q the student, in nats, in float32.
 
-Shapes: N trained tokens, V vocabulary, K teacher entries kept a token, C = K + 1 categories: the teacher's top-K and
-one tail that holds all other tokens. A loss never reduces over tokens: the host's `aggregate_loss` does, with the
-token count of the whole optimizer step.
+Shapes: N trained tokens, V vocabulary, K teacher entries kept a token, C = K + 2 categories: the teacher's top-K, the
+emitted token where it is not among them, and all other tokens as one. A loss never reduces over tokens: the host's
+`aggregate_loss` does, with the token count of the whole optimizer step.
 
 Each divergence is written once, over any categories: the C of a rollout, or the whole vocabulary. Joining categories
 cannot raise a divergence (data-processing inequality), so the value on C categories is a lower bound of the value on
-the vocabulary, never negative, and zero iff the C probabilities agree.
+the vocabulary, never negative, and zero iff the C probabilities agree. (`adaptive_kl` is not negative and zero iff
+they agree, but no such bound: its weight depends on the categories.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 
+from skd_plugin.core.accept import FLAGGED, REPLACED
+from skd_plugin.core.trace import Trace
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a rollout knows of N tokens to be learned. Log-probabilities are the teacher's, in nats.
+
+    `teacher_rest_N` is the one entry that depends on the temperature tau of the loss: the engine that records it must
+    have been started with the same `loss_temperature`.
+    """
+
+    teacher_ids_NK: torch.Tensor  # int64, the K most probable tokens
+    teacher_logp_NK: torch.Tensor  # float32, their log p at temperature 1 over the whole vocabulary
+    teacher_rest_N: torch.Tensor  # float32, log of the sum of p^(1 / tau) over all but the K and the emitted token
+    token_N: torch.Tensor  # int64, the emitted token
+    token_teacher_logp_N: torch.Tensor  # float32, its log p at temperature 1
+    source_N: torch.Tensor  # uint8, codes of core.accept
+
+    @classmethod
+    def of(cls, trace: Trace, device: torch.device) -> Targets:
+        return cls(
+            teacher_ids_NK=trace.teacher_topk_ids.to(device=device, dtype=torch.int64),
+            teacher_logp_NK=trace.teacher_topk_logp.to(device),
+            teacher_rest_N=trace.teacher_rest_tempered.to(device),
+            token_N=trace.response_ids.to(device=device, dtype=torch.int64),
+            token_teacher_logp_N=trace.teacher_logp.to(device),
+            source_N=trace.source.to(device),
+        )
+
+    def select(self, rows: torch.Tensor) -> Targets:
+        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @property
+    def replaced_N(self) -> torch.Tensor:
+        """bool: the gate rejected the student's proposal here; everything else counts as accepted."""
+        return (self.source_N == REPLACED) | (self.source_N == FLAGGED)
+
+
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]
-TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `top_k_loss`
+# (student's logits [N, V] of any float type, with gradient; targets) -> [N], float32 (float64 for float64 logits)
+TokenLoss = Callable[[torch.Tensor, Targets], torch.Tensor]
 
 ADAPTIVE_HEAD_MASS = 0.5  # mu of the adaptive KL, as in its paper
 
@@ -107,34 +149,141 @@ def make_divergence(kind: str, *, beta: float, alpha: float) -> Divergence:
     return partial(DIVERGENCES[kind], **parameters.get(kind, {}))
 
 
-def student_categories(student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor) -> torch.Tensor:
-    """log q of the teacher's K tokens and of everything else as one category: float32 [N, K + 1].
+def categories(
+    student_logits_NV: torch.Tensor, targets: Targets, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p and log q, both at `temperature`, of the teacher's top-K, the emitted token and the rest: [N, K + 2] each.
 
-    The tail is a log-sum-exp over the logits outside the head, not log(1 - head): it keeps its precision and its
-    gradient where the student has next to no mass there. For K = V there is no tail, and the result is [N, K].
+    Exact, though few log p are known: the engine sums p^(1 / tau) over the rest. (The mass of the tail minus that of
+    the token would be rounding, where the token is nearly all of the tail.) Where the token is among the K, or nothing
+    is left beside it, its category or the rest is empty on both sides: -inf, with no gradient. For K = V there is
+    neither, and the result is [N, K].
     """
-    logits_NV = student_logits_NV.float()
-    total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    head_NK = logits_NV.gather(1, teacher_ids_NK) - total_N1
-    if teacher_ids_NK.shape[1] >= logits_NV.shape[1]:
-        return head_NK
-    tail_N1 = logits_NV.scatter(1, teacher_ids_NK, float("-inf")).logsumexp(-1, keepdim=True) - total_N1
-    return torch.cat([head_NK, tail_N1], dim=1)
+    logits_NV = _soften(student_logits_NV, temperature)
+    top_k, vocab = targets.teacher_ids_NK.shape[1], logits_NV.shape[1]
+    outside_N = (targets.teacher_ids_NK != targets.token_N[:, None]).all(1)
+    empty_N2 = torch.stack([~outside_N, outside_N & (vocab == top_k + 1)], 1)
+    empty_NC = torch.cat([torch.zeros_like(targets.teacher_ids_NK, dtype=torch.bool), empty_N2], 1)
+    log_q = _student_categories(logits_NV, targets.teacher_ids_NK, targets.token_N).masked_fill(empty_NC, -torch.inf)
+    log_p = _teacher_categories(targets, temperature).masked_fill(empty_NC, -torch.inf)
+    log_p = (log_p - log_p.logsumexp(-1, keepdim=True)).to(log_q.dtype)
+    return (log_p, log_q) if top_k < vocab else (log_p[:, :top_k], log_q[:, :top_k])
 
 
-def top_k_loss(divergence: Divergence) -> TokenLoss:
-    """A divergence as a loss of the student's logits against what a rollout keeps of the teacher.
+def _soften(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """At least float32; no copy of [N, V] where there is nothing to do."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return logits_NV if temperature == 1 else logits_NV / temperature
 
-    The loss takes student_logits_NV (any float type, with gradient), teacher_ids_NK (int64) and teacher_logp_NC
-    (log p of the K tokens over the whole vocabulary, not renormalised, and the log mass of all others as the last
-    column). It returns float32 [N]. Padded teacher or student vocabularies need no care: a padding row is one more
-    token of the tail.
+
+def _student_categories(logits_NV: torch.Tensor, ids_NK: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    """log q of the K tokens, the emitted token and everything else [N, K + 2].
+
+    The rest is a log-sum-exp over the other logits, not log(1 - head): it keeps its precision and its gradient where
+    the student has next to no mass there.
+    """
+    named_NC = torch.cat([ids_NK, token_N[:, None]], 1)
+    rest_N1 = logits_NV.scatter(1, named_NC, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logits_NV.gather(1, named_NC), rest_N1], 1) - logits_NV.logsumexp(-1, keepdim=True)
+
+
+def _teacher_categories(targets: Targets, temperature: float) -> torch.Tensor:
+    """The same of p^(1 / tau), without its common factor."""
+    named_NC = torch.cat([targets.teacher_logp_NK, targets.token_teacher_logp_N[:, None]], 1) / temperature
+    return torch.cat([named_NC, targets.teacher_rest_N[:, None]], 1)
+
+
+def top_k_loss(divergence: Divergence, temperature: float = 1.0) -> TokenLoss:
+    """D(p_tau || q_tau) with both models at temperature tau (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Hinton et al. multiply it by tau^2, because its gradient falls as 1 / tau^2 beside a hard-label term of another
+    scale. Here it is left as it is: the value stays a divergence in nats.
     """
 
-    def loss(
-        student_logits_NV: torch.Tensor, teacher_ids_NK: torch.Tensor, teacher_logp_NC: torch.Tensor
-    ) -> torch.Tensor:
-        log_q = student_categories(student_logits_NV, teacher_ids_NK)
-        return divergence(teacher_logp_NC[:, : log_q.shape[1]].float(), log_q)
+    def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return divergence(*categories(student_logits_NV, targets, temperature))
 
     return loss
+
+
+def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
+    temperature, so q is at temperature 1.
+    """
+    logits_NV = _soften(student_logits_NV, 1.0)
+    return logits_NV.logsumexp(-1) - logits_NV.gather(1, targets.token_N[:, None]).squeeze(1)
+
+
+def by_source(accepted: TokenLoss, replaced: TokenLoss) -> TokenLoss:
+    """One loss where the gate kept the student's token, another where it rejected it (CA-OPD, arXiv 2609.02401)."""
+
+    def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+        rows = [targets.replaced_N.logical_not().nonzero().squeeze(1), targets.replaced_N.nonzero().squeeze(1)]
+        parts = [
+            part(student_logits_NV[own], targets.select(own))
+            for part, own in zip((accepted, replaced), rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    return loss
+
+
+def clamped(inner: TokenLoss, limit: float) -> TokenLoss:
+    """At most `limit` a token. A token above it has no gradient: it counts in the value, and teaches nothing."""
+    return lambda student_logits_NV, targets: inner(student_logits_NV, targets).clamp_max(limit)
+
+
+def weighted(inner: TokenLoss, accepted_weight: float, replaced_weight: float) -> TokenLoss:
+    """A constant factor for each origin of a token."""
+
+    def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+        values_N = inner(student_logits_NV, targets)
+        return values_N * torch.where(targets.replaced_N, replaced_weight, accepted_weight).to(values_N.dtype)
+
+    return loss
+
+
+def on_common_vocabulary(inner: TokenLoss, vocab: int) -> TokenLoss:
+    """The student restricted to its first `vocab` tokens: rows behind them, which pad a model to a round number of
+    rows or are unknown to the teacher, have no part in the value and no gradient.
+    """
+    return lambda student_logits_NV, targets: inner(student_logits_NV[..., :vocab], targets)
+
+
+def make_token_loss(
+    kind: str,
+    *,
+    beta: float,
+    alpha: float,
+    temperature: float,
+    replaced_kind: str | None,
+    accepted_weight: float,
+    replaced_weight: float,
+    clamp: float | None,
+    vocab: int | None = None,
+) -> TokenLoss:
+    """The loss of a recipe, composed once, so that a training step has no branch. docs/losses.md explains each option.
+
+    Args:
+        kind: a name of `DIVERGENCES`, or "cross_entropy".
+        replaced_kind: the same, for replaced tokens; None for `kind`.
+        clamp: nats; applied before the weights. None: no limit.
+        vocab: tokens that both models have, if the student has rows beyond them. None: all rows of the student.
+
+    Raises:
+        KeyError: no loss of that name.
+    """
+
+    def named(name: str) -> TokenLoss:
+        if name == "cross_entropy":
+            return cross_entropy
+        return top_k_loss(make_divergence(name, beta=beta, alpha=alpha), temperature)
+
+    loss = named(kind)
+    if replaced_kind not in (None, kind):
+        loss = by_source(loss, named(replaced_kind))
+    if clamp is not None:
+        loss = clamped(loss, clamp)
+    if (accepted_weight, replaced_weight) != (1.0, 1.0):
+        loss = weighted(loss, accepted_weight, replaced_weight)
+    return loss if vocab is None else on_common_vocabulary(loss, vocab)

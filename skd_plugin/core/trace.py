@@ -29,9 +29,12 @@ class Trace:
     teacher_logp: torch.Tensor  # float32 [R], log p(emitted token)
     kl: torch.Tensor  # float32 [R], KL(p||q) of the next-token distributions, nats
     student_entropy: torch.Tensor  # float32 [R], nats
+    teacher_entropy: torch.Tensor  # float32 [R], nats
     teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
     teacher_topk_logp: torch.Tensor  # float32 [R, K]
     teacher_tail_logp: torch.Tensor  # float32 [R], log mass of all tokens outside the K; -inf for K = V
+    # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
+    teacher_rest_tempered: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -49,17 +52,19 @@ class Trace:
         ints, floats = torch.empty(0, dtype=torch.int32), torch.empty(0)
         table = torch.empty(0, num_teacher_entries)
         return cls(
-            ints,
-            ints.to(torch.uint8),
-            ints,
-            ints,
-            floats,
-            floats,
-            floats,
-            floats,
-            table.to(torch.int32),
-            table,
-            floats,
+            response_ids=ints,
+            source=ints.to(torch.uint8),
+            rejected_ids=ints,
+            draft_rank=ints,
+            student_logp=floats,
+            teacher_logp=floats,
+            kl=floats,
+            student_entropy=floats,
+            teacher_entropy=floats,
+            teacher_topk_ids=table.to(torch.int32),
+            teacher_topk_logp=table,
+            teacher_tail_logp=floats,
+            teacher_rest_tempered=floats,
         )
 
     def to_json(self, prompt_ids: list[int], finish: str) -> dict:
@@ -74,9 +79,11 @@ class Trace:
             "teacher_logp": _numbers(self.teacher_logp),
             "kl": _numbers(self.kl),
             "student_entropy": _numbers(self.student_entropy),
+            "teacher_entropy": _numbers(self.teacher_entropy),
             "teacher_topk_ids": self.teacher_topk_ids.tolist(),
             "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
             "teacher_tail_logp": _numbers(self.teacher_tail_logp),
+            "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
             "finish": finish,
         }
 

@@ -37,6 +37,7 @@ class EngineSpec:
     teacher: str
     draft_len: int
     num_teacher_entries: int
+    loss_temperature: float
     rule: SamplingRule
     seed: int
     reward_timeout_s: float
@@ -48,9 +49,8 @@ class SKDRollout(HostRollout):
         student, max_len = kwargs.pop("model"), kwargs.pop("max_model_len")
         for replaced in ("worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode", "max_logprobs"):
             kwargs.pop(replaced, None)
-        arguments = engine_arguments(
-            skd.teacher, student, skd.draft_len, max_len, skd.num_teacher_entries, **skd.vllm_options
-        )
+        sizes = (skd.draft_len, max_len, skd.num_teacher_entries, skd.loss_temperature)
+        arguments = engine_arguments(skd.teacher, student, *sizes, **skd.vllm_options)
         if arguments["dtype"] == "float32":
             kwargs.pop("gpu_memory_utilization", None)  # on CPU a share of all memory, not of a GPU's
         rewards = None if remote_rm_url in (NO_REWARD, [NO_REWARD]) else remote_rm_url

@@ -30,6 +30,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             skd.rollout.draft_len,
             max_len,
             skd.loss.top_k,
+            skd.loss.temperature,
             **skd.vllm,
         )
     )

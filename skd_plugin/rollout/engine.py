@@ -31,7 +31,13 @@ class Sample:
 
 
 def engine_arguments(
-    teacher: str, student: str, draft_len: int, max_len: int, num_teacher_entries: int, **others: Any
+    teacher: str,
+    student: str,
+    draft_len: int,
+    max_len: int,
+    num_teacher_entries: int,
+    loss_temperature: float = 1.0,
+    **others: Any,
 ) -> dict[str, Any]:
     """Arguments for vLLM's EngineArgs that make an SKD engine.
 
@@ -39,6 +45,7 @@ def engine_arguments(
         draft_len: tokens that the student proposes before the teacher looks (gamma).
         max_len: longest sequence in tokens, prompt and response.
         num_teacher_entries: most probable teacher tokens returned for each response token.
+        loss_temperature: tau of the loss; the mass of all other tokens is also recorded at it.
     """
     cpu = not torch.cuda.is_available()
     # Read by vLLM when it chooses a model runner, in whichever process that happens.
@@ -53,7 +60,7 @@ def engine_arguments(
         },
         worker_cls=WORKER_CLS,
         scheduler_cls=SCHEDULER_CLS,
-        additional_config={"skd_teacher_entries": num_teacher_entries},
+        additional_config={"skd_teacher_entries": num_teacher_entries, "skd_loss_temperature": loss_temperature},
         async_scheduling=False,
         max_model_len=context_needed(max_len, draft_len),
         dtype="float32" if cpu else "bfloat16",

@@ -52,12 +52,15 @@ class Rows:
 class RequestTable:
     """Parameters and traces by trace id. Shared by the sampler and the drafter of one worker."""
 
-    def __init__(self, requests: dict[str, Any], device: torch.device, num_teacher_entries: int) -> None:
+    def __init__(
+        self, requests: dict[str, Any], device: torch.device, num_teacher_entries: int, loss_temperature: float
+    ) -> None:
         self._requests = requests  # the model runner's own table: vLLM request id -> state
         self._device = device
         self._parts: dict[int, list[Trace]] = {}
         self._rows_of: tuple[tuple[str, ...], Rows] | None = None
         self.num_teacher_entries = num_teacher_entries
+        self.loss_temperature = loss_temperature
 
     def params(self, request_id: str) -> RequestParams:
         """Raises KeyError for a request that was not made by this plugin: it would be sampled by no known rule."""

@@ -124,19 +124,15 @@ class SKDSampler:
         teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
         student_logp_MV = proposals.student_logp_NV[emitted]
         token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], proposals.draft_N[emitted]
-        top_ids, top_logp, tail_logp = self._teacher_head(teacher_logp_MV)
         step = Trace(
             response_ids=token_M.to(torch.int32).cpu(),
             source=torch.where(kept_M, accept.ACCEPTED, accept.REPLACED).to(torch.uint8).cpu(),
             rejected_ids=torch.where(kept_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
             draft_rank=proposals.rank_N[emitted].to(torch.int32).cpu(),
             student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
-            teacher_logp=teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
             student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
-            teacher_topk_ids=top_ids,
-            teacher_topk_logp=top_logp,
-            teacher_tail_logp=tail_logp,
+            **self._of_teacher(teacher_logp_MV, token_M),
         )
         start = 0
         for row, count in enumerate((token_BL != accept.NOTHING).sum(1).tolist()):
@@ -145,7 +141,6 @@ class SKDSampler:
                 start += count
 
     def _undrafted_part(self, token: int, teacher_logp_1V: torch.Tensor) -> Trace:
-        top_ids, top_logp, tail_logp = self._teacher_head(teacher_logp_1V)
         nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
             response_ids=torch.tensor([token], dtype=torch.int32),
@@ -153,19 +148,25 @@ class SKDSampler:
             rejected_ids=nothing,
             draft_rank=nothing,
             student_logp=unknown,
-            teacher_logp=teacher_logp_1V[:, token].cpu(),
             kl=unknown,
             student_entropy=unknown,
-            teacher_topk_ids=top_ids,
-            teacher_topk_logp=top_logp,
-            teacher_tail_logp=tail_logp,
+            **self._of_teacher(teacher_logp_1V, torch.tensor([token], device=teacher_logp_1V.device)),
         )
 
-    def _teacher_head(self, teacher_logp_MV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids and log p of the K most probable tokens, and the log mass of all others, summed up and not 1 - head."""
+    def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a trace says of the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
         top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
-        tail_logp = teacher_logp_MV.scatter(1, top_ids, float("-inf")).logsumexp(-1)
-        return top_ids.to(torch.int32).cpu(), top_logp.cpu(), tail_logp.cpu()
+        others_MV = teacher_logp_MV.scatter(1, top_ids, float("-inf"))
+        tail_logp = others_MV.logsumexp(-1)
+        others_MV.scatter_(1, token_M[:, None], float("-inf"))
+        return {
+            "teacher_logp": teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
+            "teacher_entropy": torch.special.entr(teacher_logp_MV.exp()).sum(-1).cpu(),
+            "teacher_topk_ids": top_ids.to(torch.int32).cpu(),
+            "teacher_topk_logp": top_logp.cpu(),
+            "teacher_tail_logp": tail_logp.cpu(),
+            "teacher_rest_tempered": (others_MV / self._table.loss_temperature).logsumexp(-1).cpu(),
+        }
 
     def _lengths(self) -> torch.Tensor:
         """Tokens that each request has so far [B]: the position of the next one."""

@@ -27,8 +27,9 @@ class SKDWorker(VllmWorker):
         super().init_device()
         runner = self.model_runner
         _check_runner(runner)
+        options = self.vllm_config.additional_config
         self._skd_table = RequestTable(
-            runner.requests, runner.device, self.vllm_config.additional_config["skd_teacher_entries"]
+            runner.requests, runner.device, options["skd_teacher_entries"], options["skd_loss_temperature"]
         )
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
         runner._sample = SKDSampler(runner, self._skd_table)

@@ -15,7 +15,7 @@ from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
 from skd_plugin.compat import cpu
 from skd_plugin.compat.ray_class import plain_class
-from skd_plugin.core.losses import make_divergence, top_k_loss
+from skd_plugin.core.losses import make_token_loss
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
 from skd_plugin.trainer.lesson import LessonPlan
@@ -30,8 +30,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
         skd = self.args.skd
-        divergence = make_divergence(skd.loss.kind, beta=skd.loss.beta, alpha=skd.loss.alpha)
-        distillation = DistillationLoss(top_k_loss(divergence))
+        distillation = DistillationLoss(make_token_loss(**skd.loss.token_loss_arguments()))
         self.actor.register_forward_hook(distillation.capture)
         by_token = self.args.actor.loss_agg_mode == "token-mean"
         self.actor_loss_fn = Objective(

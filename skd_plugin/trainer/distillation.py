@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.losses import TokenLoss
+from skd_plugin.core.losses import Targets, TokenLoss
 from skd_plugin.core.trace import Trace
 
 
@@ -57,13 +57,6 @@ def token_losses(
             "the response tokens of a training batch are not those of its traces; an executor changed the ids after "
             "sampling (it must never decode and re-tokenise)"
         )
-    values_BT = logits_BTV.new_zeros(action_mask.shape)
-    if not len(batch_N):
-        return values_BT + logits_BTV.sum() * 0  # keeps the graph, so that every ZeRO rank runs its backward
-    teacher_logp_NC = torch.cat([taught.teacher_topk_logp, taught.teacher_tail_logp[:, None]], dim=1)
-    values_N = token_loss(
-        logits_BTV[batch_N, time_N],
-        taught.teacher_topk_ids.to(device=device, dtype=torch.int64),
-        teacher_logp_NC.to(device),
-    )
-    return values_BT.index_put((batch_N, time_N), values_N)
+    values_N = token_loss(logits_BTV[batch_N, time_N], Targets.of(taught, device))
+    # A batch without a trained token takes the same way, so that every ZeRO rank runs its backward.
+    return values_N.new_zeros(action_mask.shape).index_put((batch_N, time_N), values_N)

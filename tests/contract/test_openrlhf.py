@@ -375,9 +375,11 @@ def make_trace(ids: list[int]) -> Trace:
         teacher_logp=torch.zeros(count),
         kl=torch.zeros(count),
         student_entropy=torch.zeros(count),
+        teacher_entropy=torch.zeros(count),
         teacher_topk_ids=torch.zeros(count, 1, dtype=torch.int32),
         teacher_topk_logp=torch.zeros(count, 1),
         teacher_tail_logp=torch.zeros(count),
+        teacher_rest_tempered=torch.zeros(count),
     )
 
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.losses import make_divergence, top_k_loss
+from skd_plugin.core.accept import FLAGGED, REPLACED
+from skd_plugin.core.losses import make_divergence, make_token_loss, top_k_loss
 from skd_plugin.core.trace import Trace
 
 VOCAB, TEACHER_ENTRIES = 20, 5
@@ -37,6 +38,8 @@ def make_trace(response: list[int], generator: torch.Generator) -> Trace:
     count = len(response)
     teacher = torch.randn(count, VOCAB, generator=generator).mul(2).log_softmax(-1)
     logp, ids = teacher.topk(TEACHER_ENTRIES, dim=-1)
+    token = torch.tensor(response)[:, None]
+    tail = teacher.scatter(1, ids, float("-inf"))
     unused = torch.zeros(count)
     return Trace(
         response_ids=torch.tensor(response, dtype=torch.int32),
@@ -44,12 +47,14 @@ def make_trace(response: list[int], generator: torch.Generator) -> Trace:
         rejected_ids=unused.to(torch.int32),
         draft_rank=unused.to(torch.int32),
         student_logp=unused,
-        teacher_logp=unused,
+        teacher_logp=teacher.gather(1, token).squeeze(1),
         kl=unused,
         student_entropy=unused,
+        teacher_entropy=unused,
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=logp,
-        teacher_tail_logp=teacher.scatter(1, ids, float("-inf")).logsumexp(-1),
+        teacher_tail_logp=tail.logsumexp(-1),
+        teacher_rest_tempered=tail.scatter(1, token, float("-inf")).logsumexp(-1),
     )
 
 
@@ -88,10 +93,13 @@ def reference(logits_TV: torch.Tensor, trace: Trace, prompt_len: int, kind: str)
     for index in range(len(trace)):
         q = torch.exp(logits_TV[prompt_len - 1 + index].double())
         q = q / q.sum()
-        ids = trace.teacher_topk_ids[index].long()
-        p_head = trace.teacher_topk_logp[index].double().exp()
-        p = torch.cat([p_head, 1 - p_head.sum(0, keepdim=True)])
-        q = torch.cat([q[ids], q.sum()[None] - q[ids].sum()[None]])
+        ids, token = trace.teacher_topk_ids[index].tolist(), int(trace.response_ids[index])
+        named, logp = list(ids), trace.teacher_topk_logp[index].tolist()
+        if token not in ids:
+            named, logp = [*ids, token], [*logp, trace.teacher_logp[index].item()]
+        p = torch.tensor(logp, dtype=torch.float64).exp()
+        p = torch.cat([p, 1 - p.sum(0, keepdim=True)])
+        q = torch.cat([q[named], q.sum()[None] - q[named].sum()[None]])
         a, b = (p, q) if kind == "forward_kl" else (q, p)
         values.append(sum(x * torch.log(x / y) for x, y in zip(a, b, strict=True)))
     return torch.stack(values)
@@ -182,6 +190,70 @@ def test_response_may_be_empty_in_one_row(distillation) -> None:
     alone = distillation.token_losses(*Batch(LENGTHS).rows(0, 2), LOSSES["forward_kl"])
     torch.testing.assert_close(values[[0, 2]], alone, rtol=0, atol=0)
     assert not values[1].any()
+
+
+def all_options(kind: str):
+    return make_token_loss(
+        kind,
+        beta=0.5,
+        alpha=0.1,
+        temperature=1.0,
+        replaced_kind="cross_entropy",
+        accepted_weight=1.0,
+        replaced_weight=0.5,
+        clamp=4.0,
+        vocab=VOCAB,
+    )
+
+
+def test_every_option_reaches_its_tokens(distillation) -> None:
+    """Hard label on replaced tokens, divergence on the others, wherever they stand in the batch."""
+    batch = Batch(LENGTHS)
+    for trace in batch.traces:
+        trace.source[::2] = REPLACED
+        trace.source[3:4] = FLAGGED
+    values = distillation.token_losses(*batch.all, all_options("forward_kl"))
+    for row, (prompt, response) in enumerate(LENGTHS):
+        trace, logits = batch.traces[row], batch.logits[row, prompt - 1 : prompt + response - 1].detach().double()
+        hard = -logits.log_softmax(-1).gather(1, trace.response_ids.long()[:, None]).squeeze(1)
+        soft = reference(batch.logits[row].detach(), trace, prompt, "forward_kl")
+        replaced = torch.tensor([code in (REPLACED, FLAGGED) for code in trace.source.tolist()])
+        expected = torch.where(replaced, 0.5 * hard.clamp(max=4), soft.clamp(max=4))
+        found = values[row, prompt - 1 : prompt + response - 1].detach().double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0.0, float("inf"), float("nan")])
+def test_batch_without_a_response_token_has_a_graph_whatever_the_loss(distillation, padding: float) -> None:
+    batch = Batch([(3, 4), (2, 2)])
+    batch.action_mask.zero_()
+    with torch.no_grad():
+        batch.logits[:, -1] = padding
+    values = distillation.token_losses(*batch.all, all_options("jsd"))
+    assert values.shape == batch.action_mask.shape and not values.any()
+    values.sum().backward()
+    assert batch.logits.grad is not None and not batch.logits.grad.any()
+
+
+def test_weight_zero_keeps_its_tokens_in_the_mean(distillation, aggregate_loss) -> None:
+    """A weight scales a token's loss, and not the number of tokens that the host divides by."""
+    batch = Batch(LENGTHS)
+    for trace in batch.traces:
+        trace.source[::2] = REPLACED
+    plain = distillation.token_losses(*batch.all, LOSSES["forward_kl"]).detach()
+    loss = make_token_loss(
+        "forward_kl", beta=0.5, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0,
+        replaced_weight=0.0, clamp=None,
+    )  # fmt: skip
+    values = distillation.token_losses(*batch.all, loss)
+    kept = [
+        plain[row, prompt - 1 : prompt + response - 1] * (batch.traces[row].source != REPLACED)
+        for row, (prompt, response) in enumerate(LENGTHS)
+    ]
+    expected = {True: torch.cat(kept).sum() / 11, False: torch.stack([row.mean() for row in kept]).mean()}
+    for token_level, wanted in expected.items():
+        found = aggregate_loss(values, batch.action_mask, token_level_loss=token_level)
+        torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-7)
 
 
 # --- in the host's place ---

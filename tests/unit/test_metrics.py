@@ -33,9 +33,11 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
         teacher_logp=torch.full((count,), -1.5),
         kl=kl * known,
         student_entropy=3 * known,
+        teacher_entropy=torch.full((count,), 1.25),
         teacher_topk_ids=torch.zeros(count, 2, dtype=torch.int32),
         teacher_topk_logp=torch.full((count, 2), topk_mass / 2).log(),
         teacher_tail_logp=torch.full((count,), 1 - topk_mass).log(),
+        teacher_rest_tempered=torch.full((count,), 1 - topk_mass).log(),
     )
 
 

@@ -11,7 +11,8 @@ from skd_plugin.core.trace import SOURCE_LETTERS, Trace
 
 KEYS = {
     "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
-    "student_entropy", "teacher_topk_ids", "teacher_topk_logp", "teacher_tail_logp", "finish",
+    "student_entropy", "teacher_entropy", "teacher_topk_ids", "teacher_topk_logp", "teacher_tail_logp",
+    "teacher_rest_tempered", "finish",
 }  # fmt: skip
 
 
@@ -28,9 +29,11 @@ def trace() -> Trace:
         teacher_logp=torch.tensor([-0.25, -0.75, -float("inf")]),
         kl=torch.tensor([0.5, 0.25, nan]),
         student_entropy=torch.tensor([1.0, 2.0, nan]),
+        teacher_entropy=torch.tensor([0.5, 1.5, 0.25]),
         teacher_topk_ids=torch.tensor([[5, 1], [6, 2], [7, 3]], dtype=torch.int32),
         teacher_topk_logp=torch.tensor([[-0.25, -2.0], [-0.75, -2.5], [-1.0, -float("inf")]]),
         teacher_tail_logp=torch.tensor([-2.5, -0.8, -float("inf")]),
+        teacher_rest_tempered=torch.tensor([-1.5, -0.5, -float("inf")]),
     )
 
 
@@ -48,6 +51,8 @@ def test_json_has_the_documented_keys_and_values(trace):
     assert line["source"] == "stu"
     assert line["rejected_ids"] == [-1, 9, -1] and line["draft_rank"] == [0, 12, -1]
     assert line["teacher_topk_ids"] == [[5, 1], [6, 2], [7, 3]]
+    assert line["teacher_entropy"] == [0.5, 1.5, 0.25]
+    assert line["teacher_rest_tempered"] == [-1.5, -0.5, None]
 
 
 def test_json_is_strict(trace):
