@@ -11,6 +11,7 @@ import torch
 VOCAB = 32
 EOS = 2
 MAX_LEN = 96
+LOSS_TEMPERATURE = 2.0  # of the engine under test: it has no part in sampling, only in what is recorded
 
 Logits = Callable[[str, Sequence[Sequence[int]]], list[torch.Tensor]]
 
@@ -84,6 +85,7 @@ def engine(tiny_pair: Path):
                 draft_len=draft_len,
                 max_len=MAX_LEN,
                 num_teacher_entries=8,
+                loss_temperature=LOSS_TEMPERATURE,
                 **(defaults | others),
             )
             engines[key] = SKDEngine(**arguments)

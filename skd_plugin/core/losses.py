@@ -165,8 +165,8 @@ def categories(
     empty_N2 = torch.stack([~outside_N, outside_N & (vocab == top_k + 1)], 1)
     empty_NC = torch.cat([torch.zeros_like(targets.teacher_ids_NK, dtype=torch.bool), empty_N2], 1)
     log_q = _student_categories(logits_NV, targets.teacher_ids_NK, targets.token_N).masked_fill(empty_NC, -torch.inf)
-    log_p = _teacher_categories(targets, temperature).masked_fill(empty_NC, -torch.inf)
-    log_p = (log_p - log_p.logsumexp(-1, keepdim=True)).to(log_q.dtype)
+    log_p = _teacher_categories(targets, temperature).to(log_q.dtype).masked_fill(empty_NC, -torch.inf)
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     return (log_p, log_q) if top_k < vocab else (log_p[:, :top_k], log_q[:, :top_k])
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from skd_plugin.core.losses import Targets, categories
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.engine import SamplingRule
-from tests.conftest import EOS, MAX_LEN, VOCAB
+from tests.conftest import EOS, LOSS_TEMPERATURE, MAX_LEN, VOCAB
 from tests.unit.test_trace import KEYS
 
 pytestmark = pytest.mark.engine
@@ -91,6 +92,7 @@ def test_numbers_of_both_models(case):
         "teacher_logp": gather(p, case.record.response_ids),
         "kl": (p.exp() * (p - q)).sum(-1),
         "student_entropy": -(q.exp() * q).sum(-1),
+        "teacher_entropy": -(p.exp() * p).sum(-1),
     }
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -107,6 +109,33 @@ def test_teacher_entries(case):
     assert all(len(set(row)) == ENTRIES for row in case.record.teacher_topk_ids.tolist())
     tail = case.teacher_logp.sort(dim=-1, descending=True).values[:, ENTRIES:].exp().sum(-1)
     torch.testing.assert_close(case.record.teacher_tail_logp.double(), tail.log(), atol=TOLERANCE, rtol=0)
+
+
+def test_rest_beside_the_entries_and_the_emitted_token(case):
+    """Its sum at the loss's temperature, by a loop over the tokens; many emitted tokens are among the entries."""
+    softened = (case.teacher_logp / LOSS_TEMPERATURE).exp()
+    named = torch.cat([case.record.teacher_topk_ids, case.record.response_ids[:, None]], 1).tolist()
+    rest = [sum(row[v].item() for v in range(VOCAB) if v not in own) for row, own in zip(softened, named, strict=True)]
+    expected = torch.tensor(rest, dtype=torch.float64).log()
+    torch.testing.assert_close(case.record.teacher_rest_tempered.double(), expected, atol=TOLERANCE, rtol=0)
+    outside = sum(len(set(own)) > ENTRIES for own in named)
+    assert 50 < outside < len(named) - 50
+
+
+def test_loss_of_the_record_is_the_loss_of_the_models(case):
+    """Categories made of the record against those of the teacher's logits, at the loss's temperature."""
+    targets = Targets.of(case.record, torch.device("cpu"))
+    log_p, log_q = categories(case.student_logp, targets, LOSS_TEMPERATURE)
+    for found, logp in ((log_p, case.teacher_logp), (log_q, case.student_logp)):
+        soft = (logp / LOSS_TEMPERATURE).softmax(-1)
+        named = (
+            torch.zeros_like(soft).scatter(1, targets.teacher_ids_NK, 1.0).scatter(1, targets.token_N[:, None], 1.0)
+        )
+        torch.testing.assert_close(found[:, -1].exp(), (soft * (1 - named)).sum(-1), atol=TOLERANCE, rtol=0)
+        own = found[:, -2].exp()
+        expected = gather(soft, case.record.response_ids) * (own > 0)
+        torch.testing.assert_close(own, expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found), dtype=torch.float64))
 
 
 def test_json_lines(case):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from skd_plugin.config.host_options import check_by_host, host_arguments, host_p
 from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
-from skd_plugin.config.schema import SKDConfig, field_docs
+from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, SKDConfig, field_docs
+from skd_plugin.core.losses import DIVERGENCES, make_token_loss
+from skd_plugin.core.weights import LAWS, make_weigher
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -145,12 +149,61 @@ def test_flatten_is_the_inverse_of_set_dotted() -> None:
         ("skd.rollout.gate=floor", r"skd\.rollout: gate 'floor' needs a threshold \(skd\.rollout\.threshold\)$"),
         ("skd.rollout.threshold=0.5", r"skd\.rollout: gate 'top_k' has no threshold \(skd\.rollout\.threshold\)$"),
         ("skd.loss.kind=hellinger", r"skd\.loss\.kind: .*; got 'hellinger'"),
+        ("skd.loss.replaced_kind=ce", r"skd\.loss\.replaced_kind: .* 'adaptive_kl' or 'cross_entropy'; got 'ce'"),
+        ("skd.loss.temperature=0", r"skd\.loss\.temperature: .*greater than 0; got 0"),
+        ("skd.loss.temperature=.inf", r"skd\.loss\.temperature: .*finite number; got inf"),
+        ("skd.loss.clamp=0", r"skd\.loss\.clamp: .*greater than 0; got 0"),
+        ("skd.loss.accepted_weight=-1", r"skd\.loss\.accepted_weight: .*greater than or equal to 0; got -1"),
+        ("skd.loss.reweight.by=loss", r"skd\.loss\.reweight\.by: .*'divergence' or 'rank'; got 'loss'"),
+        ("skd.loss.reweight.floor=1", r"skd\.loss\.reweight\.floor: .*less than 1; got 1"),
+        ("skd.loss.reweight.flor=0", r"unknown key 'skd\.loss\.reweight\.flor'; did you mean '.*\.floor'"),
+        ("skd.loss.reweight.floor=0.5", r"skd\.loss\.reweight: floor = 0\.5 has no effect: by is none$"),
+        ("skd.loss.beta=0.3", r"skd\.loss: beta = 0\.3 has no effect: the loss is forward_kl$"),
+        ("skd.loss.alpha=0.3", r"skd\.loss: alpha = 0\.3 has no effect: the loss is forward_kl$"),
         ("skd.teacher.model_name_or_path=null", r"skd\.teacher\.model_name_or_path: .*string"),
     ],
 )
 def test_refused_value_of_ours(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_skd(load_recipe(QUICKSTART, [override])["skd"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"kind": "cross_entropy", "temperature": 2.0}, "temperature = 2.0 has no effect: the loss is cross_entropy"),
+        ({"kind": "jsd", "replaced_kind": "cross_entropy", "alpha": 0.2}, "alpha = 0.2 .*is cross_entropy and jsd"),
+        ({"accepted_weight": 0, "replaced_weight": 0}, "are both 0: no token would be trained"),
+    ],
+)
+def test_loss_options_that_do_not_fit_together(loss: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"skd\.loss: .*{message}"):
+        parse_skd({"teacher": {"model_name_or_path": "t"}, "loss": loss})
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kind": "jsd", "beta": 0.1},
+        {"kind": "cross_entropy", "replaced_kind": "skew_reverse_kl", "alpha": 0.3, "temperature": 2.0},
+        {"kind": "forward_kl", "replaced_kind": "cross_entropy", "accepted_weight": 0, "clamp": 5},
+        {"reweight": {"by": "rank", "floor": 0}},
+    ],
+)
+def test_loss_options_become_a_loss(loss: dict) -> None:
+    """Also after the way through a run's config.yaml, where every default is written out."""
+    config = parse_skd({"teacher": {"model_name_or_path": "t"}, "loss": loss})
+    again = SKDConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump())))
+    assert again == config
+    assert callable(make_token_loss(**again.loss.token_loss_arguments()))
+    assert callable(make_weigher(again.loss.reweight.by, again.loss.reweight.floor, 100))
+
+
+def test_losses_and_laws_of_the_recipe_are_those_of_the_code() -> None:
+    assert set(get_args(LossKind)) == {*DIVERGENCES, "cross_entropy"}
+    assert set(get_args(ReweightConfig.model_fields["by"].annotation)) == set(LAWS)
+    taken = inspect.signature(make_token_loss).parameters.keys() - {"vocab"}
+    assert set(LossConfig().token_loss_arguments()) == taken
 
 
 def test_teacher_is_required() -> None:
