@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -204,6 +205,18 @@ def test_losses_and_laws_of_the_recipe_are_those_of_the_code() -> None:
     assert set(get_args(ReweightConfig.model_fields["by"].annotation)) == set(LAWS)
     taken = inspect.signature(make_token_loss).parameters.keys() - {"vocab"}
     assert set(LossConfig().token_loss_arguments()) == taken
+
+
+def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:
+    page = (RECIPES.parent / "docs" / "losses.md").read_text()
+    for name in (n for n in field_docs() if n.startswith("skd.loss.")):
+        assert f"`{name.split('.')[-1]}`" in page or f"`{name}" in page, name
+    for kind in get_args(LossKind):
+        assert f"kind: {kind}" in page, kind
+    lines = re.findall(r"`(loss: [^`]+)`", page)
+    assert len(lines) > 15
+    for line in lines:
+        parse_skd({"teacher": {"model_name_or_path": "t"}, **yaml.safe_load(line)})
 
 
 def test_teacher_is_required() -> None:
