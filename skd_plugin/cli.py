@@ -14,7 +14,7 @@ from skd_plugin.config.recipe import unknown_key
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the recipe or the command line is wrong, 130 stopped by Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "rollout": _rollout}
+    commands = {"train": _train, "rollout": _rollout, "check": _check}
     if not argv or argv[0] not in commands:
         print(USAGE)
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
@@ -30,6 +30,7 @@ usage: skd COMMAND RECIPE.yaml [key=value ...] [--flag value ...]
 
   skd train    RECIPE   distil the student of the recipe        (skd train --help lists every option)
   skd rollout  RECIPE   sample interleaved responses, no training
+  skd check    RECIPE   find what is wrong before a run         (--dry-run runs one step, --no-self-test starts nothing)
 
 A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag of OpenRLHF's train_ppo_ray."""
 
@@ -57,6 +58,25 @@ def _rollout(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     recipe, overrides = _recipe_and_overrides(rest)
     return run_rollout(recipe, overrides, own.prompts, own.samples, own.out)
+
+
+def _check(argv: list[str]) -> int:
+    from skd_plugin.check.command import run_check
+
+    parser = argparse.ArgumentParser(
+        prog="skd check",
+        usage="%(prog)s RECIPE.yaml [key=value ...] [--dry-run] [--no-self-test]",
+        description="Find what is wrong before a run. Exit status: 0 nothing failed, 1 a check failed, 2 the recipe is "
+        "wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run one real step in a run folder that is thrown away")
+    parser.add_argument(
+        "--no-self-test", dest="self_test", action="store_false", help="do not start an engine with the teacher in it"
+    )
+    own, rest = parser.parse_known_args(argv)
+    recipe, overrides = _recipe_and_overrides(rest)
+    return run_check(recipe, overrides, self_test=own.self_test, dry_run=own.dry_run)
 
 
 def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:

@@ -234,6 +234,11 @@ def _too_few_prompts(count: int, options: dict[str, Any]) -> str:
 
 def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
     """Prompt lengths of a local dataset, made the way the host makes its prompts."""
+    if options["data.apply_chat_template"] and not tokenizer.chat_template:
+        raise RecipeError(
+            "openrlhf.data.apply_chat_template is true, but the student's tokenizer has no chat template; set it to "
+            "false, or give openrlhf.data.input_template"
+        )
     path = Path(str(options["data.prompt_dataset"]))
     if path.suffix not in (".json", ".jsonl"):
         return  # a hub name or another format: the host loads it

@@ -1,0 +1,193 @@
+"""The cost model of memory.py applied to a recipe: what it needs of each device, and whether the device has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from skd_plugin.check.environment import gpus_needed
+from skd_plugin.check.finding import Finding, first_line
+from skd_plugin.check.memory import (
+    EngineMemory,
+    ModelSize,
+    TrainerMemory,
+    engine_memory,
+    in_gib,
+    model_size,
+    trainer_memory,
+)
+from skd_plugin.config import SKDConfig
+
+BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
+CPU_BATCHED_TOKENS = 2048
+CPU_CACHE = 1 << 30  # kv_cache_memory_bytes of rollout.engine.engine_arguments
+NARROW = {"bfloat16", "float16", "half", "auto"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    engine: EngineMemory
+    trainer: TrainerMemory
+    requests: int  # that a step brings to one engine
+
+
+def make_budget(
+    teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: dict[str, Any], *, cpu: bool, device: int | None
+) -> Budget:
+    """`device`: bytes of one device; None where it is not known, and then the engine has no budget."""
+    trainers, _ = gpus_needed(options)
+    responses = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
+    requests = -(-responses // options["vllm.num_engines"])
+    bytes_per_number = 2 if skd.vllm.get("dtype", "float32" if cpu else "bfloat16") in NARROW else 4
+    engine = engine_memory(
+        teacher,
+        student,
+        budget=int((device or 0) * _utilization(skd, options)),
+        bytes_per_number=bytes_per_number,
+        tensor_parallel=options["vllm.tensor_parallel_size"],
+        max_len=options["data.max_len"],
+        draft_len=skd.rollout.draft_len,
+        concurrent=min(requests, skd.vllm.get("max_num_seqs", requests)),
+        batched_tokens=skd.vllm.get("max_num_batched_tokens", CPU_BATCHED_TOKENS if cpu else BATCHED_TOKENS),
+    )
+    trainer = trainer_memory(
+        student,
+        mixed_precision=not cpu,
+        zero_stage=options["ds.zero_stage"],
+        ranks=trainers,
+        adam_offload=options["ds.adam_offload"],
+        overlap_comm=options["ds.overlap_comm"],
+        micro_batch=options["train.micro_batch_size"],
+        max_len=options["data.max_len"],
+        checkpointing=options["actor.gradient_checkpointing_enable"],
+    )
+    return Budget(engine, trainer, requests)
+
+
+def _utilization(skd: SKDConfig, options: dict[str, Any]) -> float:
+    return skd.vllm.get("gpu_memory_utilization", options["vllm.gpu_memory_utilization"])
+
+
+def check_memory(
+    teacher: Any, student: Any, skd: SKDConfig, options: dict[str, Any], *, cpu: bool, device: int | None
+) -> list[Finding]:
+    """`teacher`, `student`: transformers configurations."""
+    try:
+        sizes = model_size(teacher), model_size(student)
+    except (AttributeError, ValueError, ImportError) as error:  # an architecture with other names or remote needs
+        return [Finding("memory", f"not estimated: {first_line(error)}", "warning", "watch the first steps")]
+    budget = make_budget(*sizes, skd, options, cpu=cpu, device=device)
+    parameters = Finding("parameters", f"teacher {_count(sizes[0])}, student {_count(sizes[1])}")
+    if cpu:
+        return [parameters, _cpu(budget, skd, options, device or 0)]
+    findings = [parameters, _engine(budget, skd, options, device), _trainer(budget, options, device)]
+    return [*findings, _offloaded(budget, options)] if budget.trainer.host else findings
+
+
+def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int | None) -> Finding:
+    engine = budget.engine
+    weights = (
+        f"weights {in_gib(engine.teacher + engine.student)} (teacher {in_gib(engine.teacher)}, student "
+        f"{in_gib(engine.student)}), cache {in_gib(engine.kv_per_sequence)} a sequence of {options['data.max_len']}"
+    )
+    name = "engine (estimate)"
+    if device is None:
+        return Finding(name, weights)
+    share = _utilization(skd, options)
+    found = (
+        f"{weights}; {in_gib(engine.budget)} ({share:.0%} of the GPU) leave room for {engine.sequences:,} sequences at "
+        f"once, and a step brings {budget.requests:,}; beside it the sampler takes {in_gib(engine.sampler)}"
+    )
+    if engine.sequences == 0:
+        return Finding(
+            name,
+            found,
+            "failed",
+            "raise openrlhf.vllm.tensor_parallel_size or vllm.gpu_memory_utilization, or lower data.max_len",
+        )
+    if engine.budget + engine.sampler > device:
+        limit = max(1, int((device - engine.budget) / (engine.sampler / budget.requests)))
+        return Finding(
+            name,
+            found,
+            "warning",
+            f"the sampler's rows lie outside vLLM's share: lower openrlhf.vllm.gpu_memory_utilization, or set "
+            f"skd.vllm={{max_num_seqs: {limit}}}",
+        )
+    if engine.sequences < budget.requests:
+        return Finding(name, found, "warning", "some wait for others to end; more engines would be faster")
+    return Finding(name, found)
+
+
+def _trainer(budget: Budget, options: dict[str, Any], device: int | None) -> Finding:
+    colocated = options["train.colocate_all"]
+    trainer, engine = budget.trainer, budget.engine
+    need = trainer.total + (engine.budget + engine.sampler if colocated else 0)
+    found = f"{_parts(trainer)}: {in_gib(trainer.total)} at ZeRO stage {options['ds.zero_stage']}"
+    if colocated:
+        found += f", with the engine on the same GPU {in_gib(need)}"
+    name = "trainer (estimate)"
+    if device is None:
+        return Finding(name, found)
+    found += f" of {in_gib(device)}"
+    if need <= device:
+        return Finding(name, found)
+    return Finding(name, found, "failed" if need > 1.15 * device else "warning", "; ".join(_savings(options)))
+
+
+def _savings(options: dict[str, Any]) -> list[str]:
+    """What would help, cheapest first."""
+    ways = [
+        (options["train.colocate_all"], "lower openrlhf.vllm.gpu_memory_utilization"),
+        (options["train.micro_batch_size"] > 1, "lower openrlhf.train.micro_batch_size"),
+        (not options["actor.gradient_checkpointing_enable"], "openrlhf.actor.gradient_checkpointing_enable=true"),
+        (options["ds.zero_stage"] < 3, "openrlhf.ds.zero_stage=3"),
+        (not options["ds.adam_offload"], "openrlhf.ds.adam_offload=true"),
+    ]
+    return [way for possible, way in ways if possible] or ["more GPUs for the trainer, or a shorter data.max_len"]
+
+
+def _offloaded(budget: Budget, options: dict[str, Any]) -> Finding:
+    on_node = budget.trainer.host * options["actor.num_gpus_per_node"]
+    return Finding("offloaded (estimate)", f"the optimizer takes {in_gib(on_node)} of each node's ordinary memory")
+
+
+def _cpu(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int) -> Finding:
+    """All of a run shares one memory."""
+    trainers, _ = gpus_needed(options)
+    cache = skd.vllm.get("kv_cache_memory_bytes", CPU_CACHE)
+    engine = budget.engine.teacher + budget.engine.student + budget.engine.activations + budget.engine.sampler + cache
+    need = options["vllm.num_engines"] * engine + trainers * budget.trainer.total
+    found = (
+        f"engine {in_gib(engine)} (weights {in_gib(budget.engine.teacher + budget.engine.student)}, cache "
+        f"{in_gib(cache)}); trainer {in_gib(budget.trainer.total)} ({_parts(budget.trainer)}); together {in_gib(need)} of "
+        f"{in_gib(device)}"
+    )
+    if cache < budget.engine.kv_per_sequence:
+        return Finding(
+            "memory (estimate)",
+            found,
+            "failed",
+            f"a sequence of {options['data.max_len']} tokens needs {in_gib(budget.engine.kv_per_sequence)} of cache: "
+            "raise kv_cache_memory_bytes in skd.vllm",
+        )
+    if need > device:
+        return Finding("memory (estimate)", found, "failed", "; ".join(_savings(options)))
+    return Finding("memory (estimate)", found)
+
+
+def _parts(trainer: TrainerMemory) -> str:
+    parts = {
+        "weights": trainer.weights,
+        "gradients": trainer.gradients,
+        "optimizer": trainer.optimizer,
+        "buffers": trainer.buffers,
+        "logits": trainer.logits,
+        "activations": trainer.activations,
+    }
+    return ", ".join(f"{name} {in_gib(size)}" for name, size in parts.items() if size)
+
+
+def _count(size: ModelSize) -> str:
+    number = size.parameters
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

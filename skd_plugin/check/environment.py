@@ -1,0 +1,95 @@
+"""Versions and devices of this machine."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import psutil
+import torch
+
+from skd_plugin.check.finding import Finding
+from skd_plugin.check.memory import GIB
+from skd_plugin.check.subject import on_a_cluster
+from skd_plugin.compat.versions import SUPPORTED, installed_version
+
+PYTHON = "3.11."  # openrlhf's wheel is built for it
+LOGICAL_GPUS = 8  # that `skd train` declares to Ray on a machine without GPU (trainer/bind.py)
+
+
+def check_versions() -> list[Finding]:
+    found, wrong = [f"python {platform.python_version()}"], []
+    if not platform.python_version().startswith(PYTHON):
+        wrong.append(Finding("python", platform.python_version(), "failed", f"use Python {PYTHON}x"))
+    for names, prefix in SUPPORTED.items():
+        version = installed_version(names)
+        if version is None or not version.startswith(prefix):
+            wanted = f"{names[0]}=={prefix}{'*' if prefix.endswith('.') else ''}"
+            wrong.append(
+                Finding(names[0], version or "not installed", "failed", f"pip install '{wanted}', the tested version")
+            )
+        else:
+            found.append(f"{names[0]} {version}")
+    return [Finding("versions", ", ".join(found)), *wrong]
+
+
+def device_memory(cpu: bool) -> int | None:
+    """Bytes of one GPU (the smallest), or of this machine's memory; None where the GPUs are elsewhere."""
+    if cpu:
+        return psutil.virtual_memory().total
+    if not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+
+
+def check_device(cpu: bool, options: dict[str, Any] | None) -> Finding:
+    if cpu:
+        memory = psutil.virtual_memory()
+        found = (
+            f"CPU, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, "
+            f"{memory.total / GIB:.0f} GiB of memory, {memory.available / GIB:.0f} GiB of it free"
+        )
+        return _against_the_need(found, LOGICAL_GPUS, options, "logical devices that Ray is given on a CPU")
+    if not torch.cuda.is_available():
+        return Finding(
+            "device",
+            "no GPU on this machine; RAY_ADDRESS names a cluster, whose GPUs are not looked at",
+            "warning",
+            "run skd check on a node of the cluster to compare the estimates with its memory",
+        )
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
+    found = f"{count} x {', '.join(names)}, {(device_memory(cpu) or 0) / GIB:.0f} GiB each"
+    if on_a_cluster():
+        return Finding("device", f"{found}, on this node of the cluster; {_need_in_words(options)}")
+    return _against_the_need(found, count, options, "GPUs here")
+
+
+def gpus_needed(options: dict[str, Any]) -> tuple[int, int]:
+    """Of the trainer and of the engines; the same ones where they are colocated."""
+    trainer = options["actor.num_nodes"] * options["actor.num_gpus_per_node"]
+    return trainer, options["vllm.num_engines"] * options["vllm.tensor_parallel_size"]
+
+
+def _need_in_words(options: dict[str, Any] | None) -> str:
+    if options is None:
+        return "what the recipe needs is not known"
+    trainer, engines = gpus_needed(options)
+    if options["train.colocate_all"]:
+        return f"the recipe needs {trainer}, which trainer and engines share"
+    return f"the recipe needs {trainer + engines}: {trainer} train, {engines} sample"
+
+
+def _against_the_need(found: str, count: int, options: dict[str, Any] | None, what: str) -> Finding:
+    if options is None:
+        return Finding("device", found)
+    need = max(gpus_needed(options)) if options["train.colocate_all"] else sum(gpus_needed(options))
+    if need > count:
+        return Finding(
+            "device",
+            f"{found}; {_need_in_words(options)}, but there are {count} {what}",
+            "failed",
+            "Ray would wait for ever: lower openrlhf.actor.num_gpus_per_node or vllm.num_engines, or set "
+            "openrlhf.train.colocate_all=true",
+        )
+    return Finding("device", f"{found}; {_need_in_words(options)}")

@@ -1,0 +1,194 @@
+"""A cost model of the memory of a run, per device. Estimates: docs/check.md has the formulas and what they leave out.
+
+Bytes everywhere. B sequences of a micro-batch, T tokens of the longest sequence, V vocabulary, H hidden size, L layers,
+P parameters of the student, d data-parallel ranks of the trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 1 << 30
+
+# Of each of the B x T x V logits in the training step, at its peak; see docs/check.md.
+LOGIT_BYTES = 24
+# Of each row of V logits in SKD's sampler, per entry: float32 copies of both models and what is made of them.
+SAMPLER_ROW_BYTES = 40
+RUNTIME = 1 * GIB  # CUDA context, NCCL and allocator, a process
+GATHERED_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+BUCKET_PARAMETERS = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    parameters: int  # tied ones counted once
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    latent: int = 0  # numbers of a compressed cache, a token and layer (multi-head latent attention); 0: there is none
+
+    def weights(self, bytes_per_number: int) -> int:
+        return self.parameters * bytes_per_number
+
+    def kv_per_token(self, bytes_per_number: int, tensor_parallel: int = 1) -> int:
+        """Of one token on one device; a key-value head is not split, and a latent cache is on every device."""
+        numbers = self.latent or 2 * -(-self.kv_heads // tensor_parallel) * self.head_dim
+        return self.layers * numbers * bytes_per_number
+
+
+def model_size(config: Any) -> ModelSize:
+    """From a transformers configuration; the parameters are counted on the meta device, where they take no memory."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    latent = getattr(text, "kv_lora_rank", None)
+    return ModelSize(
+        parameters=count_parameters(config),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        latent=latent + text.qk_rope_head_dim if latent else 0,
+    )
+
+
+def count_parameters(config: Any) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return sum(parameter.numel() for parameter in model.parameters())  # yields a tied one once
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Of one device of an engine. `budget` is what vLLM may take; SKD's sampler lies outside of it."""
+
+    budget: int
+    teacher: int
+    student: int
+    activations: int
+    kv_per_token: int
+    kv_per_sequence: int
+    sampler: int
+
+    @property
+    def cache(self) -> int:
+        """What is left for the key-value cache; negative: the weights alone do not fit."""
+        return self.budget - self.teacher - self.student - self.activations
+
+    @property
+    def sequences(self) -> int:
+        """Longest sequences that fit at once."""
+        return max(0, self.cache // self.kv_per_sequence)
+
+
+def engine_memory(
+    teacher: ModelSize,
+    student: ModelSize,
+    *,
+    budget: int,
+    bytes_per_number: int,
+    tensor_parallel: int,
+    max_len: int,
+    draft_len: int,
+    concurrent: int,
+    batched_tokens: int,
+) -> EngineMemory:
+    """
+    Args:
+        concurrent: requests in the engine at once, for the rows of the sampler.
+        batched_tokens: tokens of one forward (vLLM's max_num_batched_tokens).
+    """
+    wide = max(teacher, student, key=lambda model: model.hidden)
+    per_token = 2 * wide.intermediate // tensor_parallel + 4 * wide.hidden
+    kv = sum(model.kv_per_token(bytes_per_number, tensor_parallel) for model in (teacher, student))
+    return EngineMemory(
+        budget=budget,
+        teacher=teacher.weights(bytes_per_number) // tensor_parallel,
+        student=student.weights(bytes_per_number) // tensor_parallel,
+        activations=batched_tokens * per_token * bytes_per_number + RUNTIME,
+        kv_per_token=kv,
+        kv_per_sequence=kv * max_len,
+        sampler=concurrent * draft_len * teacher.vocabulary * SAMPLER_ROW_BYTES,
+    )
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Of one device of the trainer; `host` is ordinary memory beside it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    logits: int
+    activations: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.logits + self.activations
+
+
+def trainer_memory(
+    student: ModelSize,
+    *,
+    mixed_precision: bool,
+    zero_stage: int,
+    ranks: int,
+    adam_offload: bool,
+    overlap_comm: bool,
+    micro_batch: int,
+    max_len: int,
+    checkpointing: bool,
+) -> TrainerMemory:
+    """DeepSpeed's ZeRO (arXiv 1910.02054, section 3) with AdamW.
+
+    In bfloat16: 2 P weights, 2 P gradients, 12 P optimizer (float32 weights and two moments); in float32: 4 P, 4 P and
+    8 P. Stage 1 splits the optimizer over d, stage 2 also the gradients, stage 3 also the weights.
+    """
+    p, width = student.parameters, 2 if mixed_precision else 4
+    optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)
+    step_gradients = 4 * p // (ranks if zero_stage >= 1 else 1) if mixed_precision else 0  # float32, while it steps
+    tokens = micro_batch * max_len
+    return TrainerMemory(
+        weights=width * p // (ranks if zero_stage == 3 else 1),
+        gradients=width * p // (ranks if zero_stage >= 2 else 1),
+        optimizer=0 if adam_offload else optimizer + step_gradients,
+        buffers=_buffers(p, width, zero_stage, overlap_comm) + (RUNTIME if mixed_precision else 0),
+        logits=tokens * student.vocabulary * LOGIT_BYTES,
+        activations=tokens * _activation_bytes(student, width, checkpointing),
+        host=optimizer + step_gradients if adam_offload else 0,
+    )
+
+
+def _buffers(parameters: int, width: int, zero_stage: int, overlap_comm: bool) -> int:
+    """Gradients on their way to other ranks (two buckets, where communication overlaps) and gathered weights."""
+    if zero_stage == 0:
+        return 0
+    buckets = (2 if overlap_comm else 1) * min(parameters, BUCKET_PARAMETERS)
+    gathered = min(parameters, GATHERED_PARAMETERS if zero_stage == 3 else BUCKET_PARAMETERS)
+    return width * (buckets + gathered)
+
+
+def _activation_bytes(model: ModelSize, width: int, checkpointing: bool) -> int:
+    """Of one token: what a layer keeps for its backward, after Korthikanti et al. (arXiv 2205.05198, section 4.1), for
+    gated MLPs and an attention that does not store its scores. With checkpointing each layer keeps its input, and one
+    layer at a time is computed again."""
+    attention = 2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim
+    layer = width * (6 * model.hidden + attention + 4 * model.intermediate)
+    return model.layers * width * model.hidden + layer if checkpointing else model.layers * layer
+
+
+def in_gib(number: float) -> str:
+    """'1.2 GiB', or in MiB below a tenth of one."""
+    return f"{number / GIB:.1f} GiB" if abs(number) >= GIB / 10 else f"{number / (1 << 20):.1f} MiB"

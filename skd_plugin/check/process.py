@@ -1,0 +1,53 @@
+"""A check in a process of its own: its chatter goes to a file, and it ends with the command that started it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+GRACE_S = 5.0
+ERROR = re.compile(
+    r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$"
+)  # vLLM puts "(EngineCore pid=7)" first
+
+
+def run_quietly(module_and_arguments: Sequence[str], log: Path) -> str | None:
+    """`python -m` with both outputs into `log`. Returns None, or the error that ended it."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module_and_arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own: Ctrl-C comes here first, and `_end` reaches all of it
+        )
+    try:
+        status = process.wait()
+    finally:
+        _end(process)
+    return None if status == 0 else last_error(log) or f"it ended with status {status}"
+
+
+def last_error(log: Path) -> str | None:
+    """The last line of the log that reads like an exception, else the last line that says anything."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [match[1] for line in lines if (match := ERROR.match(line))]
+    return (errors or lines or [None])[-1]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The process and whatever it has started, unless it is gone already."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue

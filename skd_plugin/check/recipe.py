@@ -1,0 +1,49 @@
+"""The recipe itself: does it load, and what will it run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skd_plugin.check.finding import Finding
+from skd_plugin.check.subject import Subject
+
+LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
+
+
+def check_recipe(subject: Subject) -> Finding:
+    if subject.error is not None:
+        return Finding("recipe", "skd train would refuse it", "failed", subject.error)
+    return Finding("recipe", f"loads; student {short_name(subject.student)}, teacher {short_name(subject.teacher)}")
+
+
+def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> Finding:
+    """Prompts, steps and tokens, by the host's own counting (openrlhf.trainer.ppo_trainer.prepare_datasets)."""
+    samples = options["rollout.n_samples_per_prompt"]
+    rounds = len(prompts) // options["rollout.batch_size"] * options["train.num_episodes"]
+    responses = options["rollout.batch_size"] * samples
+    updates = responses // options["train.batch_size"] * options["train.max_epochs"]
+    lengths = [len(ids) for ids in tokenizer(prompts[:LENGTHS_SAMPLED], add_special_tokens=False).input_ids]
+    longest = options["rollout.max_new_tokens"] or options["data.max_len"] - min(lengths)
+    mean = sum(lengths) / len(lengths)
+    found = (
+        f"{len(prompts):,} prompts of {min(lengths)} to {max(lengths)} tokens; {rounds:,} steps of {responses:,} "
+        f"responses, at most {longest:,} tokens each: up to {responses * (mean + longest):,.0f} tokens a step, prompts "
+        f"included; {count(updates, 'update')} of the weights a step"
+    )
+    if rounds == 0:
+        return Finding(
+            "steps",
+            found,
+            "failed",
+            "give more prompts, or lower openrlhf.rollout.batch_size: nothing would be trained",
+        )
+    return Finding("steps", found)
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def short_name(model: str | None) -> str:
+    """The last two parts of a path or hub name."""
+    return "/".join((model or "-").rstrip("/").split("/")[-2:])

@@ -1,0 +1,133 @@
+"""The self-test: the teacher as its own student. Every proposal must stay, and there must be nothing to learn.
+
+This shows that SKD's sampler is the one that runs, and that vLLM and transformers agree on the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skd_plugin.check.finding import Finding
+from skd_plugin.check.process import run_quietly
+from skd_plugin.check.sampler import check_parts
+from skd_plugin.check.trial import Figures, Trial
+from skd_plugin.config import SKDConfig
+
+NUM_PROMPTS = 4
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding may do, by the type of the weights; nats a token."""
+
+    tie: float  # two tokens this close may change places between a draft and its verification
+    loss: float
+    gap: float  # between the log-probs of two implementations
+
+
+TOLERANCES = {"float32": Tolerance(tie=1e-3, loss=1e-4, gap=1e-2)}
+NARROW = Tolerance(tie=0.25, loss=2e-2, gap=0.5)  # bfloat16 has 8 significant bits: a logit near 32 moves by 1/8
+
+
+def make_trial(skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
+    """With the engine options of the recipe, so that what is tested is what will run."""
+    vllm = {
+        "tensor_parallel_size": options["vllm.tensor_parallel_size"],
+        "enforce_eager": options["vllm.enforce_eager"],
+        "seed": options["train.seed"],
+        "trust_remote_code": True,
+    }
+    if not cpu:
+        vllm["gpu_memory_utilization"] = options["vllm.gpu_memory_utilization"]
+    return Trial(
+        model=skd.teacher.model_name_or_path,
+        student=skd.teacher.model_name_or_path,
+        prompts=prompts[:NUM_PROMPTS],
+        draft_len=skd.rollout.draft_len,
+        max_len=options["data.max_len"],
+        max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
+        num_teacher_entries=skd.loss.top_k,
+        vllm_options={**vllm, **skd.vllm},
+    )
+
+
+def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -> list[Finding]:
+    """Both halves in processes of their own; what they print goes to self-test.log in `folder`."""
+    log = folder / "self-test.log"
+    (folder / "trial.json").write_text(json.dumps(asdict(trial)))
+    for half, doing in (("sample", "self-test: the engine"), ("compare", "self-test: transformers")):
+        progress(doing)
+        error = run_quietly(["skd_plugin.check.trial", half, str(folder)], log)
+        if error is not None:
+            return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
+    result = json.loads((folder / "result.json").read_text())
+    return [check_parts(result["description"]), *judge(Figures(**result["figures"]), result["dtype"])]
+
+
+def judge(figures: Figures, dtype: str) -> list[Finding]:
+    limits = TOLERANCES.get(dtype, NARROW)
+    return [_acceptance(figures, dtype, limits), _loss(figures, dtype, limits), _gap(figures, dtype, limits)]
+
+
+def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+    name, rejected = "self-test: accepted", figures.proposed - figures.accepted
+    found = f"{figures.accepted} of {figures.proposed} proposals of the teacher to itself, greedy, K = 1"
+    if figures.proposed < figures.tokens or not figures.tokens:
+        return Finding(
+            name,
+            f"{figures.tokens - figures.proposed} of {figures.tokens} tokens were not proposed by the draft model",
+            "failed",
+            "the engine does not draft: it is too small for these sequences, or SKD's sampler is not the one that runs",
+        )
+    if not rejected:
+        return Finding(name, found)
+    found += f"; the widest rejection is {figures.widest_rejection:.2g} nats, a tie in {dtype} has {limits.tie:g}"
+    if figures.widest_rejection <= limits.tie:
+        return Finding(name, f"{found}: ties only")
+    return Finding(
+        name,
+        found,
+        "failed",
+        "the engine's draft model and model disagree on the same weights: a gate of another kind runs, or an engine "
+        "option (skd.vllm) changes one of the two; run pytest tests/engine tests/contract",
+    )
+
+
+def _loss(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+    name = "self-test: loss"
+    found = (
+        f"{figures.mean_loss:.1e} nats a token (at most {limits.loss:g} in {dtype}; largest {figures.max_loss:.1e}): the "
+        "engine's traces, the teacher by transformers as student"
+    )
+    if math.isfinite(figures.mean_loss) and figures.mean_loss <= limits.loss:
+        return Finding(name, found)
+    return Finding(
+        name,
+        found,
+        "failed",
+        "the student would be trained towards a distribution that transformers does not see in the teacher: look for a "
+        "quantised or wrongly loaded teacher, and at rope or sliding-window settings in its config.json",
+    )
+
+
+def _gap(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+    name = "vLLM/transformers"
+    found = (
+        f"log-probs of the same tokens differ by {figures.max_teacher_gap:.1e} at most, {figures.mean_teacher_gap:.1e} in "
+        f"the mean (draft model: {figures.max_draft_gap:.1e} at most; usual in {dtype}: below {limits.gap:g})"
+    )
+    if max(figures.max_teacher_gap, figures.max_draft_gap) <= limits.gap:
+        return Finding(name, found)
+    return Finding(
+        name,
+        found,
+        "warning",
+        "sampling and training see two models: try openrlhf.ds.attn_implementation=sdpa, skd.vllm={dtype: float32}, or "
+        "another vLLM attention backend",
+    )

@@ -1,0 +1,41 @@
+"""The findings as a table for a terminal of any width."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from skd_plugin.check.finding import Finding
+
+STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not run": "dim"}
+
+
+def findings_table(findings: Sequence[Finding], title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table.add_column("check", max_width=22, ratio=1)
+    table.add_column("found", ratio=4, overflow="fold")
+    table.add_column("", justify="right", no_wrap=True, min_width=7)
+    for finding in findings:
+        found = Text(finding.found)
+        if finding.remedy:
+            found.append(f"\n-> {finding.remedy}", style=STYLES[finding.level])
+        table.add_row(Text(finding.name), found, Text(finding.level, style=STYLES[finding.level]))
+    return table
+
+
+def verdict(findings: Sequence[Finding]) -> Text:
+    """One sentence below the table."""
+    count = Counter(finding.level for finding in findings)
+    if count["failed"]:
+        return Text(f"{_number(count['failed'], 'check')} failed. Do what the lines with -> say.", style="bold red")
+    if count["warning"]:
+        return Text(f"Nothing failed; {_number(count['warning'], 'warning')} to read.", style="yellow")
+    return Text("All good.", style="bold green")
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"

@@ -1,0 +1,125 @@
+"""The self-test's own process: the engine with one model in both places, then the same tokens through transformers.
+
+python -m skd_plugin.check.trial sample|compare FOLDER
+
+The two halves are two processes, so that the engine's memory is free again when transformers loads the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skd_plugin.core.accept import ACCEPTED, NOTHING, UNDRAFTED
+from skd_plugin.core.losses import forward_kl, top_k_loss
+from skd_plugin.core.trace import Trace
+
+
+@dataclass(frozen=True)
+class Trial:
+    model: str  # the engine's model, the teacher
+    student: str  # its draft model; the same one in a self-test
+    prompts: list[list[int]]
+    draft_len: int
+    max_len: int
+    max_new_tokens: int
+    num_teacher_entries: int
+    vllm_options: dict[str, Any]
+
+
+def sample(trial: Trial) -> dict[str, Any]:
+    """Greedy responses, K = 1: what the engine says of itself, its dtype, and the traces."""
+    from skd_plugin.rollout.engine import SKDEngine, engine_arguments
+    from skd_plugin.rollout.rule import SamplingRule
+
+    arguments = engine_arguments(
+        trial.model, trial.student, trial.draft_len, trial.max_len, trial.num_teacher_entries, **trial.vllm_options
+    )
+    engine = SKDEngine(**arguments)
+    rule = SamplingRule(top_k=1, student_temperature=0.0, teacher_temperature=0.0)
+    samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
+    description = {**engine.description, "scheduler": str(arguments["scheduler_cls"]).split(".")[-1]}
+    return {"description": description, "dtype": str(arguments["dtype"]), "traces": [s.trace for s in samples]}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of all response tokens together; nats."""
+
+    tokens: int
+    proposed: int
+    accepted: int
+    widest_rejection: float  # log p(emitted) - log p(proposal), the largest; 0 where nothing was rejected
+    mean_loss: float  # forward KL of the engine's distribution from that of transformers, top-K and tail
+    max_loss: float
+    max_teacher_gap: float  # |log-prob by the engine - by transformers| of an emitted token
+    mean_teacher_gap: float
+    max_draft_gap: float  # the same for the engine's draft model
+
+
+@torch.no_grad()
+def compare(trial: Trial, traces: list[Trace], dtype: str) -> Figures:
+    """The engine's figures against a plain forward of the same model by transformers, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        trial.model, dtype=getattr(torch, dtype), trust_remote_code=True, **placement
+    ).eval()
+    logits = [_response_logits(model, prompt, trace) for prompt, trace in zip(trial.prompts, traces, strict=True)]
+    return figures(Trace.join(traces), torch.cat(logits))
+
+
+def _response_logits(model: Any, prompt: list[int], trace: Trace) -> torch.Tensor:
+    """Float32 [R, V]: row t is what follows the prompt and t response tokens."""
+    ids = torch.tensor([[*prompt, *trace.response_ids.tolist()]], device=model.device)
+    return model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+
+
+def figures(tokens: Trace, logits_RV: torch.Tensor) -> Figures:
+    """`logits_RV`: transformers' logits at every token of the joined traces."""
+    ids_R = tokens.response_ids.long()[:, None]
+    logp_R = logits_RV.log_softmax(-1).gather(1, ids_R).squeeze(1)
+    teacher_logp_RC = torch.cat([tokens.teacher_topk_logp, tokens.teacher_tail_logp[:, None]], dim=1)
+    loss_R = top_k_loss(forward_kl)(logits_RV, tokens.teacher_topk_ids.long(), teacher_logp_RC)
+    teacher_gap_R = (tokens.teacher_logp - logp_R).abs()
+    drafted = tokens.source != UNDRAFTED
+    return Figures(
+        tokens=len(tokens),
+        proposed=int(drafted.sum()),
+        accepted=int((tokens.source == ACCEPTED).sum()),
+        widest_rejection=_widest_rejection(tokens, logits_RV),
+        mean_loss=loss_R.mean().item(),
+        max_loss=loss_R.max().item(),
+        max_teacher_gap=teacher_gap_R.max().item(),
+        mean_teacher_gap=teacher_gap_R.mean().item(),
+        max_draft_gap=(tokens.student_logp - logp_R)[drafted].abs().max().item() if drafted.any() else float("nan"),
+    )
+
+
+def _widest_rejection(tokens: Trace, logits_RV: torch.Tensor) -> float:
+    rejected = (tokens.rejected_ids != NOTHING).nonzero().squeeze(1)
+    if not len(rejected):
+        return 0.0
+    own = logits_RV[rejected, tokens.response_ids[rejected].long()]
+    return (own - logits_RV[rejected, tokens.rejected_ids[rejected].long()]).max().item()
+
+
+def main(half: str, folder: Path) -> None:
+    trial = Trial(**json.loads((folder / "trial.json").read_text()))
+    if half == "sample":
+        torch.save(sample(trial), folder / "samples.pt")
+        return
+    drawn = torch.load(folder / "samples.pt", weights_only=False)
+    result = {"description": drawn["description"], "dtype": drawn["dtype"]}
+    result["figures"] = asdict(compare(trial, drawn["traces"], drawn["dtype"]))
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
