@@ -30,7 +30,7 @@ usage: skd COMMAND RECIPE.yaml [key=value ...] [--flag value ...]
 
   skd train    RECIPE   distil the student of the recipe        (skd train --help lists every option)
   skd rollout  RECIPE   sample interleaved responses, no training
-  skd check    RECIPE   find what is wrong before a run         (--dry-run runs one step, --no-self-test starts nothing)
+  skd check    RECIPE   find what is wrong before a run         (skd check --help)
 
 A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag of OpenRLHF's train_ppo_ray."""
 
@@ -66,8 +66,8 @@ def _check(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="skd check",
         usage="%(prog)s RECIPE.yaml [key=value ...] [--dry-run] [--no-self-test]",
-        description="Find what is wrong before a run. Exit status: 0 nothing failed, 1 a check failed, 2 the recipe is "
-        "wrong.",
+        description="Find what is wrong before a run. Exit status: 0 nothing failed, 1 a check failed, 2 the recipe "
+        "is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="run one real step in a run folder that is thrown away")

@@ -21,6 +21,7 @@ from skd_plugin.config import SKDConfig
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
 CPU_BATCHED_TOKENS = 2048
 CPU_CACHE = 1 << 30  # kv_cache_memory_bytes of rollout.engine.engine_arguments
+UNKNOWN = (AttributeError, ValueError, ImportError)  # of an architecture with other names, or code of its own
 NARROW = {"bfloat16", "float16", "half", "auto"}
 
 
@@ -35,7 +36,7 @@ def make_budget(
     teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: dict[str, Any], *, cpu: bool, device: int | None
 ) -> Budget:
     """`device`: bytes of one device; None where it is not known, and then the engine has no budget."""
-    trainers, _ = gpus_needed(options)
+    trainers = gpus_needed(options)[0]
     responses = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
     requests = -(-responses // options["vllm.num_engines"])
     bytes_per_number = 2 if skd.vllm.get("dtype", "float32" if cpu else "bfloat16") in NARROW else 4
@@ -64,6 +65,15 @@ def make_budget(
     return Budget(engine, trainer, requests)
 
 
+def fits_twice(config: Any, skd: SKDConfig, options: dict[str, Any], device: int) -> bool:
+    """Whether one engine holds a model as teacher and as student, with a cache for one sequence."""
+    try:
+        size = model_size(config)
+    except UNKNOWN:
+        return True  # not known: let the engine say so
+    return make_budget(size, size, skd, options, cpu=False, device=device).engine.sequences >= 1
+
+
 def _utilization(skd: SKDConfig, options: dict[str, Any]) -> float:
     return skd.vllm.get("gpu_memory_utilization", options["vllm.gpu_memory_utilization"])
 
@@ -74,7 +84,7 @@ def check_memory(
     """`teacher`, `student`: transformers configurations."""
     try:
         sizes = model_size(teacher), model_size(student)
-    except (AttributeError, ValueError, ImportError) as error:  # an architecture with other names or remote needs
+    except UNKNOWN as error:
         return [Finding("memory", f"not estimated: {first_line(error)}", "warning", "watch the first steps")]
     budget = make_budget(*sizes, skd, options, cpu=cpu, device=device)
     parameters = Finding("parameters", f"teacher {_count(sizes[0])}, student {_count(sizes[1])}")
@@ -95,8 +105,8 @@ def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int
         return Finding(name, weights)
     share = _utilization(skd, options)
     found = (
-        f"{weights}; {in_gib(engine.budget)} ({share:.0%} of the GPU) leave room for {engine.sequences:,} sequences at "
-        f"once, and a step brings {budget.requests:,}; beside it the sampler takes {in_gib(engine.sampler)}"
+        f"{weights}; {in_gib(engine.budget)} ({share:.0%} of the GPU) leave room for {engine.sequences:,} sequences "
+        f"at once, and a step brings {budget.requests:,}; beside it the sampler takes {in_gib(engine.sampler)}"
     )
     if engine.sequences == 0:
         return Finding(
@@ -124,6 +134,8 @@ def _trainer(budget: Budget, options: dict[str, Any], device: int | None) -> Fin
     trainer, engine = budget.trainer, budget.engine
     need = trainer.total + (engine.budget + engine.sampler if colocated else 0)
     found = f"{_parts(trainer)}: {in_gib(trainer.total)} at ZeRO stage {options['ds.zero_stage']}"
+    if gpus_needed(options)[2] or options["algo.kl.init_coef"] > 0:
+        found += " (a reference, critic or reward model is not counted)"
     if colocated:
         found += f", with the engine on the same GPU {in_gib(need)}"
     name = "trainer (estimate)"
@@ -154,14 +166,14 @@ def _offloaded(budget: Budget, options: dict[str, Any]) -> Finding:
 
 def _cpu(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int) -> Finding:
     """All of a run shares one memory."""
-    trainers, _ = gpus_needed(options)
+    trainers = gpus_needed(options)[0]
     cache = skd.vllm.get("kv_cache_memory_bytes", CPU_CACHE)
     engine = budget.engine.teacher + budget.engine.student + budget.engine.activations + budget.engine.sampler + cache
     need = options["vllm.num_engines"] * engine + trainers * budget.trainer.total
     found = (
         f"engine {in_gib(engine)} (weights {in_gib(budget.engine.teacher + budget.engine.student)}, cache "
-        f"{in_gib(cache)}); trainer {in_gib(budget.trainer.total)} ({_parts(budget.trainer)}); together {in_gib(need)} of "
-        f"{in_gib(device)}"
+        f"{in_gib(cache)}); trainer {in_gib(budget.trainer.total)} ({_parts(budget.trainer)}); together "
+        f"{in_gib(need)} of {in_gib(device)}"
     )
     if cache < budget.engine.kv_per_sequence:
         return Finding(

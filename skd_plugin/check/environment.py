@@ -29,7 +29,7 @@ def check_versions() -> list[Finding]:
                 Finding(names[0], version or "not installed", "failed", f"pip install '{wanted}', the tested version")
             )
         else:
-            found.append(f"{names[0]} {version}")
+            found.append(f"{next(name for name in names if installed_version((name,)))} {version}")
     return [Finding("versions", ", ".join(found)), *wrong]
 
 
@@ -50,6 +50,10 @@ def check_device(cpu: bool, options: dict[str, Any] | None) -> Finding:
             f"{memory.total / GIB:.0f} GiB of memory, {memory.available / GIB:.0f} GiB of it free"
         )
         return _against_the_need(found, LOGICAL_GPUS, options, "logical devices that Ray is given on a CPU")
+    if not torch.cuda.is_available() and not on_a_cluster():
+        return Finding(
+            "device", "no GPU on this machine, and RAY_ADDRESS names no cluster", "failed", "use a GPU node"
+        )
     if not torch.cuda.is_available():
         return Finding(
             "device",
@@ -65,25 +69,37 @@ def check_device(cpu: bool, options: dict[str, Any] | None) -> Finding:
     return _against_the_need(found, count, options, "GPUs here")
 
 
-def gpus_needed(options: dict[str, Any]) -> tuple[int, int]:
-    """Of the trainer and of the engines; the same ones where they are colocated."""
-    trainer = options["actor.num_nodes"] * options["actor.num_gpus_per_node"]
-    return trainer, options["vllm.num_engines"] * options["vllm.tensor_parallel_size"]
+def gpus_needed(options: dict[str, Any]) -> tuple[int, int, int]:
+    """Of the trainer, of the engines, and of the host's other models beside them (openrlhf.cli.train_ppo_ray.train).
+
+    With train.colocate_all all of them share the trainer's.
+    """
+
+    def group(role: str) -> int:
+        return options[f"{role}.num_nodes"] * options[f"{role}.num_gpus_per_node"]
+
+    reference = group("ref") if options["algo.kl.init_coef"] > 0 and not options["train.colocate_actor_ref"] else 0
+    critic = group("critic") if options["algo.advantage.estimator"] == "gae" else 0
+    reward = group("reward") if options["reward.model_name_or_path"] else 0
+    shared = min(critic, reward) if options["train.colocate_critic_reward"] else 0
+    engines = options["vllm.num_engines"] * options["vllm.tensor_parallel_size"]
+    return group("actor"), engines, reference + critic + reward - shared
 
 
 def _need_in_words(options: dict[str, Any] | None) -> str:
     if options is None:
         return "what the recipe needs is not known"
-    trainer, engines = gpus_needed(options)
+    trainer, engines, others = gpus_needed(options)
     if options["train.colocate_all"]:
         return f"the recipe needs {trainer}, which trainer and engines share"
-    return f"the recipe needs {trainer + engines}: {trainer} train, {engines} sample"
+    rest = f", {others} for the host's other models" if others else ""
+    return f"the recipe needs {trainer + engines + others}: {trainer} to train, {engines} to sample{rest}"
 
 
 def _against_the_need(found: str, count: int, options: dict[str, Any] | None, what: str) -> Finding:
     if options is None:
         return Finding("device", found)
-    need = max(gpus_needed(options)) if options["train.colocate_all"] else sum(gpus_needed(options))
+    need = gpus_needed(options)[0] if options["train.colocate_all"] else sum(gpus_needed(options))
     if need > count:
         return Finding(
             "device",

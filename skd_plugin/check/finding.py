@@ -24,6 +24,10 @@ def exit_status(findings: Iterable[Finding], *, recipe_is_wrong: bool) -> int:
     return int(any(finding.level == "failed" for finding in findings))
 
 
+def count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException | str) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

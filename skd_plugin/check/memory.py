@@ -1,7 +1,7 @@
-"""A cost model of the memory of a run, per device. Estimates: docs/check.md has the formulas and what they leave out.
+"""A cost model of the memory of a run, per device. Estimates; docs/check.md has the formulas and what they leave out.
 
-Bytes everywhere. B sequences of a micro-batch, T tokens of the longest sequence, V vocabulary, H hidden size, L layers,
-P parameters of the student, d data-parallel ranks of the trainer.
+Bytes everywhere. B sequences of a micro-batch, T tokens of the longest sequence, V vocabulary, H hidden size,
+L layers, P parameters of the student, d data-parallel ranks of the trainer.
 """
 
 from __future__ import annotations

@@ -51,9 +51,8 @@ def check_vocabulary(teacher: Model, student: Model, *, refused: bool) -> Findin
     except RecipeError as error:
         return Finding("vocabulary", sizes, "failed", str(error))
     if teacher.rows == student.rows:
-        return Finding(
-            "vocabulary", f"the same {len(student.tokenizer):,} tokens, {student.rows:,} output rows in both"
-        )
+        same = f"the same {len(student.tokenizer):,} tokens, {student.rows:,} output rows in both"
+        return Finding("vocabulary", same)
     padding = f"{sizes}: the same tokens, {abs(teacher.rows - student.rows):,} rows of padding apart"
     if refused:
         return Finding("vocabulary", padding, "failed", "pad the smaller embedding to the larger size")
@@ -115,11 +114,8 @@ def check_end_tokens(teacher: Model, student: Model) -> list[Finding]:
     stops = _end(teacher) | _tokenizer_end(student)
     found = f"the engine stops at {_named(stops, name)}; the student ends at {_named(_end(student), name)}"
     if not stops:
-        return [
-            Finding(
-                "end tokens", "neither model has one", "warning", "every response will be cut at its longest length"
-            )
-        ]
+        cut = "every response will be cut at its longest length"
+        return [Finding("end tokens", "neither model has one", "warning", cut)]
     problems = [*_unlisted(teacher, "teacher", name), *_unlisted(student, "student", name)]
     if not _end(teacher) <= _end(student):
         problems.append(
@@ -128,8 +124,8 @@ def check_end_tokens(teacher: Model, student: Model) -> list[Finding]:
         )
     if not _end(student) <= stops:
         problems.append(
-            f"the engine does not stop at the student's {_named(_end(student) - stops, name)}: what follows it would be "
-            "trained; add it to eos_token_id in the teacher's generation_config.json"
+            f"the engine does not stop at the student's {_named(_end(student) - stops, name)}: what follows it would "
+            "be trained; add it to eos_token_id in the teacher's generation_config.json"
         )
     return [Finding("end tokens", found, "warning", p) for p in problems] or [Finding("end tokens", found)]
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GRACE_S = 5.0
-ERROR = re.compile(
-    r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$"
-)  # vLLM puts "(EngineCore pid=7)" first
+# vLLM puts "(EngineCore pid=7)" in front.
+ERROR = re.compile(r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
 
 def run_quietly(module_and_arguments: Sequence[str], log: Path) -> str | None:

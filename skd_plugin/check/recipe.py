@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.finding import Finding
+from skd_plugin.check.finding import Finding, count
 from skd_plugin.check.subject import Subject
 
 LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
@@ -27,8 +27,8 @@ def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> 
     mean = sum(lengths) / len(lengths)
     found = (
         f"{len(prompts):,} prompts of {min(lengths)} to {max(lengths)} tokens; {rounds:,} steps of {responses:,} "
-        f"responses, at most {longest:,} tokens each: up to {responses * (mean + longest):,.0f} tokens a step, prompts "
-        f"included; {count(updates, 'update')} of the weights a step"
+        f"responses, at most {longest:,} tokens each: up to {responses * (mean + longest):,.0f} tokens a step, "
+        f"prompts included; {count(updates, 'update')} of the weights a step"
     )
     if rounds == 0:
         return Finding(
@@ -38,10 +38,6 @@ def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> 
             "give more prompts, or lower openrlhf.rollout.batch_size: nothing would be trained",
         )
     return Finding("steps", found)
-
-
-def count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def short_name(model: str | None) -> str:

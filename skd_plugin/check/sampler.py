@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.finding import Finding
+from skd_plugin.check.finding import Finding, count
 from skd_plugin.config import SKDConfig
 from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.rollout.engine import SCHEDULER_CLS, WORKER_CLS
 
 GATES = {  # the laws are in core/gates.py
     "top_k": "it is among the teacher's {top_k} most probable",
@@ -25,7 +26,7 @@ def check_rule(skd: SKDConfig) -> Finding:
 
 
 def _gate(rollout: RolloutConfig) -> str:
-    proposes = f"the student proposes {rollout.draft_len} token{'s' if rollout.draft_len > 1 else ''} a block"
+    proposes = f"the student proposes {count(rollout.draft_len, 'token')} a block"
     if rollout.method == "on_policy":
         return f"{proposes}; every one stays (on-policy distillation)"
     if rollout.method == "teacher":
@@ -43,12 +44,21 @@ def _temperatures(rollout: RolloutConfig) -> str:
 EXPECTED = {"sampler": "SKDSampler", "drafter": "SKDDrafter"}
 
 
+def asked_for(skd: SKDConfig) -> Finding:
+    """Without a self-test there is no engine to ask."""
+    parts = " and ".join(path.rsplit(".", 1)[-1] for path in (WORKER_CLS, SCHEDULER_CLS))
+    return Finding(
+        "engine",
+        f"{parts} in vLLM's V1 runner, {count(skd.rollout.draft_len, 'draft')} a block: asked for, and not yet seen to run",
+    )
+
+
 def check_parts(description: dict[str, Any]) -> Finding:
     """What a real engine says of itself (`describe_skd`): a plugin that is silently off is the worst outcome."""
     wrong = [part for part, name in EXPECTED.items() if description.get(part) != name]
     found = (
         f"{description.get('sampler')} and {description.get('drafter')} are in place, in vLLM's V1 runner under "
-        f"{description.get('scheduler', '-')}; {description.get('draft_len')} drafts a block"
+        f"{description.get('scheduler')}; {count(description['draft_len'], 'draft')} a block"
     )
     if not wrong:
         return Finding("engine", found)

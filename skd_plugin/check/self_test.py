@@ -35,8 +35,8 @@ TOLERANCES = {"float32": Tolerance(tie=1e-3, loss=1e-4, gap=1e-2)}
 NARROW = Tolerance(tie=0.25, loss=2e-2, gap=0.5)  # bfloat16 has 8 significant bits: a logit near 32 moves by 1/8
 
 
-def make_trial(skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
-    """With the engine options of the recipe, so that what is tested is what will run."""
+def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
+    """`model` in both places, with the engine options of the recipe, so that what is tested is what will run."""
     vllm = {
         "tensor_parallel_size": options["vllm.tensor_parallel_size"],
         "enforce_eager": options["vllm.enforce_eager"],
@@ -46,9 +46,9 @@ def make_trial(skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]]
     if not cpu:
         vllm["gpu_memory_utilization"] = options["vllm.gpu_memory_utilization"]
     return Trial(
-        model=skd.teacher.model_name_or_path,
-        student=skd.teacher.model_name_or_path,
-        prompts=prompts[:NUM_PROMPTS],
+        model=model,
+        student=model,
+        prompts=prompts,
         draft_len=skd.rollout.draft_len,
         max_len=options["data.max_len"],
         max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
@@ -77,13 +77,13 @@ def judge(figures: Figures, dtype: str) -> list[Finding]:
 
 def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
     name, rejected = "self-test: accepted", figures.proposed - figures.accepted
-    found = f"{figures.accepted} of {figures.proposed} proposals of the teacher to itself, greedy, K = 1"
+    found = f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, K = 1"
     if figures.proposed < figures.tokens or not figures.tokens:
         return Finding(
             name,
             f"{figures.tokens - figures.proposed} of {figures.tokens} tokens were not proposed by the draft model",
             "failed",
-            "the engine does not draft: it is too small for these sequences, or SKD's sampler is not the one that runs",
+            "the engine does not draft: it is too small for these sequences, or SKD's sampler does not run",
         )
     if not rejected:
         return Finding(name, found)
@@ -102,8 +102,8 @@ def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
 def _loss(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
     name = "self-test: loss"
     found = (
-        f"{figures.mean_loss:.1e} nats a token (at most {limits.loss:g} in {dtype}; largest {figures.max_loss:.1e}): the "
-        "engine's traces, the teacher by transformers as student"
+        f"{abs(figures.mean_loss):.1e} nats a token between the engine's traces and the model by transformers, "
+        f"{figures.max_loss:.1e} at most (allowed in {dtype}: {limits.loss:g} in the mean)"
     )
     if math.isfinite(figures.mean_loss) and figures.mean_loss <= limits.loss:
         return Finding(name, found)
@@ -111,16 +111,17 @@ def _loss(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
         name,
         found,
         "failed",
-        "the student would be trained towards a distribution that transformers does not see in the teacher: look for a "
-        "quantised or wrongly loaded teacher, and at rope or sliding-window settings in its config.json",
+        "the student would be trained towards a distribution that transformers does not see in the model: look for "
+        "a quantised or wrongly loaded one, and at rope or sliding-window settings in its config.json",
     )
 
 
 def _gap(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
     name = "vLLM/transformers"
     found = (
-        f"log-probs of the same tokens differ by {figures.max_teacher_gap:.1e} at most, {figures.mean_teacher_gap:.1e} in "
-        f"the mean (draft model: {figures.max_draft_gap:.1e} at most; usual in {dtype}: below {limits.gap:g})"
+        f"log-probs of the same tokens differ by {figures.max_teacher_gap:.1e} at most, by "
+        f"{figures.mean_teacher_gap:.1e} in the mean (as draft model: {figures.max_draft_gap:.1e} at most; usual in "
+        f"{dtype}: below {limits.gap:g})"
     )
     if max(figures.max_teacher_gap, figures.max_draft_gap) <= limits.gap:
         return Finding(name, found)
@@ -128,6 +129,6 @@ def _gap(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
         name,
         found,
         "warning",
-        "sampling and training see two models: try openrlhf.ds.attn_implementation=sdpa, skd.vllm={dtype: float32}, or "
-        "another vLLM attention backend",
+        "sampling and training see two models: try openrlhf.ds.attn_implementation=sdpa, skd.vllm={dtype: float32}, "
+        "or another vLLM attention backend",
     )

@@ -22,11 +22,18 @@ class Subject:
 
     skd: SKDConfig | None
     options: dict[str, Any] | None  # all of OpenRLHF's, dotted, resolved
-    teacher: str | None
-    student: str | None
-    run: Run | None
+    run: Run | None  # in a temporary folder
+    run_dir: Path | None  # the real one
     error: str | None
     cpu: bool
+
+    @property
+    def teacher(self) -> str | None:
+        return self.skd.teacher.model_name_or_path if self.skd else None
+
+    @property
+    def student(self) -> str | None:
+        return self.options.get("actor.model_name_or_path") if self.options else None
 
 
 def read_subject(recipe: str, overrides: Sequence[str], folder: Path) -> Subject:
@@ -35,26 +42,18 @@ def read_subject(recipe: str, overrides: Sequence[str], folder: Path) -> Subject
     Raises:
         RecipeError: the file is no recipe; there is nothing to check.
     """
-    overrides = [*overrides, f"skd.run_dir={folder}"]
     content = load_recipe(recipe, overrides)
-    run = skd = options = error = None
+    run = skd = options = run_dir = error = None
     try:
         skd = parse_skd(content.get("skd") or {})
+        run_dir = Path(skd.run_dir).resolve()
         options = _given_options(content, skd)
-        run = load_run(recipe, overrides)
+        run = load_run(recipe, [*overrides, f"skd.run_dir={folder}"])
     except RecipeError as wrong:
         error = str(wrong)
     if run is not None:
-        skd, options = run.skd, vars(host_parser().parse_args(run.host_argv()))
-    return Subject(
-        skd=skd,
-        options=options,
-        teacher=skd.teacher.model_name_or_path if skd else None,
-        student=options.get("actor.model_name_or_path") if options else None,
-        run=run,
-        error=error,
-        cpu=run.cpu if run else on_cpu(skd),
-    )
+        options = vars(host_parser().parse_args(run.host_argv()))
+    return Subject(skd, options, run, run_dir, error, run.cpu if run else on_cpu(skd))
 
 
 def on_cpu(skd: SKDConfig | None) -> bool:

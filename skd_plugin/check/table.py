@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from skd_plugin.check.finding import Finding
+from skd_plugin.check.finding import Finding, count
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not run": "dim"}
 
@@ -29,13 +29,9 @@ def findings_table(findings: Sequence[Finding], title: str) -> Table:
 
 def verdict(findings: Sequence[Finding]) -> Text:
     """One sentence below the table."""
-    count = Counter(finding.level for finding in findings)
-    if count["failed"]:
-        return Text(f"{_number(count['failed'], 'check')} failed. Do what the lines with -> say.", style="bold red")
-    if count["warning"]:
-        return Text(f"Nothing failed; {_number(count['warning'], 'warning')} to read.", style="yellow")
+    levels = Counter(finding.level for finding in findings)
+    if levels["failed"]:
+        return Text(f"{count(levels['failed'], 'check')} failed. Do what the lines with -> say.", style="bold red")
+    if levels["warning"]:
+        return Text(f"Nothing failed; {count(levels['warning'], 'warning')} to read.", style="yellow")
     return Text("All good.", style="bold green")
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
