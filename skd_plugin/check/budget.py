@@ -106,7 +106,7 @@ def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int
     share = _utilization(skd, options)
     found = (
         f"{weights}; {in_gib(engine.budget)} ({share:.0%} of the GPU) leave room for {engine.sequences:,} sequences "
-        f"at once, and a step brings {budget.requests:,}; beside it the sampler takes {in_gib(engine.sampler)}"
+        f"at once, and a step brings {budget.requests:,}; the sampler takes {in_gib(engine.sampler)}"
     )
     if engine.sequences == 0:
         return Finding(
@@ -115,13 +115,13 @@ def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int
             "failed",
             "raise openrlhf.vllm.tensor_parallel_size or vllm.gpu_memory_utilization, or lower data.max_len",
         )
-    if engine.budget + engine.sampler > device:
-        limit = max(1, int((device - engine.budget) / (engine.sampler / budget.requests)))
+    if engine.peak > device:
+        limit = max(1, (device - engine.budget) // engine.sampler_per_sequence)
         return Finding(
             name,
             found,
             "warning",
-            f"the sampler's rows lie outside vLLM's share: lower openrlhf.vllm.gpu_memory_utilization, or set "
+            f"vLLM's share leaves too little for the sampler: lower openrlhf.vllm.gpu_memory_utilization, or set "
             f"skd.vllm={{max_num_seqs: {limit}}}",
         )
     if engine.sequences < budget.requests:
@@ -132,7 +132,7 @@ def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int
 def _trainer(budget: Budget, options: dict[str, Any], device: int | None) -> Finding:
     colocated = options["train.colocate_all"]
     trainer, engine = budget.trainer, budget.engine
-    need = trainer.total + (engine.budget + engine.sampler if colocated else 0)
+    need = trainer.total + (engine.peak if colocated else 0)
     found = f"{_parts(trainer)}: {in_gib(trainer.total)} at ZeRO stage {options['ds.zero_stage']}"
     if gpus_needed(options)[2] or options["algo.kl.init_coef"] > 0:
         found += " (a reference, critic or reward model is not counted)"

@@ -11,10 +11,10 @@ from typing import Any
 
 GIB = 1 << 30
 
-# Of each of the B x T x V logits in the training step, at its peak; see docs/check.md.
+# Of each of the B x T x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
 LOGIT_BYTES = 24
-# Of each row of V logits in SKD's sampler, per entry: float32 copies of both models and what is made of them.
-SAMPLER_ROW_BYTES = 40
+# Of each row of V logits in SKD's sampler, per entry; measured, 28 with few rejections, 45 with nothing else.
+SAMPLER_ROW_BYTES = 45
 RUNTIME = 1 * GIB  # CUDA context, NCCL and allocator, a process
 GATHERED_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 BUCKET_PARAMETERS = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
@@ -70,7 +70,7 @@ def count_parameters(config: Any) -> int:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Of one device of an engine. `budget` is what vLLM may take; SKD's sampler lies outside of it."""
+    """Of one device of an engine. `budget` is what vLLM may take; it does not know of SKD's sampler."""
 
     budget: int
     teacher: int
@@ -78,7 +78,8 @@ class EngineMemory:
     activations: int
     kv_per_token: int
     kv_per_sequence: int
-    sampler: int
+    concurrent: int  # requests that would be in the engine at once if all had room
+    sampler_per_sequence: int
 
     @property
     def cache(self) -> int:
@@ -89,6 +90,15 @@ class EngineMemory:
     def sequences(self) -> int:
         """Longest sequences that fit at once."""
         return max(0, self.cache // self.kv_per_sequence)
+
+    @property
+    def sampler(self) -> int:
+        return self.sampler_per_sequence * min(self.concurrent, self.sequences or self.concurrent)
+
+    @property
+    def peak(self) -> int:
+        """The sampler runs when the forward's activations are free again, and takes more where they do not do."""
+        return self.budget + max(0, self.sampler - (self.activations - RUNTIME))
 
 
 def engine_memory(
@@ -105,7 +115,7 @@ def engine_memory(
 ) -> EngineMemory:
     """
     Args:
-        concurrent: requests in the engine at once, for the rows of the sampler.
+        concurrent: requests that a step brings to the engine, or fewer if vLLM is told to take fewer at once.
         batched_tokens: tokens of one forward (vLLM's max_num_batched_tokens).
     """
     wide = max(teacher, student, key=lambda model: model.hidden)
@@ -118,7 +128,8 @@ def engine_memory(
         activations=batched_tokens * per_token * bytes_per_number + RUNTIME,
         kv_per_token=kv,
         kv_per_sequence=kv * max_len,
-        sampler=concurrent * draft_len * teacher.vocabulary * SAMPLER_ROW_BYTES,
+        concurrent=concurrent,
+        sampler_per_sequence=draft_len * teacher.vocabulary * SAMPLER_ROW_BYTES,
     )
 
 

@@ -47,10 +47,8 @@ EXPECTED = {"sampler": "SKDSampler", "drafter": "SKDDrafter"}
 def asked_for(skd: SKDConfig) -> Finding:
     """Without a self-test there is no engine to ask."""
     parts = " and ".join(path.rsplit(".", 1)[-1] for path in (WORKER_CLS, SCHEDULER_CLS))
-    return Finding(
-        "engine",
-        f"{parts} in vLLM's V1 runner, {count(skd.rollout.draft_len, 'draft')} a block: asked for, and not yet seen to run",
-    )
+    drafts = count(skd.rollout.draft_len, "draft")
+    return Finding("engine", f"asked for, and not yet seen to run: {parts} in vLLM's V1 runner, {drafts} a block")
 
 
 def check_parts(description: dict[str, Any]) -> Finding:

@@ -32,7 +32,7 @@ class Tolerance:
 
 
 TOLERANCES = {"float32": Tolerance(tie=1e-3, loss=1e-4, gap=1e-2)}
-NARROW = Tolerance(tie=0.25, loss=2e-2, gap=0.5)  # bfloat16 has 8 significant bits: a logit near 32 moves by 1/8
+NARROW = Tolerance(tie=0.25, loss=1e-2, gap=0.5)  # bfloat16 has 8 significant bits: a logit near 32 moves by 1/8
 
 
 def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:

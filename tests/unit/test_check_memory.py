@@ -1,0 +1,342 @@
+"""The memory estimates against numbers worked out by hand, and against real parameter counts and allocations."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, Qwen2Config
+
+from skd_plugin.check.budget import check_memory, fits_twice, make_budget
+from skd_plugin.check.memory import (
+    GIB,
+    LOGIT_BYTES,
+    RUNTIME,
+    SAMPLER_ROW_BYTES,
+    count_parameters,
+    engine_memory,
+    in_gib,
+    model_size,
+    trainer_memory,
+)
+from skd_plugin.config import SKDConfig
+from skd_plugin.config.host_options import host_parser
+from skd_plugin.core.losses import forward_kl, top_k_loss
+
+GPU = 80 * GIB
+
+
+def qwen(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, tied: bool):
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+    )
+
+
+SMALL = qwen(896, 24, 14, 2, 4864, 151936, tied=True)  # the shape of Qwen2.5-0.5B
+BIG = qwen(3584, 28, 28, 4, 18944, 152064, tied=False)  # the shape of Qwen2.5-7B
+SMALL_PARAMETERS = 494_032_768  # both as their model cards give them, to the last parameter
+BIG_PARAMETERS = 7_615_616_512
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return model_size(BIG), model_size(SMALL)
+
+
+def options(**changes):
+    parsed = vars(host_parser().parse_args([]))
+    ours = {
+        "vllm.num_engines": 1,
+        "actor.num_gpus_per_node": 4,
+        "algo.kl.init_coef": 0,
+        "algo.advantage.estimator": "reinforce",
+        "rollout.n_samples_per_prompt": 1,
+        "vllm.gpu_memory_utilization": 0.9,
+    }
+    return parsed | ours | changes
+
+
+def skd(**sections):
+    return SKDConfig(teacher={"model_name_or_path": "t"}, **sections)
+
+
+# --- sizes of models ---
+
+
+def test_parameters_of_two_known_models(sizes):
+    big, small = sizes
+    assert (big.parameters, small.parameters) == (BIG_PARAMETERS, SMALL_PARAMETERS)
+    assert (small.layers, small.kv_heads, small.head_dim, small.vocabulary) == (24, 2, 64, 151936)
+
+
+def test_parameters_of_the_tiny_models(tiny_pair, hf_models):
+    for name, model in hf_models.items():
+        assert count_parameters(AutoConfig.from_pretrained(tiny_pair / name)) == model.num_parameters()
+
+
+def test_cache_of_a_token(sizes):
+    big, small = sizes
+    assert small.kv_per_token(2) == 24 * 2 * 2 * 64 * 2 == 12_288
+    assert big.kv_per_token(2) == 28 * 2 * 4 * 128 * 2 == 57_344
+    assert big.kv_per_token(2, tensor_parallel=4) == 14_336
+    assert small.kv_per_token(2, tensor_parallel=4) == 24 * 2 * 1 * 64 * 2, "a key-value head is not split"
+    assert replace(big, latent=576).kv_per_token(2, tensor_parallel=4) == 28 * 576 * 2
+
+
+# --- the engine ---
+
+
+def test_engine_by_hand(sizes):
+    engine = engine_memory(
+        *sizes,
+        budget=72 * GIB,
+        bytes_per_number=2,
+        tensor_parallel=2,
+        max_len=1024,
+        draft_len=5,
+        concurrent=64,
+        batched_tokens=8192,
+    )
+    assert engine.teacher == BIG_PARAMETERS
+    assert engine.student == SMALL_PARAMETERS
+    assert engine.kv_per_token == 57_344 // 2 + 12_288 // 2 == 34_816
+    assert engine.kv_per_sequence == 34_816 * 1024
+    activations = 8192 * (2 * 18944 // 2 + 4 * 3584) * 2 + RUNTIME
+    assert engine.activations == activations
+    assert engine.cache == 72 * GIB - BIG_PARAMETERS - SMALL_PARAMETERS - activations
+    assert engine.sequences == engine.cache // (34_816 * 1024)
+    assert engine.sampler == 64 * 5 * 152064 * SAMPLER_ROW_BYTES
+    assert engine.peak == 72 * GIB + engine.sampler - (activations - RUNTIME)
+    few = replace(engine, kv_per_sequence=engine.cache // 3)
+    assert few.sequences == 3 and few.sampler == 3 * 5 * 152064 * SAMPLER_ROW_BYTES
+    assert few.peak == 72 * GIB, "the room of the forward's activations is enough"
+
+
+# --- the trainer ---
+
+
+def trainer(size, **changes):
+    settings = dict(
+        mixed_precision=True,
+        zero_stage=2,
+        ranks=8,
+        adam_offload=False,
+        overlap_comm=False,
+        micro_batch=2,
+        max_len=1024,
+        checkpointing=False,
+    )
+    return trainer_memory(size, **(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2, 2, 16), (1, 2, 2, 16 / 8), (2, 2, 2 / 8, 16 / 8), (3, 2 / 8, 2 / 8, 16 / 8)],
+)
+def test_zero_stages(sizes, stage, weights, gradients, optimizer):
+    """Bytes a parameter: 2 + 2 + 12, and 4 for float32 gradients while the optimizer steps."""
+    found = trainer(sizes[0], zero_stage=stage)
+    assert found.weights == pytest.approx(weights * BIG_PARAMETERS, abs=8)
+    assert found.gradients == pytest.approx(gradients * BIG_PARAMETERS, abs=8)
+    assert found.optimizer == pytest.approx(optimizer * BIG_PARAMETERS, abs=8)
+    assert found.host == 0
+
+
+def test_offloading_moves_the_optimizer(sizes):
+    here, away = trainer(sizes[0]), trainer(sizes[0], adam_offload=True)
+    assert away.optimizer == 0 and away.host == here.optimizer
+
+
+def test_float32_has_no_master_weights(sizes):
+    found = trainer(sizes[1], mixed_precision=False, zero_stage=0)
+    assert found.weights + found.gradients + found.optimizer == 16 * SMALL_PARAMETERS
+    assert found.buffers == 0
+
+
+def test_logits_and_activations(sizes):
+    found = trainer(sizes[1])
+    assert found.logits == 2 * 1024 * 151936 * LOGIT_BYTES
+    layer = 2 * (6 * 896 + 2 * 14 * 64 + 2 * 2 * 64 + 4 * 4864)
+    assert found.activations == 2 * 1024 * 24 * layer
+    assert trainer(sizes[1], checkpointing=True).activations == 2 * 1024 * (24 * 2 * 896 + layer)
+
+
+def test_buckets_and_gathered_weights(sizes):
+    assert trainer(sizes[0]).buffers == 2 * (500_000_000 + 500_000_000) + RUNTIME
+    assert trainer(sizes[0], overlap_comm=True).buffers == 2 * (1_000_000_000 + 500_000_000) + RUNTIME
+    assert trainer(sizes[0], zero_stage=3).buffers == 2 * (500_000_000 + 1_000_000_000) + RUNTIME
+    assert trainer(sizes[1]).buffers == 2 * 2 * SMALL_PARAMETERS + RUNTIME
+
+
+def test_bytes_of_a_logit_are_those_of_the_training_step():
+    """Follows every allocation of a step's part behind the student's body; measured, 24.0 bytes a logit."""
+    hidden_BTH = torch.randn(2, 128, 8, requires_grad=True)
+    head_HV, top_k = torch.randn(8, 4096).bfloat16(), 64
+    ids_NK = torch.stack([torch.randperm(4096)[:top_k] for _ in range(2 * 127)])
+    teacher_NC = torch.randn(2 * 127, top_k + 1).log_softmax(-1)
+    batch_N, time_N = torch.ones(2, 127).nonzero(as_tuple=True)
+    with PeakBytes() as peak:
+        logits = (hidden_BTH.bfloat16() @ head_HV).to(torch.float32)  # the host's Actor makes float32 of them
+        top_k_loss(forward_kl)(logits[batch_N, time_N], ids_NK, teacher_NC).mean().backward()
+    assert peak.bytes / (2 * 128 * 4096) == pytest.approx(LOGIT_BYTES, rel=0.15)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes alive at once of the tensors made inside, without the small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._alive = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > 1e6:
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._alive += size
+        self.bytes = max(self.bytes, self._alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._alive -= size
+
+
+# --- a recipe's options ---
+
+
+def test_budget_reads_the_hosts_options(sizes):
+    given = options(
+        **{
+            "ds.zero_stage": 3,
+            "ds.adam_offload": True,
+            "actor.num_nodes": 2,
+            "vllm.num_engines": 3,
+            "vllm.tensor_parallel_size": 4,
+            "rollout.batch_size": 50,
+            "rollout.n_samples_per_prompt": 2,
+            "data.max_len": 512,
+            "train.micro_batch_size": 4,
+            "actor.gradient_checkpointing_enable": True,
+        }
+    )
+    found = make_budget(*sizes, skd(rollout={"draft_len": 3}), given, cpu=False, device=GPU)
+    assert found.requests == 34  # of 100 responses on 3 engines
+    assert found.engine.budget == int(0.9 * GPU)
+    assert found.engine.teacher == BIG_PARAMETERS * 2 // 4
+    assert found.engine.sampler == 34 * 3 * 152064 * SAMPLER_ROW_BYTES
+    expected = trainer(
+        sizes[1], zero_stage=3, adam_offload=True, micro_batch=4, max_len=512, checkpointing=True, ranks=8
+    )
+    assert found.trainer == expected
+
+
+def test_our_engine_options_win(sizes):
+    ours = skd(vllm={"gpu_memory_utilization": 0.5, "dtype": "float32", "max_num_seqs": 7})
+    found = make_budget(*sizes, ours, options(), cpu=False, device=GPU)
+    assert found.requests == 1024 and found.engine.concurrent == 7
+    assert found.engine.budget == GPU // 2
+    assert found.engine.teacher == 4 * BIG_PARAMETERS
+    assert found.engine.sampler == 7 * 5 * 152064 * SAMPLER_ROW_BYTES
+
+
+def levels(findings):
+    return {finding.name.split()[0]: finding.level for finding in findings}
+
+
+def check(config=skd(), device=GPU, **changes):  # noqa: B008
+    return check_memory(BIG, SMALL, config, options(**changes), cpu=False, device=device)
+
+
+def test_a_pair_that_fits():
+    findings = check(**{"rollout.batch_size": 64})
+    assert levels(findings) == {"parameters": "ok", "engine": "ok", "trainer": "ok"}
+    assert findings[0].found == "teacher 7.62 B, student 494.0 M"
+    assert "14.2 GiB" in findings[1].found and "90% of the GPU" in findings[1].found
+
+
+def test_a_teacher_that_does_not_fit():
+    engine = check(device=16 * GIB)[1]
+    assert engine.level == "failed" and "tensor_parallel_size" in engine.remedy
+
+
+def test_a_step_that_brings_more_than_fits_at_once():
+    engine = check(device=24 * GIB, **{"rollout.batch_size": 50, "data.max_len": 2048})[1]
+    assert engine.level == "warning" and "wait" in engine.remedy
+
+
+def test_sampler_rows_outside_of_vllms_share():
+    engine = check(**{"rollout.batch_size": 512})[1]
+    assert engine.level == "warning" and "max_num_seqs" in engine.remedy
+
+
+def test_a_trainer_that_does_not_fit_is_told_what_helps():
+    found = check(**{"train.micro_batch_size": 32})[2]
+    assert found.level == "failed"
+    assert found.remedy.startswith("lower openrlhf.train.micro_batch_size")
+    assert "gradient_checkpointing" in found.remedy and "zero_stage=3" in found.remedy
+
+
+def test_colocated_models_share_the_device():
+    changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
+    assert check(**changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"
+    tight = check(**changes)[2]
+    assert tight.level == "failed" and tight.remedy.startswith("lower openrlhf.vllm.gpu_memory_utilization")
+
+
+def test_without_a_device_there_are_needs_and_no_verdict():
+    findings = check(device=None)
+    assert set(levels(findings).values()) == {"ok"}
+    assert "room for" not in findings[1].found
+
+
+def test_a_reference_model_is_said_not_to_be_counted():
+    assert "not counted" in check(**{"algo.kl.init_coef": 0.01})[2].found
+    assert "not counted" not in check()[2].found
+
+
+def test_on_a_cpu_all_share_one_memory():
+    run = dict(cpu=True, device=64 * GIB)
+    changes = {"actor.num_gpus_per_node": 1, "data.max_len": 64, "ds.zero_stage": 0}
+    assert check_memory(SMALL, SMALL, skd(), options(**changes), **run)[1].level == "ok"
+    assert check_memory(BIG, SMALL, skd(), options(**changes), cpu=True, device=8 * GIB)[1].level == "failed"
+    short = skd(vllm={"kv_cache_memory_bytes": 1 << 20})
+    found = check_memory(SMALL, SMALL, short, options(**changes), **run)[1]
+    assert found.level == "failed" and "kv_cache_memory_bytes" in found.remedy
+
+
+def test_an_architecture_that_is_not_known_is_no_failure():
+    class Unknown:
+        def get_text_config(self):
+            raise AttributeError("no such thing")
+
+    (found,) = check_memory(Unknown(), SMALL, skd(), options(), cpu=False, device=GPU)
+    assert found.level == "warning" and "not estimated" in found.found
+
+
+def test_whether_the_teacher_fits_twice():
+    assert fits_twice(BIG, skd(), options(), 80 * GIB)
+    assert not fits_twice(BIG, skd(), options(), 30 * GIB)
+
+
+def test_units():
+    assert in_gib(1.5 * GIB) == "1.5 GiB"
+    assert in_gib(3 << 20) == "3.0 MiB"
