@@ -67,17 +67,24 @@ def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -
         if error is not None:
             return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
     result = json.loads((folder / "result.json").read_text())
-    return [check_parts(result["description"]), *judge(Figures(**result["figures"]), result["dtype"])]
+    return [
+        check_parts(result["description"]),
+        *judge(Figures(**result["figures"]), result["dtype"], result["kept_by_a_shut_gate"]),
+    ]
 
 
-def judge(figures: Figures, dtype: str) -> list[Finding]:
+def judge(figures: Figures, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:
     limits = TOLERANCES.get(dtype, NARROW)
-    return [_acceptance(figures, dtype, limits), _loss(figures, dtype, limits), _gap(figures, dtype, limits)]
+    return [
+        _acceptance(figures, dtype, limits, kept_by_a_shut_gate),
+        _loss(figures, dtype, limits),
+        _gap(figures, dtype, limits),
+    ]
 
 
-def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+def _acceptance(figures: Figures, dtype: str, limits: Tolerance, kept_by_a_shut_gate: int) -> Finding:
     name, rejected = "self-test: accepted", figures.proposed - figures.accepted
-    found = f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, K = 1"
+    found = f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, K = 1; {kept_by_a_shut_gate} at K = 0"
     if figures.proposed < figures.tokens or not figures.tokens:
         return Finding(
             name,
@@ -85,6 +92,9 @@ def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
             "failed",
             "the engine does not draft: it is too small for these sequences, or SKD's sampler does not run",
         )
+    if kept_by_a_shut_gate or figures.needless:
+        what = "keeps what K = 0 rejects" if kept_by_a_shut_gate else "rejects the teacher's first choice"
+        return Finding(name, found, "failed", f"the gate {what}: another rule runs; run pytest tests/engine")
     if not rejected:
         return Finding(name, found)
     found += f"; the widest rejection is {figures.widest_rejection:.2g} nats, a tie in {dtype} has {limits.tie:g}"
@@ -94,8 +104,8 @@ def _acceptance(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
         name,
         found,
         "failed",
-        "the engine's draft model and model disagree on the same weights: a gate of another kind runs, or an engine "
-        "option (skd.vllm) changes one of the two; run pytest tests/engine tests/contract",
+        "the engine's draft model and model disagree on the same weights: an engine option (skd.vllm) changes one of "
+        "the two, or vLLM does; run pytest tests/engine tests/contract",
     )
 
 
@@ -123,7 +133,7 @@ def _gap(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
         f"{figures.mean_teacher_gap:.1e} in the mean (as draft model: {figures.max_draft_gap:.1e} at most; usual in "
         f"{dtype}: below {limits.gap:g})"
     )
-    if max(figures.max_teacher_gap, figures.max_draft_gap) <= limits.gap:
+    if figures.max_teacher_gap <= limits.gap and figures.max_draft_gap <= limits.gap:
         return Finding(name, found)
     return Finding(
         name,

@@ -33,7 +33,8 @@ class Trial:
 
 
 def sample(trial: Trial) -> dict[str, Any]:
-    """Greedy responses, K = 1: what the engine says of itself, its dtype, and the traces."""
+    """Greedy responses at K = 1: what the engine says of itself, its dtype, and the traces. Also a few tokens at K = 0,
+    where the gate keeps nothing: with one model in both places, K = 1 cannot tell a gate from none."""
     from skd_plugin.rollout.engine import SKDEngine, engine_arguments
     from skd_plugin.rollout.rule import SamplingRule
 
@@ -43,8 +44,13 @@ def sample(trial: Trial) -> dict[str, Any]:
     engine = SKDEngine(**arguments)
     rule = SamplingRule(top_k=1, student_temperature=0.0, teacher_temperature=0.0)
     samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
-    description = {**engine.description, "scheduler": str(arguments["scheduler_cls"]).split(".")[-1]}
-    return {"description": description, "dtype": str(arguments["dtype"]), "traces": [s.trace for s in samples]}
+    shut = engine.generate(trial.prompts[:1], rule.teacher_only(0.0), trial.max_new_tokens)
+    return {
+        "description": {**engine.description, "scheduler": str(arguments["scheduler_cls"]).split(".")[-1]},
+        "dtype": str(arguments["dtype"]),
+        "traces": [sample.trace for sample in samples],
+        "kept_by_a_shut_gate": int((shut[0].trace.source == ACCEPTED).sum()),
+    }
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Figures:
     tokens: int
     proposed: int
     accepted: int
+    needless: int  # rejected, and replaced by the same token: the proposal was the teacher's first choice
     widest_rejection: float  # log p(emitted) - log p(proposal), the largest; 0 where nothing was rejected
     mean_loss: float  # forward KL of the engine's distribution from that of transformers, top-K and tail
     max_loss: float
@@ -93,6 +100,7 @@ def figures(tokens: Trace, logits_RV: torch.Tensor) -> Figures:
         tokens=len(tokens),
         proposed=int(drafted.sum()),
         accepted=int((tokens.source == ACCEPTED).sum()),
+        needless=int((tokens.rejected_ids == tokens.response_ids).sum()),
         widest_rejection=_widest_rejection(tokens, logits_RV),
         mean_loss=loss_R.mean().item(),
         max_loss=loss_R.max().item(),
@@ -116,9 +124,8 @@ def main(half: str, folder: Path) -> None:
         torch.save(sample(trial), folder / "samples.pt")
         return
     drawn = torch.load(folder / "samples.pt", weights_only=False)
-    result = {"description": drawn["description"], "dtype": drawn["dtype"]}
-    result["figures"] = asdict(compare(trial, drawn["traces"], drawn["dtype"]))
-    (folder / "result.json").write_text(json.dumps(result))
+    found = compare(trial, drawn.pop("traces"), drawn["dtype"])
+    (folder / "result.json").write_text(json.dumps({**drawn, "figures": asdict(found)}))
 
 
 if __name__ == "__main__":

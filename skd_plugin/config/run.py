@@ -251,8 +251,12 @@ def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()[:PROMPTS_CHECKED] if line.strip()]
     if len(rows) < options["rollout.batch_size"]:
         raise RecipeError(f"{path}: {_too_few_prompts(len(rows), options)}")
-    if key not in rows[0]:
-        raise RecipeError(f"{path} has no column '{key}' (openrlhf.data.input_key); it has {', '.join(rows[0])}")
+    for number, row in enumerate(rows, start=1):
+        if key not in row:
+            where = "" if number == 1 else f" in row {number}"
+            raise RecipeError(
+                f"{path} has no column '{key}'{where} (openrlhf.data.input_key); it has {', '.join(row)}"
+            )
     prompts = [
         preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0] for row in rows
     ]

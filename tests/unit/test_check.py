@@ -296,6 +296,7 @@ GOOD = Figures(
     tokens=100,
     proposed=100,
     accepted=100,
+    needless=0,
     widest_rejection=0.0,
     mean_loss=1e-6,
     max_loss=1e-5,
@@ -314,6 +315,7 @@ GOOD = Figures(
         ({"accepted": 99, "widest_rejection": 0.1}, "bfloat16", ["ok", "ok", "ok"]),
         ({"accepted": 99, "widest_rejection": 1.0}, "bfloat16", ["failed", "ok", "ok"]),
         ({"proposed": 99, "accepted": 99}, "float32", ["failed", "ok", "ok"]),
+        ({"accepted": 99, "needless": 1}, "float32", ["failed", "ok", "ok"]),
         ({"tokens": 0, "proposed": 0, "accepted": 0}, "float32", ["failed", "ok", "ok"]),
         ({"mean_loss": 1e-3}, "float32", ["ok", "failed", "ok"]),
         ({"mean_loss": 1e-3}, "bfloat16", ["ok", "ok", "ok"]),
@@ -325,9 +327,14 @@ GOOD = Figures(
     ],
 )
 def test_verdict_of_the_self_test(changes, dtype, levels):
-    findings = judge(replace(GOOD, **changes), dtype)
+    findings = judge(replace(GOOD, **changes), dtype, kept_by_a_shut_gate=0)
     assert [f.level for f in findings] == levels
     assert all(bool(f.remedy) == (f.level != "ok") for f in findings)
+
+
+def test_a_gate_that_never_rejects_is_found_out():
+    found = judge(GOOD, "float32", kept_by_a_shut_gate=1)[0]
+    assert found.level == "failed" and "keeps what K = 0 rejects" in found.remedy
 
 
 def test_figures_of_traces():
@@ -352,12 +359,14 @@ def test_figures_of_traces():
         teacher_tail_logp=logp.scatter(1, top.indices, -math.inf).logsumexp(-1),
     )
     found = figures(trace, logits)
-    assert (found.tokens, found.proposed, found.accepted) == (3, 2, 1)
+    assert (found.tokens, found.proposed, found.accepted, found.needless) == (3, 2, 1, 0)
+    same = replace(trace, rejected_ids=torch.tensor([NOTHING, 1, NOTHING], dtype=torch.int32))
+    assert figures(same, logits).needless == 1
     assert found.widest_rejection == pytest.approx(0.5)
     gap = abs(float(own[1] - logits[1].log_softmax(-1)[1]))
     assert found.max_teacher_gap == found.max_draft_gap == pytest.approx(gap)
     assert found.mean_teacher_gap == pytest.approx(gap / 3)
-    assert found.max_loss == pytest.approx(3 * found.mean_loss) and found.max_loss > 0.01
+    assert found.max_loss == pytest.approx(3 * found.mean_loss, rel=1e-4) and found.max_loss > 0.01
 
 
 # --- processes of its own ---
@@ -529,37 +538,52 @@ def test_wrong_versions_come_first(check, monkeypatch):
     assert status == 1 and "the versions come first" in output and output.count("the tested version") == 6
 
 
-def test_a_dataset_without_the_column(check, tmp_path, tiny_pair):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"input": "abc"} if i < 4 else {"text": "abc"}) + "\n" for i in range(8)))
-    recipe = tmp_path / "own.yaml"
-    recipe.write_text(
-        json.dumps(
-            {
-                "openrlhf": {
-                    "actor": {"model_name_or_path": str(tiny_pair / "student")},
-                    "data": {"prompt_dataset": str(rows), "max_len": 64, "max_samples": 8},
-                    "rollout": {"batch_size": 4},
-                    "train": {"batch_size": 4},
-                },
-                "skd": {
-                    "teacher": {"model_name_or_path": str(tiny_pair / "teacher")},
-                    "rollout": {"max_new_tokens": 16, "top_k": 4},
-                    "loss": {"top_k": 8},
-                },
-            }
-        )
-    )
-    status = cli.main(["check", str(recipe), "--no-self-test", "openrlhf.data.apply_chat_template=true"])
-    assert status == 2
-    rows.write_text(json.dumps({"input": "abc"}) + "\n" + json.dumps({"input": "abcd"}) * 0 + "\n")
-    assert cli.main(["check", str(recipe), "--no-self-test"]) == 2  # one prompt does not make a batch
-    rows.write_text("".join(json.dumps({"input": "abc"}) + "\n" for _ in range(8)))
+@pytest.fixture
+def own_recipe(tmp_path, tiny_pair):
+    """`own_recipe(rows)`: a recipe for the tiny pair with a dataset of these rows."""
+
+    def write(rows: list[dict]) -> Path:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        host = {
+            "actor": {"model_name_or_path": str(tiny_pair / "student")},
+            "data": {"prompt_dataset": str(tmp_path / "rows.jsonl"), "max_len": 64, "max_samples": 6},
+            "rollout": {"batch_size": 4},
+            "train": {"batch_size": 4},
+        }
+        ours = {
+            "teacher": {"model_name_or_path": str(tiny_pair / "teacher")},
+            "rollout": {"max_new_tokens": 16, "top_k": 4},
+            "loss": {"top_k": 8},
+        }
+        (tmp_path / "own.yaml").write_text(json.dumps({"openrlhf": host, "skd": ours}))
+        return tmp_path / "own.yaml"
+
+    return write
+
+
+def test_a_dataset_of_ones_own(own_recipe, capsys):
+    recipe = own_recipe([{"input": "abc"}] * 9)
     assert cli.main(["check", str(recipe), "--no-self-test"]) == 0
+    output = capsys.readouterr().out
+    assert "6 prompts of 3 to 3 tokens; 1 steps of 4 responses" in output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "override", "words"),
+    [
+        ([{"input": "abc"}] * 3, "skd.rollout.seed=1", "there are 3 prompts"),
+        ([{"input": "abc"}] * 4 + [{"text": "abc"}], "skd.rollout.seed=1", "no column 'input' in row 5"),
+        ([{"input": "abc"}] * 4, "openrlhf.data.apply_chat_template=true", "has no chat template"),
+    ],
+)
+def test_a_dataset_that_makes_no_prompts(own_recipe, capsys, monkeypatch, rows, override, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["check", str(own_recipe(rows)), "--no-self-test", override]) == 2
+    assert words in capsys.readouterr().out
 
 
 def test_ctrl_c_shows_what_was_found(check, monkeypatch, tmp_path):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("skd_plugin.check.checks.budget.check_memory", stop)

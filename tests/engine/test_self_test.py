@@ -1,0 +1,107 @@
+"""The self-test of `skd check` on the arithmetic teacher: it passes, and each kind of sabotage makes it fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from skd_plugin import cli
+from skd_plugin.check.self_test import judge
+from skd_plugin.check.trial import Trial, compare, sample
+from skd_plugin.core import gates
+
+pytestmark = pytest.mark.engine
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+MODELS = RECIPE.parent / "models" / "arithmetic"
+TEACHER, STUDENT = str(MODELS / "teacher"), str(MODELS / "student")
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    stories = [
+        f"{who} has {n} coins . {who} finds {n + 8} . {who} sells 9 . how many coins ?"
+        for who, n in (("tom", 47), ("ned", 20), ("tom", 61))
+    ]
+    return Trial(
+        model=TEACHER,
+        student=TEACHER,
+        prompts=tokenizer(stories, add_special_tokens=False).input_ids,
+        draft_len=2,
+        max_len=176,
+        max_new_tokens=32,
+        num_teacher_entries=32,
+        vllm_options={"kv_cache_memory_bytes": 64 << 20},
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(trial: Trial) -> dict:
+    return sample(trial)
+
+
+def levels(trial: Trial, drawn: dict) -> list[str]:
+    found = compare(trial, drawn["traces"], drawn["dtype"])
+    return [finding.level for finding in judge(found, drawn["dtype"], drawn["kept_by_a_shut_gate"])]
+
+
+def test_the_teacher_as_its_own_student(trial, drawn):
+    assert levels(trial, drawn) == ["ok", "ok", "ok"]
+    assert drawn["description"]["sampler"] == "SKDSampler" and drawn["description"]["scheduler"] == "SKDScheduler"
+    assert sum(map(len, drawn["traces"])) > 30
+
+
+def test_transformers_with_other_weights(trial, drawn):
+    """The student's weights stand for a teacher that one of the two libraries loads wrongly."""
+    assert levels(replace(trial, model=STUDENT), drawn)[1:] == ["failed", "warning"]
+
+
+def test_a_trace_that_lies(trial, drawn):
+    traces = [replace(trace, teacher_topk_logp=trace.teacher_topk_logp * 0.9) for trace in drawn["traces"]]
+    assert levels(trial, drawn | {"traces": traces})[1] == "failed"
+
+
+def test_a_student_that_is_not_the_teacher(trial):
+    assert levels(trial, sample(replace(trial, student=STUDENT)))[0] == "failed"
+
+
+def test_a_gate_that_keeps_nothing(trial, monkeypatch):
+    sabotage(monkeypatch, lambda proposals: torch.zeros_like(proposals.draft_N, dtype=torch.bool))
+    assert levels(trial, sample(trial))[0] == "failed"
+
+
+def test_a_gate_that_keeps_everything(trial, monkeypatch):
+    sabotage(monkeypatch, lambda proposals: torch.ones_like(proposals.draft_N, dtype=torch.bool))
+    assert levels(trial, sample(trial))[0] == "failed"
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, keep) -> None:
+    monkeypatch.setitem(gates.GATES, "top_k", gates.GATES["top_k"]._replace(keep=keep))
+
+
+def test_the_command_starts_it(capsys, monkeypatch, tmp_path):
+    """In processes of its own, from the recipe."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    small = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]
+    assert cli.main(["check", str(RECIPE), *small]) == 0
+    output = capsys.readouterr().out
+    assert "SKDSampler and SKDDrafter are in place" in output and "self-test: loss" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_does_not_start_is_a_failure_with_its_log(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    small = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4", "skd.vllm={quantization: nonsense}"]
+    assert cli.main(["check", str(RECIPE), *small]) == 1
+    (log,) = tmp_path.rglob("self-test.log")
+    output = capsys.readouterr().out
+    assert "the engine failed: " in output and str(log) in output and "nonsense" in output
