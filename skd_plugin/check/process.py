@@ -33,10 +33,14 @@ def run_quietly(module_and_arguments: Sequence[str], log: Path) -> str | None:
 
 
 def last_error(log: Path) -> str | None:
-    """The last line of the log that reads like an exception, else the last line that says anything."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [match[1] for line in lines if (match := ERROR.match(line))]
-    return (errors or lines or [None])[-1]
+    """The last line of the log that reads like an exception, with the indented line below it, which in a validation
+    error holds the reason; else the last line that says anything."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for number in reversed(range(len(lines))):
+        if match := ERROR.match(lines[number].strip()):
+            below = lines[number + 1 : number + 2]
+            return " ".join([match[1], *(line.strip() for line in below if line.startswith("  "))])
+    return lines[-1].strip() if lines else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

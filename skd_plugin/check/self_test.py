@@ -84,14 +84,16 @@ def judge(figures: Figures, dtype: str, kept_by_a_shut_gate: int) -> list[Findin
 
 def _acceptance(figures: Figures, dtype: str, limits: Tolerance, kept_by_a_shut_gate: int) -> Finding:
     name, rejected = "self-test: accepted", figures.proposed - figures.accepted
-    found = f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, K = 1; {kept_by_a_shut_gate} at K = 0"
+    found = (
+        f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, at K = 1; "
+        f"{kept_by_a_shut_gate} at K = 0"
+    )
     if figures.proposed < figures.tokens or not figures.tokens:
-        return Finding(
-            name,
-            f"{figures.tokens - figures.proposed} of {figures.tokens} tokens were not proposed by the draft model",
-            "failed",
-            "the engine does not draft: it is too small for these sequences, or SKD's sampler does not run",
+        missing = (
+            f"{figures.tokens - figures.proposed} of {figures.tokens} tokens were not proposed by the draft model"
         )
+        remedy = "the engine does not draft: it is too small for these sequences, or SKD's sampler does not run"
+        return Finding(name, missing, "failed", remedy)
     if kept_by_a_shut_gate or figures.needless:
         what = "keeps what K = 0 rejects" if kept_by_a_shut_gate else "rejects the teacher's first choice"
         return Finding(name, found, "failed", f"the gate {what}: another rule runs; run pytest tests/engine")

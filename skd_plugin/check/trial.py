@@ -32,22 +32,23 @@ class Trial:
     vllm_options: dict[str, Any]
 
 
-def sample(trial: Trial) -> dict[str, Any]:
-    """Greedy responses at K = 1: what the engine says of itself, its dtype, and the traces. Also a few tokens at K = 0,
-    where the gate keeps nothing: with one model in both places, K = 1 cannot tell a gate from none."""
-    from skd_plugin.rollout.engine import SKDEngine, engine_arguments
+def arguments(trial: Trial) -> dict[str, Any]:
+    from skd_plugin.rollout.engine import engine_arguments
+
+    sizes = trial.draft_len, trial.max_len, trial.num_teacher_entries
+    return engine_arguments(trial.model, trial.student, *sizes, **trial.vllm_options)
+
+
+def sample(engine: Any, trial: Trial) -> dict[str, Any]:
+    """Greedy responses at K = 1: what the engine says of itself, and the traces. Also a few tokens at K = 0, where the
+    gate keeps nothing: with one model in both places, K = 1 cannot tell an open gate from SKD's."""
     from skd_plugin.rollout.rule import SamplingRule
 
-    arguments = engine_arguments(
-        trial.model, trial.student, trial.draft_len, trial.max_len, trial.num_teacher_entries, **trial.vllm_options
-    )
-    engine = SKDEngine(**arguments)
     rule = SamplingRule(top_k=1, student_temperature=0.0, teacher_temperature=0.0)
     samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
     shut = engine.generate(trial.prompts[:1], rule.teacher_only(0.0), trial.max_new_tokens)
     return {
-        "description": {**engine.description, "scheduler": str(arguments["scheduler_cls"]).split(".")[-1]},
-        "dtype": str(arguments["dtype"]),
+        "description": engine.description,
         "traces": [sample.trace for sample in samples],
         "kept_by_a_shut_gate": int((shut[0].trace.source == ACCEPTED).sum()),
     }
@@ -120,12 +121,21 @@ def _widest_rejection(tokens: Trace, logits_RV: torch.Tensor) -> float:
 
 def main(half: str, folder: Path) -> None:
     trial = Trial(**json.loads((folder / "trial.json").read_text()))
+    options = arguments(trial)
     if half == "sample":
-        torch.save(sample(trial), folder / "samples.pt")
+        from skd_plugin.rollout.engine import SKDEngine
+
+        torch.save(sample(SKDEngine(**options), trial), folder / "samples.pt")
         return
     drawn = torch.load(folder / "samples.pt", weights_only=False)
-    found = compare(trial, drawn.pop("traces"), drawn["dtype"])
-    (folder / "result.json").write_text(json.dumps({**drawn, "figures": asdict(found)}))
+    found = compare(trial, drawn["traces"], options["dtype"])
+    result = {
+        "description": {**drawn["description"], "scheduler": options["scheduler_cls"].split(".")[-1]},
+        "dtype": options["dtype"],
+        "kept_by_a_shut_gate": drawn["kept_by_a_shut_gate"],
+        "figures": asdict(found),
+    }
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from skd_plugin import cli
 from skd_plugin.check.self_test import judge
-from skd_plugin.check.trial import Trial, compare, sample
+from skd_plugin.check.trial import Trial, arguments, compare, sample
 from skd_plugin.core import gates
+from skd_plugin.rollout.engine import SKDEngine
 
 pytestmark = pytest.mark.engine
 
@@ -41,18 +42,24 @@ def trial() -> Trial:
 
 
 @pytest.fixture(scope="module")
-def drawn(trial: Trial) -> dict:
-    return sample(trial)
+def teacher_twice(trial: Trial) -> SKDEngine:
+    return SKDEngine(**arguments(trial))
+
+
+@pytest.fixture(scope="module")
+def drawn(teacher_twice: SKDEngine, trial: Trial) -> dict:
+    return sample(teacher_twice, trial)
 
 
 def levels(trial: Trial, drawn: dict) -> list[str]:
-    found = compare(trial, drawn["traces"], drawn["dtype"])
-    return [finding.level for finding in judge(found, drawn["dtype"], drawn["kept_by_a_shut_gate"])]
+    dtype = arguments(trial)["dtype"]
+    found = compare(trial, drawn["traces"], dtype)
+    return [finding.level for finding in judge(found, dtype, drawn["kept_by_a_shut_gate"])]
 
 
 def test_the_teacher_as_its_own_student(trial, drawn):
     assert levels(trial, drawn) == ["ok", "ok", "ok"]
-    assert drawn["description"]["sampler"] == "SKDSampler" and drawn["description"]["scheduler"] == "SKDScheduler"
+    assert drawn["description"]["sampler"] == "SKDSampler"
     assert sum(map(len, drawn["traces"])) > 30
 
 
@@ -67,17 +74,18 @@ def test_a_trace_that_lies(trial, drawn):
 
 
 def test_a_student_that_is_not_the_teacher(trial):
-    assert levels(trial, sample(replace(trial, student=STUDENT)))[0] == "failed"
+    engine = SKDEngine(**arguments(replace(trial, student=STUDENT)))
+    assert levels(trial, sample(engine, trial))[0] == "failed"
 
 
-def test_a_gate_that_keeps_nothing(trial, monkeypatch):
+def test_a_gate_that_keeps_nothing(trial, teacher_twice, monkeypatch):
     sabotage(monkeypatch, lambda proposals: torch.zeros_like(proposals.draft_N, dtype=torch.bool))
-    assert levels(trial, sample(trial))[0] == "failed"
+    assert levels(trial, sample(teacher_twice, trial))[0] == "failed"
 
 
-def test_a_gate_that_keeps_everything(trial, monkeypatch):
+def test_a_gate_that_keeps_everything(trial, teacher_twice, monkeypatch):
     sabotage(monkeypatch, lambda proposals: torch.ones_like(proposals.draft_N, dtype=torch.bool))
-    assert levels(trial, sample(trial))[0] == "failed"
+    assert levels(trial, sample(teacher_twice, trial))[0] == "failed"
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, keep) -> None:
@@ -93,7 +101,7 @@ def test_the_command_starts_it(capsys, monkeypatch, tmp_path):
     assert cli.main(["check", str(RECIPE), *small]) == 0
     output = capsys.readouterr().out
     assert "SKDSampler and SKDDrafter are in place" in output and "self-test: loss" in output
-    assert not list(tmp_path.iterdir())
+    assert "SKDScheduler" in output and not list(tmp_path.glob("skd-check-*"))
 
 
 def test_an_engine_that_does_not_start_is_a_failure_with_its_log(capsys, monkeypatch, tmp_path):
@@ -103,5 +111,5 @@ def test_an_engine_that_does_not_start_is_a_failure_with_its_log(capsys, monkeyp
     small = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4", "skd.vllm={quantization: nonsense}"]
     assert cli.main(["check", str(RECIPE), *small]) == 1
     (log,) = tmp_path.rglob("self-test.log")
-    output = capsys.readouterr().out
-    assert "the engine failed: " in output and str(log) in output and "nonsense" in output
+    output = "".join(capsys.readouterr().out.split())  # the table breaks long words
+    assert "theenginefailed:" in output and str(log) in output and "nonsense" in output

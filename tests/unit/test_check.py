@@ -389,6 +389,10 @@ def test_the_error_is_found_in_the_chatter(tmp_path, monkeypatch):
     assert process.run_quietly([module(tmp_path, monkeypatch, code)], tmp_path / "log") == "ValueError: no room"
     (tmp_path / "log").write_text("(EngineCore pid=7) RuntimeError: dead\nwarnings\n")
     assert process.last_error(tmp_path / "log") == "RuntimeError: dead"
+    (tmp_path / "log").write_text("x.ValidationError: 1 error for A\n  unknown option [b=1]\n    read more\n")
+    assert process.last_error(tmp_path / "log") == "x.ValidationError: 1 error for A unknown option [b=1]"
+    (tmp_path / "log").write_text("one\ntwo\n\n")
+    assert process.last_error(tmp_path / "log") == "two"
 
 
 def test_nothing_outlives_a_check(tmp_path, monkeypatch):

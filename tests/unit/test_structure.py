@@ -48,6 +48,13 @@ def test_rollout_does_not_know_the_trainer(file):
         assert not within(name, "skd_plugin.trainer") and not within(name, "skd_plugin.cli"), f"imports {name}"
 
 
+@pytest.mark.parametrize("file", [f for f in sources(".") if "check" not in f.id.split("/")[0]])
+def test_nothing_but_the_command_line_knows_the_checks(file):
+    """A run is the same with and without them."""
+    known = any(within(name, "skd_plugin.check") for name in imported_modules(file))
+    assert not known or file.name == "cli.py"
+
+
 def test_importing_the_package_is_cheap():
     code = "import json, sys; import skd_plugin; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
