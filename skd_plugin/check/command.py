@@ -33,19 +33,14 @@ def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run
                 findings.append(finding)
     except KeyboardInterrupt:
         console.print("Stopped; this is what had been found:")
-        _show(findings, recipe, console)
+        console.print(findings_table(findings, f"skd check {recipe}"))
         return 130
     finally:
         if not any(finding.level == "failed" and str(folder) in finding.remedy for finding in findings):
             shutil.rmtree(folder)  # else its log is named in the table
-    _show(findings, recipe, console)
+    console.print(findings_table(findings, f"skd check {recipe}"))
+    console.print(verdict(findings))
     return exit_status(findings, recipe_is_wrong=checks.recipe_is_wrong)
-
-
-def _show(findings: list[Finding], recipe: str, console: Console) -> None:
-    if findings:
-        console.print(findings_table(findings, f"skd check {recipe}"))
-        console.print(verdict(findings))
 
 
 def _be_quiet() -> None:

@@ -592,7 +592,7 @@ def test_ctrl_c_shows_what_was_found(check, monkeypatch, tmp_path):
 
     monkeypatch.setattr("skd_plugin.check.checks.budget.check_memory", stop)
     status, output = check()
-    assert status == 130 and "Stopped" in output and "the same 179 tokens" in output
+    assert status == 130 and "Stopped" in output and "the same 179 tokens" in output and "All good" not in output
     assert not list((tmp_path / "tmp").iterdir())
 
 
