@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from skd_plugin.core.accept import ACCEPTED, NOTHING, UNDRAFTED
-from skd_plugin.core.losses import forward_kl, top_k_loss
+from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.trace import Trace
 
 
@@ -93,8 +93,7 @@ def figures(tokens: Trace, logits_RV: torch.Tensor) -> Figures:
     """`logits_RV`: transformers' logits at every token of the joined traces."""
     ids_R = tokens.response_ids.long()[:, None]
     logp_R = logits_RV.log_softmax(-1).gather(1, ids_R).squeeze(1)
-    teacher_logp_RC = torch.cat([tokens.teacher_topk_logp, tokens.teacher_tail_logp[:, None]], dim=1)
-    loss_R = top_k_loss(forward_kl)(logits_RV, tokens.teacher_topk_ids.long(), teacher_logp_RC)
+    loss_R = top_k_loss(forward_kl)(logits_RV, Targets.of(tokens, logits_RV.device))
     teacher_gap_R = (tokens.teacher_logp - logp_R).abs()
     drafted = tokens.source != UNDRAFTED
     return Figures(

@@ -25,7 +25,7 @@ from skd_plugin.check.memory import (
 )
 from skd_plugin.config import SKDConfig
 from skd_plugin.config.host_options import host_parser
-from skd_plugin.core.losses import forward_kl, top_k_loss
+from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 
 GPU = 80 * GIB
 
@@ -184,10 +184,18 @@ def test_bytes_of_a_logit_are_those_of_the_training_step():
     head_HV, top_k = torch.randn(8, 4096).bfloat16(), 64
     ids_NK = torch.stack([torch.randperm(4096)[:top_k] for _ in range(2 * 127)])
     teacher_NC = torch.randn(2 * 127, top_k + 1).log_softmax(-1)
+    targets = Targets(
+        teacher_ids_NK=ids_NK,
+        teacher_logp_NK=teacher_NC[:, :-1],
+        teacher_rest_N=teacher_NC[:, -1],
+        token_N=ids_NK[:, 0],
+        token_teacher_logp_N=teacher_NC[:, 0],
+        source_N=torch.zeros(2 * 127, dtype=torch.uint8),
+    )
     batch_N, time_N = torch.ones(2, 127).nonzero(as_tuple=True)
     with PeakBytes() as peak:
         logits = (hidden_BTH.bfloat16() @ head_HV).to(torch.float32)  # the host's Actor makes float32 of them
-        top_k_loss(forward_kl)(logits[batch_N, time_N], ids_NK, teacher_NC).mean().backward()
+        top_k_loss(forward_kl)(logits[batch_N, time_N], targets).mean().backward()
     assert peak.bytes / (2 * 128 * 4096) == pytest.approx(LOGIT_BYTES, rel=0.15)
 
 
