@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.accept import teacher_rank, top_k_gate
+from skd_plugin.core.accept import ACCEPTED, REPLACED, RESAMPLED, teacher_rank, top_k_gate
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,51 @@ class Proposals:
         return rng.uniform(self.seed_N, self.position_N, rng.COIN)
 
 
+def from_teacher(proposals: Proposals) -> torch.Tensor:
+    """The whole warped p, as in the paper. At a teacher temperature of 0 it is the argmax (CA-OPD, Table 2)."""
+    return proposals.teacher_probs_NV
+
+
 class Gate(NamedTuple):
     keep: Callable[[Proposals], torch.Tensor]  # bool [N]
-    replacement: Callable[[Proposals], torch.Tensor]  # [N, V], what the token in place of a rejected one is drawn from
+    # What the token in place of a rejected one is drawn from, [N, V], not normalised.
+    replacement: Callable[[Proposals], torch.Tensor] = from_teacher
+    again: Callable[[Proposals], torch.Tensor] | None = None  # the student's second answer, where it has any mass
 
 
-def from_teacher(proposals: Proposals) -> torch.Tensor:
-    return proposals.teacher_probs_NV
+class Verdict(NamedTuple):
+    token_N: torch.Tensor  # int64, the proposal or what takes its place
+    source_N: torch.Tensor  # int64: ACCEPTED, REPLACED or RESAMPLED
+
+
+def judge(gate: Gate, proposals: Proposals) -> Verdict:
+    """Puts every proposal to the gate and draws what takes the place of the rejected ones."""
+    kept_N = gate.keep(proposals)
+    token_N, source_N = proposals.draft_N.clone(), torch.where(kept_N, ACCEPTED, REPLACED)
+    rejected_R = (~kept_N).nonzero().squeeze(1)
+    if gate.again is not None and len(rejected_R):
+        lost = proposals.select(rejected_R)
+        probs_RV = gate.again(lost)
+        possible_R = probs_RV.sum(-1) > 0
+        rows = rejected_R[possible_R]
+        noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.AGAIN)
+        token_N[rows], source_N[rows] = sampling.draw(probs_RV[possible_R], noise_R[possible_R]), RESAMPLED
+        rejected_R = rejected_R[~possible_R]
+    if len(rejected_R):
+        lost = proposals.select(rejected_R)
+        noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
+        token_N[rejected_R] = sampling.draw(gate.replacement(lost), noise_R)
+    return Verdict(token_N, source_N)
+
+
+def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:
+    """K at the response position t = age: max(1, K - floor(K t / L)), L = decay_len; K itself for L = 0.
+
+    SKD's release lowers K by ceil(K / L) every max(floor(K / L), 1) verified blocks; a block has a varying number of
+    tokens. Here the unit is the token, K falls evenly from K at t = 0, and from t = L on it is 1.
+    """
+    lowered_N = (top_k_N - top_k_N * age_N // decay_len_N.clamp_min(1)).clamp_min(1)
+    return torch.where(decay_len_N > 0, lowered_N, top_k_N)
 
 
 def keep_top_k(proposals: Proposals) -> torch.Tensor:
@@ -123,10 +161,54 @@ def keep_confident(proposals: Proposals) -> torch.Tensor:
     return (proposals.student_logp_N.exp() >= proposals.threshold_N) | keep_top_k(proposals)
 
 
+def keep_where_margin(proposals: Proposals) -> torch.Tensor:
+    """Keeps all where the two largest q1 differ by >= threshold, else the teacher's top-K.
+
+    The sureness is of the prefix, not of the token: m = q where sure, m_K elsewhere. Above 1 it is `keep_top_k`, at 0
+    the student.
+    """
+    first_N, second_N = proposals.student_logp_NV.topk(2, dim=-1).values.exp().unbind(-1)
+    return (first_N - second_N >= proposals.threshold_N) | keep_top_k(proposals)
+
+
+def keep_where_certain(proposals: Proposals) -> torch.Tensor:
+    """Keeps all where H(q1) <= threshold (nats), else the teacher's top-K: m = q where sure, m_K elsewhere.
+
+    From ln V on it is the student; at 0 it is `keep_top_k`, unless q1 is a point mass.
+    """
+    logp_NV = proposals.student_logp_NV
+    entropy_N = -torch.special.xlogy(logp_NV.exp(), logp_NV.exp()).sum(-1)
+    return (entropy_N <= proposals.threshold_N) | keep_top_k(proposals)
+
+
+def from_student_inside(proposals: Proposals) -> torch.Tensor:
+    """q on the teacher's top-K, for a student that is asked a second time.
+
+    With A the top-K and S = sum of q over A, a second draw from q / S on A after a rejection gives
+        m(v) = 1[v in A] q(v) (1 + (1 - S) / S) = 1[v in A] q(v) / S
+    where S > 0, and p where S = 0: the student, held to what the teacher finds plausible. K = V is the student.
+    """
+    order_NV = proposals.teacher_logits_NV.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order_NV.shape[1], device=order_NV.device).expand_as(order_NV)
+    rank_NV = torch.empty_like(order_NV).scatter_(1, order_NV, places)
+    return torch.where(top_k_gate(rank_NV, proposals.top_k_N[:, None]), proposals.student_probs_NV, 0.0)
+
+
+def keep_top_k_of_nucleus(proposals: Proposals) -> torch.Tensor:
+    """A = the K largest of the teacher's logits after its temperature and nucleus: SKD's released code. Law (*).
+
+    The release ranks what the nucleus has left, so that with top-p 0.5 its K = 25 rarely decides anything. Its
+    ranks behind the nucleus are ties of probability zero; here they are never kept. `skd.rollout.reference_compat`.
+    """
+    inside_N = proposals.teacher_probs_NV.gather(1, proposals.draft_N[:, None]).squeeze(1) > 0
+    return inside_N & keep_top_k(proposals)
+
+
 def keep_by_chance(proposals: Proposals) -> torch.Tensor:
     """Keeps with probability 1 - threshold, whatever the teacher says: m = (1 - t) q + t p.
 
-    The control for a gate's placement of replacements at a matched rate (CA-OPD, Table 2).
+    The control for a gate's placement of replacements at a matched rate (CA-OPD, Table 2): the threshold is the
+    share that the gate rejects, its `1 - skd/accept_rate`, or a controller holds that rate.
     """
     return proposals.coin_N >= proposals.threshold_N
 
@@ -150,11 +232,15 @@ def from_residual(proposals: Proposals) -> torch.Tensor:
 
 
 GATES: dict[str, Gate] = {
-    "top_k": Gate(keep_top_k, from_teacher),
-    "top_p": Gate(keep_top_p, from_teacher),
-    "floor": Gate(keep_floor, from_teacher),
-    "typical": Gate(keep_typical, from_teacher),
-    "confident": Gate(keep_confident, from_teacher),
-    "chance": Gate(keep_by_chance, from_teacher),
+    "top_k": Gate(keep_top_k),
+    "ask_again": Gate(keep_top_k, again=from_student_inside),
+    "top_p": Gate(keep_top_p),
+    "floor": Gate(keep_floor),
+    "typical": Gate(keep_typical),
+    "confident": Gate(keep_confident),
+    "confident_margin": Gate(keep_where_margin),
+    "confident_entropy": Gate(keep_where_certain),
+    "chance": Gate(keep_by_chance),
     "interpolated": Gate(keep_interpolated, from_residual),
+    "top_k_of_nucleus": Gate(keep_top_k_of_nucleus),
 }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-STUDENT, TEACHER, COIN = 0, 1, 2  # streams: the student's proposals, the teacher's replacements, a gate's chance
-_NUM_STREAMS = 4  # room for one more
+# Streams: the student's proposals, the teacher's replacements, a gate's chance, the student asked a second time.
+STUDENT, TEACHER, COIN, AGAIN = range(4)
+_NUM_STREAMS = 4
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the odd constants of SplitMix64, as signed 64-bit integers
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -34,7 +35,7 @@ def uniform(seed_N: torch.Tensor, position_N: torch.Tensor, stream: int) -> torc
     Args:
         seed_N: int64 [N], one seed a request.
         position_N: integer [N], index of the token in its sequence (prompt included).
-        stream: `STUDENT`, `TEACHER` or `COIN`; draws of different streams are independent.
+        stream: `STUDENT`, `TEACHER`, `COIN` or `AGAIN`; draws of different streams are independent.
 
     Returns:
         float64 [N].

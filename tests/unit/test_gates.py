@@ -6,11 +6,19 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from skd_plugin.core.gates import GATES, Proposals
+from skd_plugin.core import rng, sampling
+from skd_plugin.core.accept import ACCEPTED, REPLACED, RESAMPLED, assemble_block
+from skd_plugin.core.gates import GATES, Proposals, decayed_top_k, judge
 
 VOCAB = 12
-SETTINGS = {"top_k": 0.0, "top_p": 0.6, "floor": 0.05, "typical": 0.09, "confident": 0.2}
+SETTINGS = {
+    "top_k": 0.0, "ask_again": 0.0, "top_p": 0.6, "floor": 0.05, "typical": 0.09, "confident": 0.2,
+    "confident_margin": 0.15, "confident_entropy": 1.6, "top_k_of_nucleus": 0.0,
+}  # fmt: skip
+NUCLEUS = 0.5  # of the teacher; only the last gate looks at it
 TOP_K = 3
 
 
@@ -45,8 +53,16 @@ def laws(case: Proposals) -> tuple[list[float], list[float]]:
 def accept_set(gate: str, threshold: float, p: list[float], q: list[float]) -> set[int]:
     order = sorted(range(VOCAB), key=lambda v: -p[v])
     top_k = set(order[:TOP_K])
-    if gate == "top_k":
+    if gate in ("top_k", "ask_again"):
         return top_k
+    if gate == "top_k_of_nucleus":
+        return {v for place, v in enumerate(order) if sum(p[u] for u in order[:place]) < NUCLEUS} & top_k
+    first, second = sorted(q, reverse=True)[:2]
+    everything = set(order)
+    if gate == "confident_margin":
+        return everything if first - second >= threshold else top_k
+    if gate == "confident_entropy":
+        return everything if -sum(x * math.log(x) for x in q) <= threshold else top_k
     if gate == "top_p":
         return {v for place, v in enumerate(order) if sum(p[u] for u in order[:place]) < threshold}
     if gate == "floor":
@@ -60,7 +76,7 @@ def accept_set(gate: str, threshold: float, p: list[float], q: list[float]) -> s
 @pytest.mark.parametrize("gate", SETTINGS)
 @pytest.mark.parametrize("seed", range(8))
 def test_kept_tokens_are_the_set_of_the_definition(gate, seed):
-    case = proposals(seed, SETTINGS[gate])
+    case = proposals(seed, SETTINGS[gate], teacher_top_p=NUCLEUS)
     kept = set(GATES[gate].keep(case).nonzero().squeeze(1).tolist())
     assert kept == accept_set(gate, SETTINGS[gate], *laws(case))
 
@@ -69,8 +85,8 @@ def test_sets_of_the_test_are_not_trivial():
     """Else the test above would not tell the gates apart."""
     for gate, threshold in SETTINGS.items():
         sizes = [len(accept_set(gate, threshold, *laws(proposals(seed, threshold)))) for seed in range(8)]
-        assert min(sizes) > 0 and max(sizes) < VOCAB, gate
-        assert gate == "top_k" or len(set(sizes)) > 1, gate
+        assert min(sizes) > 0 and min(sizes) < VOCAB, gate
+        assert gate in ("top_k", "ask_again") or len(set(sizes)) > 1, gate
 
 
 @pytest.mark.parametrize(
@@ -86,6 +102,12 @@ def test_sets_of_the_test_are_not_trivial():
         ("confident", 0.0, 0, True),
         ("confident", 1.1, 0, False),
         ("confident", 1.1, VOCAB, True),
+        ("confident_margin", 0.0, 0, True),
+        ("confident_margin", 1.1, 0, False),
+        ("confident_entropy", math.log(VOCAB), 0, True),
+        ("confident_entropy", 0.0, 0, False),
+        ("ask_again", 0.0, VOCAB, True),
+        ("ask_again", 0.0, 0, False),
         ("chance", 0.0, 0, True),
         ("chance", 1.0, VOCAB, False),
         ("interpolated", 0.0, 0, True),
@@ -95,9 +117,120 @@ def test_end_points_are_the_student_and_the_teacher(gate, threshold, top_k, kept
     assert (GATES[gate].keep(proposals(1, threshold, top_k)) == kept).all()
 
 
-def test_confident_above_one_is_top_k():
-    case = proposals(2, 1.1)
-    assert torch.equal(GATES["confident"].keep(case), GATES["top_k"].keep(case))
+@pytest.mark.parametrize(
+    ("gate", "threshold"), [("confident", 1.1), ("confident_margin", 1.1), ("confident_entropy", 0)]
+)
+def test_a_student_that_is_never_sure_is_put_to_top_k(gate, threshold):
+    case = proposals(2, threshold)
+    assert torch.equal(GATES[gate].keep(case), GATES["top_k"].keep(case))
+
+
+def verdict_law(gate: str, case: Proposals) -> torch.Tensor:
+    """Frequencies [3, V] of (provenance, token), each token proposed as often as the student would: weighted by q."""
+    verdict = judge(GATES[gate], case)
+    q = case.student_probs_NV[0].double()
+    weight = q[case.draft_N] / torch.bincount(case.draft_N, minlength=VOCAB)[case.draft_N]
+    rows = torch.tensor([{ACCEPTED: 0, REPLACED: 1, RESAMPLED: 2}[s] for s in verdict.source_N.tolist()])
+    return torch.zeros(3 * VOCAB, dtype=torch.float64).index_add(0, rows * VOCAB + verdict.token_N, weight).view(3, -1)
+
+
+def test_asked_again_the_student_stays_inside():
+    """m(v) = 1[v in A] q(v) / S, with the student's own temperature, and no token from the teacher."""
+    case = proposals(4, 0.0, repeat=3000, student_temperature=0.8, teacher_temperature=0.5)
+    kept, replaced, again = verdict_law("ask_again", case)
+    p, _ = laws(case)
+    inside = torch.zeros(VOCAB, dtype=torch.float64)
+    inside[sorted(range(VOCAB), key=lambda v: -p[v])[:TOP_K]] = 1
+    q = case.student_probs_NV[0].double() * inside
+    assert replaced.sum() == 0
+    torch.testing.assert_close(kept, q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(again, q / q.sum() * (1 - q.sum()), atol=0.01, rtol=0)
+
+
+def test_asked_again_without_mass_inside_the_teacher_answers():
+    """The student is certain of a token that the teacher ranks last."""
+    case = proposals(4, 0.0, student_temperature=0.0)
+    worst = int(case.teacher_logits_NV[0].argmin())
+    logp = torch.full((VOCAB, VOCAB), -50.0)
+    logp[:, worst] = 0.0
+    sure = Proposals(**{**vars(case), "student_logp_NV": logp, "draft_N": torch.full((VOCAB,), worst)})
+    assert (judge(GATES["ask_again"], sure).source_N == REPLACED).all()
+
+
+@pytest.mark.parametrize("first", [rng.STUDENT, rng.TEACHER, rng.COIN])
+def test_the_students_second_answer_has_its_own_random_numbers(first):
+    """It equals a draw of another stream as often as two independent ones are equal."""
+    case = proposals(4, 0.0, top_k=VOCAB, repeat=1000)
+    drawn = sampling.draw(case.student_probs_NV, rng.uniform(case.seed_N, case.position_N, first))
+    again = judge(GATES["ask_again"]._replace(keep=lambda p: p.rank_N < 0), case)
+    assert (again.source_N == RESAMPLED).all()
+    expected = (case.student_probs_NV[0] ** 2).sum().item()
+    assert abs((again.token_N == drawn).double().mean().item() - expected) < 5 * math.sqrt(0.25 / len(drawn))
+
+
+@pytest.mark.parametrize("gate", SETTINGS)
+def test_verdict_keeps_the_proposal_or_names_what_took_its_place(gate):
+    case = proposals(9, SETTINGS[gate], repeat=20)
+    verdict, kept = judge(GATES[gate], case), GATES[gate].keep(case)
+    assert torch.equal(verdict.source_N == ACCEPTED, kept)
+    assert torch.equal(verdict.token_N[kept], case.draft_N[kept])
+    assert set(verdict.source_N[~kept].tolist()) <= {RESAMPLED if gate == "ask_again" else REPLACED}
+
+
+@given(top_k=st.integers(1, 2000), decay_len=st.integers(1, 3000), age=st.integers(0, 4000))
+def test_decaying_k(top_k, decay_len, age):
+    """From K evenly to 1, and there it stays."""
+    ages = torch.tensor([0, age, age + 1, decay_len])
+    values = decayed_top_k(torch.full((4,), top_k), ages, torch.full((4,), decay_len)).tolist()
+    assert values[0] == top_k and values[3] == 1
+    assert values[1] == max(1, math.ceil(top_k * (decay_len - age) / decay_len)) >= values[2]
+
+
+@given(steps=st.integers(1, 40), unit=st.integers(1, 40), age=st.integers(0, 2000))
+def test_decaying_k_is_the_releases_where_its_steps_are_even(steps, unit, age):
+    """K - ceil(K / L) floor(t / max(floor(K^-1 L), 1)), for L a multiple of K or K of L."""
+    for top_k, decay_len in ((steps, steps * unit), (steps * unit, steps)):
+        every, drop = max(decay_len // top_k, 1), max(math.ceil(top_k / decay_len), 1)
+        expected = max(1, top_k - drop * (age // every))
+        found = decayed_top_k(*(torch.tensor([x]) for x in (top_k, age, decay_len)))
+        assert found.item() == expected
+
+
+def test_no_decay_is_k_itself_also_at_zero():
+    k, age = torch.tensor([25, 0, 2**31 - 1]), torch.tensor([900, 900, 900])
+    assert torch.equal(decayed_top_k(k, age, torch.zeros(3, dtype=torch.int64)), k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any),
+    gate=st.sampled_from(sorted(GATES)),
+    threshold=st.floats(0, 1),
+    top_k=st.integers(0, VOCAB + 2),
+)
+def test_blocks_of_every_gate(seed, counts, gate, threshold, top_k):
+    """A block is a run of kept proposals, at most one other token at its end, and never empty or longer."""
+    total = sum(counts)
+    generator = torch.Generator().manual_seed(seed)
+    one = proposals(seed, threshold, top_k, repeat=-(-total // VOCAB)).select(torch.arange(total))
+    draft_N = torch.randint(VOCAB, (total,), generator=generator)
+    verdict = judge(GATES[gate], Proposals(**{**vars(one), "draft_N": draft_N}))
+    counts_B = torch.tensor(counts)
+    request_N = torch.arange(len(counts)).repeat_interleave(counts_B)
+    place_N = torch.arange(total) - (counts_B.cumsum(0) - counts_B)[request_N]
+
+    def to_block(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(counts), 6).index_put_((request_N, place_N), values)
+
+    blocks = assemble_block(
+        to_block(draft_N), to_block(verdict.token_N == draft_N), to_block(verdict.token_N), counts_B
+    )
+    for row, count in enumerate(counts):
+        mine = (request_N == row).nonzero().squeeze(1)
+        drafts, tokens = draft_N[mine].tolist(), verdict.token_N[mine].tolist()
+        changed = next((i for i in range(count) if drafts[i] != tokens[i]), count - 1)
+        assert blocks[row].tolist() == tokens[: changed + 1] + [-1] * (5 - changed)
 
 
 @pytest.mark.parametrize("gate", GATES)
