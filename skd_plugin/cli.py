@@ -52,7 +52,11 @@ def _rollout(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="skd rollout", description="Sample interleaved responses and write their traces; no training."
     )
-    parser.add_argument("--prompts", required=True, help='JSON lines: {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}')
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        help='JSON lines: {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}, and "reference" if the method needs it',
+    )
     parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
     parser.add_argument("--out", required=True, help="trace file to write, one JSON line a response")
     own, rest = parser.parse_known_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,13 +64,42 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PADDED_VOCAB = 48
+
+
+def _padded(model):
+    """The same model with output rows for no token, whose logits are far above all others."""
+    config = type(model.config)(**{**model.config.to_dict(), "vocab_size": PADDED_VOCAB})
+    padded = type(model)(config).to(torch.float32)
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        extra = state[name].mean(0) + 3 * torch.randn(PADDED_VOCAB - VOCAB, state[name].shape[1])
+        state[name] = torch.cat([state[name], extra])
+    padded.load_state_dict(state)
+    return padded
+
+
+@pytest.fixture(scope="session")
+def padded_pairs(tiny_pair: Path, hf_models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny pair with 16 more output rows in one of the models, by the name of that model."""
+    folders = {}
+    for name in ("teacher", "student"):
+        folders[name] = tmp_path_factory.mktemp(f"padded_{name}") / "pair"
+        shutil.copytree(tiny_pair, folders[name])
+        torch.manual_seed(3)
+        _padded(hf_models[name]).save_pretrained(folders[name] / name)
+    return folders
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_pair: Path):
-    """`engine(draft_len, **others)`: the real engine on the tiny pair, started once a session for each setting."""
+    """`engine(draft_len, pair, **others)`: the real engine on the tiny pair or another one, started once a session for
+    each setting.
+    """
     engines = {}
 
-    def get(draft_len: int, **others):
-        key = (draft_len, *sorted(others.items()))
+    def get(draft_len: int, pair: Path = tiny_pair, **others):
+        key = (draft_len, pair, *sorted(others.items()))
         if key not in engines:
             from skd_plugin.rollout.engine import SKDEngine, engine_arguments
 
@@ -80,8 +110,8 @@ def engine(tiny_pair: Path):
                 block_size=32,
             )
             arguments = engine_arguments(
-                str(tiny_pair / "teacher"),
-                str(tiny_pair / "student"),
+                str(pair / "teacher"),
+                str(pair / "student"),
                 draft_len=draft_len,
                 max_len=MAX_LEN,
                 num_teacher_entries=8,

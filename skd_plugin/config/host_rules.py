@@ -103,3 +103,23 @@ def check_rewards(options: dict[str, Any], *, teacher_advantage: float) -> None:
             "skd.objective.rl_coef is above 0, but the recipe names no reward: give one of "
             f"{', '.join('openrlhf.' + name for name in sources)}, a skd.task, or skd.objective.teacher_advantage"
         )
+
+
+def check_references(options: dict[str, Any], *, method: str) -> None:
+    """Raises RecipeError where the prompts have no references, or would have the same one several times."""
+    name = f"skd.rollout.method {method}"
+    if options.get("train.agent_func_path"):
+        raise RecipeError(
+            f"{name} puts references in place of responses, but openrlhf.train.agent_func_path names an agent, whose "
+            "turns have no reference; use method skd, on_policy or teacher"
+        )
+    if not options.get("data.label_key"):
+        raise RecipeError(
+            f"{name} needs references: name the dataset's column of them in openrlhf.data.label_key, or give the "
+            "recipe a skd.task"
+        )
+    if options["rollout.n_samples_per_prompt"] != 1:
+        raise RecipeError(
+            f"openrlhf.rollout.n_samples_per_prompt is {options['rollout.n_samples_per_prompt']}, but a prompt has "
+            f"one reference, so that {name} would train on copies of it; set it to 1"
+        )

@@ -32,18 +32,20 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
     """Returns the student's tokenizer.
 
     Raises:
-        RecipeError: vocabularies differ, K is outside 0..|V|, or a model's context is too short.
+        RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), or a context is too short.
     """
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
-    if sizes["teacher"] != sizes["student"]:
+    vocab_size = min(sizes.values())  # see common_vocab_size
+    last = max(tokenizers["student"].get_vocab().values())
+    if last >= vocab_size:
+        smaller = min(sizes, key=sizes.get)
         raise RecipeError(
-            f"the teacher has {sizes['teacher']} output rows and the student {sizes['student']}; the tokens agree, so "
-            "this is padding, but vLLM's draft model needs equal sizes. Pad the smaller embedding to the larger size."
+            f"the tokenizer has the token id {last}, but the {smaller} has {vocab_size} output rows only; its "
+            "embedding was not made for this tokenizer"
         )
-    vocab_size = sizes["student"]
     for key, value in (("skd.rollout.top_k", top_k), ("skd.loss.top_k", loss_top_k)):
         if value > vocab_size:
             raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
@@ -56,6 +58,12 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
                 f"the {role} has {context}; lower data.max_len to {context + max_len - needed}"
             )
     return tokenizers["student"]
+
+
+def common_vocab_size(teacher: str, student: str) -> int:
+    """Ids that both models have an output row for. What one of them has beyond is padding, where no token is."""
+    configs = load_model_config(teacher, "teacher"), load_model_config(student, "student")
+    return min(config.get_text_config().vocab_size for config in configs)
 
 
 def context_needed(max_len: int, draft_len: int) -> int:

@@ -17,7 +17,7 @@ from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
 from skd_plugin.config.models import check_pair, check_prompts
 from skd_plugin.config.recipe import RecipeError, flatten, load_recipe, unknown_key
-from skd_plugin.config.schema import SKDConfig, field_docs
+from skd_plugin.config.schema import VALUE_FORMS, SKDConfig, extremes, field_docs
 
 PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
 
@@ -99,7 +99,7 @@ def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
     tokenizer = check_pair(
         skd.teacher.model_name_or_path,
         given["actor.model_name_or_path"],
-        top_k=skd.rollout.top_k,
+        top_k=int(max(extremes(skd.rollout.top_k))),
         loss_top_k=skd.loss.top_k,
         max_len=given.get("data.max_len", defaults["data.max_len"]),
         draft_len=skd.rollout.draft_len,
@@ -124,9 +124,11 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     host_rules.check(complete, uses_rewards=skd.objective.uses_rewards)
     if skd.objective.uses_rewards:
         host_rules.check_rewards(complete, teacher_advantage=skd.objective.teacher_advantage)
+    if skd.rollout.needs_references:
+        host_rules.check_references(complete, method=skd.rollout.method)
     check_by_host(host_arguments(host, host_parser()))
     if skd.task is None:
-        _check_dataset(complete, models.tokenizer)
+        _check_dataset(complete, models.tokenizer, needs_references=skd.rollout.needs_references)
     elif skd.task.train_prompts < complete["rollout.batch_size"]:
         raise RecipeError(_too_few_prompts(skd.task.train_prompts, complete))
     else:
@@ -145,7 +147,7 @@ def parse_skd(section: dict[str, Any]) -> SKDConfig:
         return SKDConfig(**section)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(("skd", *(str(part) for part in first["loc"])))
+        key = ".".join(("skd", *(str(part) for part in first["loc"] if part not in VALUE_FORMS)))
         if first["type"] == "extra_forbidden":
             raise RecipeError(unknown_key(key, field_docs())) from error
         if first["type"] == "value_error":  # a check of ours between two options
@@ -217,7 +219,7 @@ def _write_task(skd: SKDConfig, tokenizer: Any, max_prompt_len: int) -> None:
         lines = (
             {
                 "input": e.prompt,
-                "label": reward.make_label(task.name, e.label, tokenizer.eos_token),
+                "label": reward.make_label(task.name, e.label, tokenizer.eos_token, e.reference),
                 "datasource": task.name,
             }
             for e in examples
@@ -232,7 +234,7 @@ def _too_few_prompts(count: int, options: dict[str, Any]) -> str:
     )
 
 
-def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
+def _check_dataset(options: dict[str, Any], tokenizer: Any, *, needs_references: bool) -> None:
     """Prompt lengths of a local dataset, made the way the host makes its prompts."""
     if options["data.apply_chat_template"] and not tokenizer.chat_template:
         raise RecipeError(
@@ -260,4 +262,18 @@ def _check_dataset(options: dict[str, Any], tokenizer: Any) -> None:
     prompts = [
         preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0] for row in rows
     ]
+    if needs_references:
+        _check_references(rows, options["data.label_key"], path)
     check_prompts(prompts, tokenizer, options["data.max_len"] - (options["rollout.max_new_tokens"] or 1))
+
+
+def _check_references(rows: list[dict[str, Any]], label_key: str, path: Path) -> None:
+    """Raises RecipeError for the first line without a reference."""
+    from skd_plugin.tasks.reward import reference_of
+
+    for number, row in enumerate(rows, start=1):
+        label = row.get(label_key)
+        if label is not None and not isinstance(label, str):
+            raise RecipeError(f"{path}: '{label_key}' of prompt {number} is {label!r}, but a reference is a text")
+        if not reference_of(label):
+            raise RecipeError(f"{path}: prompt {number} has no reference in '{label_key}' (openrlhf.data.label_key)")

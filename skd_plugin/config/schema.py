@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from skd_plugin.core.schedules import scheduled
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
 def _refuse_idle(section: Section, effects: dict[str, bool], because: str) -> None:
@@ -23,15 +25,93 @@ class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
 
 
+class ScheduleConfig(Section):
+    """A value that moves over training; core.schedules.scheduled is its formula."""
+
+    kind: Literal["linear", "cosine"]
+    start: float = Field(alias="from", ge=0)
+    end: float = Field(alias="to", ge=0)
+    hold: float = Field(0.1, ge=0, lt=1, description="share of training at `from` before the value moves")
+    over: float = Field(1.0, gt=0, le=1, description="share of training at which `to` is reached")
+
+    @model_validator(mode="after")
+    def _moves_after_it_holds(self) -> ScheduleConfig:
+        if self.hold >= self.over:
+            raise ValueError(f"`hold` = {self.hold} must be below `over` = {self.over}: both are shares of training")
+        return self
+
+    def at(self, progress: float) -> float:
+        """The value when this share of training is done."""
+        return scheduled(self.kind, self.start, self.end, self.hold, self.over, progress)
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        return self.start, self.end
+
+
+class TargetAcceptanceConfig(Section):
+    """A value that follows the measured rate of acceptance; core.schedules.TargetAcceptance is its law."""
+
+    kind: Literal["target_acceptance"]
+    rate: float = Field(gt=0, lt=1, description="rate of acceptance to hold")
+    start: float = Field(gt=0, description="value of the first step")
+    gain: float = Field(1.0, gt=0, description="change of ln(value) for an error of 1 in the rate")
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        return (self.start,)
+
+
+VALUE_FORMS = ("number", "schedule", "controller")  # of an option that may move; pydantic names them in its errors
+
+
+def _form(value: Any) -> str | None:
+    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", None)
+    if kind is None:
+        return "number"
+    return {"linear": "schedule", "cosine": "schedule", "target_acceptance": "controller"}.get(kind)
+
+
+def movable(number: Any, *, controllable: bool = False) -> Any:
+    """The type of an option that is a number or moves over training: by a schedule, or also by a controller."""
+    forms = Annotated[number, Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")]
+    if controllable:
+        forms |= Annotated[TargetAcceptanceConfig, Tag("controller")]
+    expected = "a mapping here has kind: linear or cosine" + (", or target_acceptance" if controllable else "")
+    return Annotated[forms, Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)]
+
+
+GATED_METHODS = ("skd", "mixed_skd")  # those that put proposals to a gate
+REFERENCE_METHODS = ("supervised", "mixed", "mixed_skd", "two_stage")
+
+
 class RolloutConfig(Section):
-    method: Literal["skd", "on_policy", "teacher"] = Field(
-        "skd", description="skd: the top-K gate; on_policy: every student token is kept; teacher: none is"
+    method: Literal["skd", "on_policy", "teacher", "seq_kd", "supervised", "mixed", "mixed_skd", "two_stage"] = Field(
+        "skd",
+        description="where the text is from. skd: the student under the gate; on_policy: the student; teacher, "
+        "seq_kd: the teacher; supervised: the dataset; mixed, mixed_skd: student or skd for a share of the prompts, "
+        "else the dataset; two_stage: the dataset, then the student",
     )
-    top_k: int = Field(25, ge=1, description="K: a student token among the teacher's K most probable ones is kept")
-    gate: Literal["top_k", "top_p", "floor", "typical", "confident", "chance", "interpolated"] = Field(
+    mix: float = Field(0.5, ge=0, le=1, description="of mixed, mixed_skd: share of the prompts that are sampled")
+    stage_share: float = Field(0.5, ge=0, le=1, description="of two_stage: share of training spent on references")
+    top_k: movable(Annotated[int, Field(ge=1)], controllable=True) = Field(
+        25, description="K: a student token among the teacher's K most probable ones is kept"
+    )
+    gate: Literal["top_k", "ask_again", "top_p", "floor", "typical", "confident", "chance", "interpolated"] = Field(
         "top_k", description="which proposals are kept; laws and sources in core/gates.py"
     )
-    threshold: float | None = Field(None, ge=0, description="of the gate; every gate but top_k needs one")
+    threshold: movable(Annotated[float, Field(ge=0)], controllable=True) | None = Field(
+        None, description="of the gate; every gate but top_k and ask_again needs one"
+    )
+    confidence: Literal["probability", "margin", "entropy"] = Field(
+        "probability", description="of gate confident: what the student's confidence is measured by"
+    )
+    replacement: Literal["sample", "argmax"] = Field(
+        "sample", description="the teacher's token in place of a rejected one: sampled, or its most probable"
+    )
+    write_back: bool = Field(True, description="false: rejected tokens stay in the text and are only flagged")
+    top_k_decay_len: int | None = Field(None, ge=1, description="response tokens over which K falls to 1")
+    reference_compat: bool = Field(False, description="rank and temperatures as in SKD's released code")
     draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
     student_temperature: float = Field(1.0, ge=0)
     student_top_p: float = Field(1.0, gt=0, le=1)
@@ -40,14 +120,89 @@ class RolloutConfig(Section):
     max_new_tokens: int | None = Field(None, ge=1, description="longest response; default: what max_len leaves")
     seed: int = 0
 
+    @property
+    def needs_references(self) -> bool:
+        return self.method in REFERENCE_METHODS
+
+    @property
+    def notice(self) -> str | None:
+        """What a person is told once, at the start."""
+        if not self.reference_compat:
+            return None
+        return (
+            "skd.rollout.reference_compat: as in SKD's released code, the rank is taken after the teacher's "
+            "temperature and top-p, and the student drafts with them too; student_temperature and student_top_p are "
+            "not used"
+        )
+
     @model_validator(mode="after")
     def _threshold_belongs_to_the_gate(self) -> RolloutConfig:
-        if (self.threshold is None) != (self.gate == "top_k"):
+        if (self.threshold is None) != (self.gate in ("top_k", "ask_again")):
             need = "needs a" if self.threshold is None else "has no"
             raise ValueError(f"gate '{self.gate}' {need} threshold (skd.rollout.threshold)")
-        if self.gate in ("chance", "interpolated") and self.threshold > 1:
-            raise ValueError(f"the threshold of gate '{self.gate}' is a probability; got {self.threshold}")
+        highest = max(extremes(self.threshold)) if self.threshold is not None else 0.0
+        if self.gate in ("chance", "interpolated") and highest > 1:
+            raise ValueError(f"the threshold of gate '{self.gate}' is a probability; got {highest:g}")
         return self
+
+    @model_validator(mode="after")
+    def _values_that_move(self) -> RolloutConfig:
+        if min(extremes(self.top_k)) < 1:
+            raise ValueError(f"top_k is at least 1, and one end of its schedule is {min(extremes(self.top_k)):g}")
+        moving = [n for n in ("top_k", "threshold") if isinstance(getattr(self, n), TargetAcceptanceConfig)]
+        if moving and self.method not in GATED_METHODS:
+            raise ValueError(
+                f"{moving[0]} follows the rate of acceptance, but method '{self.method}' puts no token to a gate"
+            )
+        if len(moving) > 1:
+            raise ValueError("top_k and threshold cannot both follow the rate of acceptance: fix one of them")
+        uses_top_k = self.gate in ("top_k", "ask_again", "confident")
+        if moving == ["top_k"] and not uses_top_k:
+            raise ValueError(f"top_k follows the rate of acceptance, but gate '{self.gate}' has no K")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_other_methods(self) -> RolloutConfig:
+        effects = {
+            "mix": (self.method in ("mixed", "mixed_skd"), "method mixed or mixed_skd"),
+            "stage_share": (self.method == "two_stage", "method two_stage"),
+            "confidence": (self.gate == "confident", "gate confident"),
+        }
+        for name, (has_effect, place) in effects.items():
+            value = getattr(self, name)
+            if not has_effect and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {value!r}, but only {place} reads it")
+        return self
+
+    @model_validator(mode="after")
+    def _options_that_need_a_gate(self) -> RolloutConfig:
+        needs = {
+            "write_back: false": not self.write_back,
+            "top_k_decay_len": self.top_k_decay_len is not None,
+            "reference_compat": self.reference_compat,
+        }
+        for name, given in needs.items():
+            if given and self.method not in GATED_METHODS:
+                raise ValueError(
+                    f"{name} changes a gate, but method '{self.method}' has none; use method skd or mixed_skd"
+                )
+        if self.top_k_decay_len is not None and self.gate not in ("top_k", "ask_again"):
+            raise ValueError(f"top_k_decay_len is for gate top_k (or ask_again), but the gate is '{self.gate}'")
+        if not self.write_back and self.gate == "ask_again":
+            raise ValueError("gate 'ask_again' writes the student's second answer back; leave write_back: false out")
+        if self.replacement == "argmax" and self.gate == "interpolated":
+            raise ValueError(
+                "gate 'interpolated' draws replacements from (p - q)+, without which its law would be another; "
+                "use replacement: sample"
+            )
+        if self.reference_compat and (self.gate != "top_k" or self.replacement != "sample"):
+            raise ValueError("reference_compat is the released gate: it needs gate: top_k and replacement: sample")
+        return self
+
+
+def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[float, ...]:
+    """The values between which an option may move."""
+    return (value,) if isinstance(value, int | float) else value.extremes
 
 
 class ReweightConfig(Section):
@@ -153,15 +308,29 @@ class SKDConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _seq_kd_learns_the_tokens(cls, given: Any) -> Any:
+        """Sequence-level distillation has one loss; a recipe need not name it, and may not name another."""
+        rollout, loss = (given.get(name) or {} for name in ("rollout", "loss"))
+        if not isinstance(rollout, dict) or rollout.get("method") != "seq_kd" or not isinstance(loss, dict):
+            return given
+        for name in ("kind", "replaced_kind"):  # all its tokens are the teacher's
+            if (loss.get(name) or "cross_entropy") != "cross_entropy":
+                raise ValueError(
+                    f"method 'seq_kd' learns the teacher's tokens, so skd.loss.{name} is cross_entropy and not "
+                    f"'{loss[name]}'; for another loss on the teacher's text use method: teacher"
+                )
+        return {**given, "loss": {**loss, "kind": "cross_entropy"}}
+
 
 def field_docs(section: type[BaseModel] = SKDConfig, prefix: str = "skd") -> dict[str, tuple[Any, str]]:
     """Dotted name -> (default or None, description) of every option, for `--help` and the flag parser."""
     docs: dict[str, tuple[Any, str]] = {}
     for name, info in section.model_fields.items():
-        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        nested = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if nested is not None:
-            docs |= field_docs(nested, f"{prefix}.{name}")
+        kinds = [k for k in getattr(info.annotation, "__args__", (info.annotation,)) if k is not type(None)]
+        if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
+            docs |= field_docs(kinds[0], f"{prefix}.{name}")
         else:
             default = None if info.is_required() else info.default
             docs[f"{prefix}.{name}"] = default, info.description or ""

@@ -19,10 +19,18 @@ from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import end_tokens, engine_arguments, refuse_unsupported, split_prompt
+from skd_plugin.rollout.engine import (
+    end_tokens,
+    engine_arguments,
+    refuse_unsupported,
+    response_limit,
+    split_prompt,
+)
+from skd_plugin.rollout.references import is_chosen, reference_ids
 from skd_plugin.rollout.rewards import RewardedExecutor
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
+from skd_plugin.tasks.reward import reference_of
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
 TRACE_KEY = "skd"  # of a response, and of Experience.info
@@ -81,14 +89,26 @@ class SKDRollout(HostRollout):
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())
 
-    async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling_params: Any,
+        multi_modal_data: Any = None,
+        reference: str | None = None,
+    ) -> Any:
+        """One response. `reference` takes its place where the rule chooses so; the others are sampled."""
         if multi_modal_data:
             raise ValueError("SKD does not support image inputs: the student drafts from token ids only")
         refuse_unsupported(sampling_params)
-        params = self._rule.request(prompt_token_ids, next(self._trace_ids), self._next_seed(prompt_token_ids))
+        params = self._rule.request(
+            prompt_token_ids,
+            next(self._trace_ids),
+            self._next_seed(prompt_token_ids),
+            self._forced_ids(prompt_token_ids, reference),
+        )
         engine_params = deepcopy(sampling_params)
         engine_params.min_tokens, engine_params.logprobs = 0, None
-        engine_params.max_tokens += 1  # the forced end of the prompt
+        engine_params.max_tokens = response_limit(params, engine_params.max_tokens) + 1  # the forced end of the prompt
         # vLLM knows the teacher's end token; the student's may be another one of the same vocabulary.
         engine_params.stop_token_ids = [*(engine_params.stop_token_ids or ()), *self._student_end]
         engine_params.extra_args = params.to_extra_args()
@@ -101,6 +121,11 @@ class SKDRollout(HostRollout):
             raise RuntimeError(f"the engine emitted {completion.token_ids}, its trace says {trace.response_ids}")
         output.skd_trace = trace
         return output
+
+    def _forced_ids(self, prompt_ids: list[int], reference: str | None) -> list[int] | None:
+        if not is_chosen(self._rule.reference_share, self._seed, prompt_ids):
+            return None
+        return reference_ids(reference, self._tokenizer, self._tokenizer.decode(prompt_ids))
 
     def _next_seed(self, prompt_ids: list[int]) -> int:
         prompt_hash = crc32(str(prompt_ids).encode())
@@ -162,9 +187,9 @@ class _TracingExecutor(AgentExecutorBase):
     def __init__(self, inner: AgentExecutorBase) -> None:
         self._inner = inner
 
-    async def execute(self, *args: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
-        turns = _TurnRecorder(llm_engine)
-        response = await self._inner.execute(*args, llm_engine=turns, **kwargs)
+    async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
+        turns = _TurnRecorder(llm_engine, reference_of(label))
+        response = await self._inner.execute(prompt=prompt, label=label, llm_engine=turns, **kwargs)
         response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])
         return response
 
@@ -172,13 +197,14 @@ class _TracingExecutor(AgentExecutorBase):
 class _TurnRecorder:
     """The engine as one sample's executor sees it."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, reference: str | None) -> None:
         self._engine = engine
+        self._reference = reference
         self.nothing = Trace.empty(engine.num_teacher_entries)  # of an executor that asks for no token at all
         self.traces: list[Trace] = []
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        output = await self._engine.generate(*args, **kwargs)
+        output = await self._engine.generate(*args, reference=self._reference, **kwargs)
         self.traces.append(output.skd_trace)
         return output
 

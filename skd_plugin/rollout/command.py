@@ -6,9 +6,15 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from skd_plugin.config.recipe import RecipeError
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    reference: str | None
+    line: int  # of the file
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
@@ -20,9 +26,14 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
     models = load_models(recipe, overrides)
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
-    prompt_ids = read_prompts(Path(prompts), models.tokenizer, max_len, max_new_tokens)
-    repeated = [ids for ids in prompt_ids for _ in range(samples)]
-    limits = [min(max_new_tokens or max_len, max_len - len(ids)) for ids in repeated]
+    given = read_prompts(Path(prompts), models.tokenizer, max_len, max_new_tokens)
+    repeated = [prompt for prompt in given for _ in range(samples)]
+    limits = [min(max_new_tokens or max_len, max_len - len(prompt.ids)) for prompt in repeated]
+    if skd.rollout.notice:
+        print(skd.rollout.notice, file=sys.stderr)
+    rule = SamplingRule.of(skd.rollout)
+    if rule.reference_share:
+        check_references(given, prompts)
     engine = SKDEngine(
         **engine_arguments(
             skd.teacher.model_name_or_path,
@@ -34,8 +45,14 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             **skd.vllm,
         )
     )
-    rule = SamplingRule.of(skd.rollout)
-    finished = engine.generate(repeated, rule, limits, seed=skd.rollout.seed, progress=True)
+    finished = engine.generate(
+        [prompt.ids for prompt in repeated],
+        rule,
+        limits,
+        seed=skd.rollout.seed,
+        texts=[prompt.reference for prompt in repeated],
+        progress=True,
+    )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -46,8 +63,8 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     return 0
 
 
-def read_prompts(path: Path, tokenizer: Any, max_len: int, max_new_tokens: int | None) -> list[list[int]]:
-    """Token ids of each line's prompt.
+def read_prompts(path: Path, tokenizer: Any, max_len: int, max_new_tokens: int | None) -> list[Prompt]:
+    """The prompt of each line, and its reference if it has one.
 
     Raises:
         RecipeError: no such file, a line that is neither form, a prompt too short or too long; names the line.
@@ -62,10 +79,27 @@ def read_prompts(path: Path, tokenizer: Any, max_len: int, max_new_tokens: int |
         ids = _prompt_ids(line, f"{path}, line {number}", tokenizer)
         if not 2 <= len(ids) <= longest:
             raise RecipeError(f"{path}, line {number}: the prompt has {len(ids)} tokens; 2 to {longest} fit")
-        prompts.append(ids)
+        prompts.append(Prompt(ids, _reference(json.loads(line), f"{path}, line {number}"), number))
     if not prompts:
         raise RecipeError(f"{path} holds no prompt")
     return prompts
+
+
+def check_references(prompts: list[Prompt], path: str) -> None:
+    """Raises RecipeError for the first prompt without a reference: which ones are needed is drawn."""
+    for prompt in prompts:
+        if prompt.reference is None:
+            raise RecipeError(
+                f'{path}, line {prompt.line}: skd.rollout.method needs a reference, so a line is {{"prompt": "...", '
+                '"reference": "..."}'
+            )
+
+
+def _reference(record: dict[str, Any], where: str) -> str | None:
+    reference = record.get("reference")
+    if reference is not None and not (isinstance(reference, str) and reference):
+        raise RecipeError(f'{where}: "reference" is {reference!r}, but must be a text')
+    return reference
 
 
 def _prompt_ids(line: str, where: str, tokenizer: Any) -> list[int]:

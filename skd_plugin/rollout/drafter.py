@@ -10,6 +10,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from skd_plugin.compat import cpu
 from skd_plugin.core import rng, sampling
+from skd_plugin.rollout.references import follow
 from skd_plugin.rollout.requests import RequestTable
 
 
@@ -73,9 +74,13 @@ class SKDDrafter(DraftModelProposer):
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_BV = self.model.compute_logits(hidden_states).float()
-        rows = self._table.rows(self._runner.input_batch.req_ids)
-        noise = rng.uniform(rows.seed, self._next_position, rng.STUDENT)
+        logits_BV = self.model.compute_logits(hidden_states).float()[:, : self._table.vocab_size]
+        request_ids, position_B = self._runner.input_batch.req_ids, self._next_position
+        rows = self._table.rows(request_ids)
+        noise = rng.uniform(rows.seed, position_B, rng.STUDENT)
         probs_BV = sampling.warp(logits_BV, rows.student_temperature, rows.student_top_p)
-        self._next_position = self._next_position + 1
-        return sampling.draw(probs_BV, noise), logits_BV.log_softmax(-1)
+        self._next_position = position_B + 1
+        token_B = follow(
+            self._table.forced_ids(request_ids), position_B - rows.prompt_len, sampling.draw(probs_BV, noise)
+        )
+        return token_B, logits_BV.log_softmax(-1)

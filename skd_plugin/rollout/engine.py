@@ -13,6 +13,7 @@ import torch
 from skd_plugin.config.models import context_needed
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
+from skd_plugin.rollout.references import is_chosen, reference_ids
 from skd_plugin.rollout.requests import RequestParams
 from skd_plugin.rollout.rule import SamplingRule
 
@@ -47,9 +48,12 @@ def engine_arguments(
         num_teacher_entries: most probable teacher tokens returned for each response token.
         loss_temperature: tau of the loss; the mass of all other tokens is also recorded at it.
     """
+    from skd_plugin.rollout.vocabulary import allow_padding
+
     cpu = not torch.cuda.is_available()
     # Read by vLLM when it chooses a model runner, in whichever process that happens.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    allow_padding()
     arguments = dict(
         model=teacher,
         speculative_config={
@@ -80,6 +84,8 @@ def end_tokens(tokenizer: Any) -> list[int]:
 def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_end: list[int]) -> Any:
     """SamplingParams of one request; the forced end of the prompt takes one more output token.
 
+    A reference ends where it ends, or is cut at max_new_tokens like any response.
+
     vLLM's temperature is 1 whatever the models' temperatures are: SKD's sampler has its own. vLLM stops at the
     teacher's end token by itself; the student's may be another one of the same vocabulary.
     """
@@ -87,10 +93,14 @@ def vllm_sampling_params(params: RequestParams, max_new_tokens: int, student_end
 
     return SamplingParams(
         temperature=1.0,
-        max_tokens=max_new_tokens + 1,
+        max_tokens=response_limit(params, max_new_tokens) + 1,
         stop_token_ids=student_end,
         extra_args=params.to_extra_args(),
     )
+
+
+def response_limit(params: RequestParams, max_new_tokens: int) -> int:
+    return max_new_tokens if params.forced_ids is None else min(len(params.forced_ids), max_new_tokens)
 
 
 # Sampling parameters of vLLM that SKD's sampler does not apply, with the values at which they do nothing.
@@ -159,16 +169,23 @@ class SKDEngine:
         *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        texts: Sequence[str | None] | None = None,
         progress: bool = False,
     ) -> list[Sample]:
-        """One response a prompt. The i-th request's random stream is seeds[i], by default derived from (seed, i)."""
+        """One response a prompt. The i-th request's random stream is seeds[i], by default derived from (seed, i).
+
+        Args:
+            texts: the prompts' references, for a rule that asks for them; which prompts these are depends on `seed`.
+        """
         rules = [rule] * len(prompts) if isinstance(rule, SamplingRule) else list(rule)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         seeds = [derive_seed(seed, index) for index in range(len(prompts))] if seeds is None else seeds
         trace_ids = [next(self._trace_ids) for _ in prompts]
         params = [
-            r.request(prompt, trace_id, request_seed)
-            for r, prompt, trace_id, request_seed in zip(rules, prompts, trace_ids, seeds, strict=True)
+            r.request(prompt, trace_id, request_seed, self._forced_ids(r, prompt, text, seed))
+            for r, prompt, text, trace_id, request_seed in zip(
+                rules, prompts, texts or [None] * len(prompts), trace_ids, seeds, strict=True
+            )
         ]
         end = end_tokens(self._tokenizer)
         outputs = self._llm.generate(
@@ -178,6 +195,11 @@ class SKDEngine:
         )
         traces = self._llm.collective_rpc("take_traces", args=([p.trace_id for p in params],))[0]
         return list(self._samples(prompts, outputs, traces))
+
+    def _forced_ids(self, rule: SamplingRule, prompt: Sequence[int], text: str | None, seed: int) -> list[int] | None:
+        if not is_chosen(rule.reference_share, seed, prompt):
+            return None
+        return reference_ids(text, self._tokenizer, self._tokenizer.decode(list(prompt)))
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """New weights of the student, by their Hugging Face names."""

@@ -13,9 +13,10 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core import accept, rng, sampling
-from skd_plugin.core.gates import GATES, Proposals
+from skd_plugin.core.gates import GATES, Proposals, Verdict, decayed_top_k, judge
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.requests import RequestTable
+from skd_plugin.rollout.references import follow
+from skd_plugin.rollout.requests import RequestTable, Rows
 
 
 class SKDSampler:
@@ -31,6 +32,7 @@ class SKDSampler:
         self._table = table
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        logits = logits[:, : self._table.vocab_size]
         num_requests = len(self._runner.input_batch.req_ids)
         scheduled = [0] * num_requests if metadata is None else metadata.num_draft_tokens
         # vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
@@ -58,48 +60,58 @@ class SKDSampler:
         draft_N = metadata.draft_token_ids[real].long()
         request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
         place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
+        position_N = self._lengths()[request_N] + place_N
         proposals = Proposals(
             draft_N=draft_N,
             teacher_logits_NV=teacher_NV,
             student_logp_NV=student_logp_NV,
-            position_N=self._lengths()[request_N] + place_N,
-            **{f"{name}_N": value for name, value in vars(rows_N).items()},
+            position_N=position_N,
+            seed_N=rows_N.seed,
+            top_k_N=decayed_top_k(rows_N.top_k, position_N - rows_N.prompt_len, rows_N.top_k_decay_len),
+            threshold_N=rows_N.threshold,
+            student_temperature_N=rows_N.student_temperature,
+            student_top_p_N=rows_N.student_top_p,
+            teacher_temperature_N=rows_N.teacher_temperature,
+            teacher_top_p_N=rows_N.teacher_top_p,
         )
-        kept_N, replacement_N = self._judge(proposals, request_N)
+        verdict = self._judge(proposals, request_N, rows_N)
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
             shape = (len(counts_B), self._runner.num_spec_tokens + 1)
             return value_N.new_zeros(shape).index_put_((request_N, place_N), value_N)
 
-        token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(replacement_N), counts_B)
-        self._record(token_BL, request_N, place_N, proposals, kept_N)
+        kept_N = verdict.token_N == draft_N
+        token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
+        self._record(token_BL, request_N, place_N, proposals, verdict)
         return token_BL.to(torch.int32)
 
-    def _judge(self, proposals: Proposals, request_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which proposals their request's gate keeps [N], and the tokens in place of the others [N]."""
+    def _judge(self, proposals: Proposals, request_N: torch.Tensor, rows_N: Rows) -> Verdict:
+        """Each proposal's fate by the gate of its request; a reference's token is not put to any gate."""
         gates = [self._table.params(name).gate for name in self._runner.input_batch.req_ids]
-        kept_N = torch.zeros_like(proposals.draft_N, dtype=torch.bool)
-        replacement_N = proposals.draft_N.clone()
+        token_N = proposals.draft_N.clone()
+        source_N = torch.full_like(token_N, accept.REFERENCE)
         for name in sorted(set(gates)):
             own_B = torch.tensor([gate == name for gate in gates], device=request_N.device)
-            rows = own_B[request_N].nonzero().squeeze(1)
-            group = proposals if len(rows) == len(request_N) else proposals.select(rows)
-            kept = GATES[name].keep(group)
-            kept_N[rows] = kept
-            rejected = (~kept).nonzero().squeeze(1)
-            if len(rejected):
-                lost = group.select(rejected)
-                noise = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
-                replacement_N[rows[rejected]] = sampling.draw(GATES[name].replacement(lost), noise)
-        return kept_N, replacement_N
+            rows = (own_B[request_N] & ~rows_N.is_forced).nonzero().squeeze(1)
+            if len(rows):
+                group = proposals if len(rows) == len(request_N) else proposals.select(rows)
+                token_N[rows], source_N[rows] = judge(GATES[name], group)
+        flagged_N = ~rows_N.write_back & (source_N == accept.REPLACED)
+        return Verdict(
+            torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, accept.FLAGGED, source_N)
+        )
 
     def _undrafted(self, rows: list[int], teacher_RV: torch.Tensor) -> torch.Tensor:
-        """Tokens of the requests that bring no draft: the end of the prompt, or a teacher token after a preemption."""
+        """Tokens of the requests that bring no draft: the end of the prompt, or, after a preemption, the reference's
+        next token or one of the teacher.
+        """
         runner, table = self._runner, self._table
         settings = table.rows(runner.input_batch.req_ids)
         probs = sampling.warp(teacher_RV, settings.teacher_temperature[rows], settings.teacher_top_p[rows])
-        noise = rng.uniform(settings.seed[rows], self._lengths()[rows], rng.TEACHER)
-        tokens = sampling.draw(probs, noise).tolist()
+        position = self._lengths()[rows]
+        drawn = sampling.draw(probs, rng.uniform(settings.seed[rows], position, rng.TEACHER))
+        forced = table.forced_ids(runner.input_batch.req_ids)[rows]
+        tokens = follow(forced, position - settings.prompt_len[rows], drawn).tolist()
         teacher_logp_RV = teacher_RV.float().log_softmax(-1)
         for index, row in enumerate(rows):
             request_id = runner.input_batch.req_ids[row]
@@ -107,8 +119,10 @@ class SKDSampler:
                 continue  # the prompt is not yet read to its end; the runner throws this token away
             if not runner.requests[request_id].output_token_ids:
                 tokens[index] = table.params(request_id).first_token
-            else:
-                table.record(request_id, self._undrafted_part(tokens[index], teacher_logp_RV[index : index + 1]))
+                continue
+            source = accept.REFERENCE if settings.is_forced[row] else accept.UNDRAFTED
+            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[index : index + 1])
+            table.record(request_id, part)
         return torch.tensor(tokens, dtype=torch.int32, device=teacher_RV.device)
 
     def _record(
@@ -117,17 +131,18 @@ class SKDSampler:
         request_N: torch.Tensor,
         place_N: torch.Tensor,
         proposals: Proposals,
-        kept_N: torch.Tensor,
+        verdict: Verdict,
     ) -> None:
         token_N = token_BL[request_N, place_N]
         emitted = (token_N != accept.NOTHING).nonzero().squeeze(1)
         teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
         student_logp_MV = proposals.student_logp_NV[emitted]
-        token_M, kept_M, draft_M = token_N[emitted], kept_N[emitted], proposals.draft_N[emitted]
+        token_M, source_M, draft_M = token_N[emitted], verdict.source_N[emitted], proposals.draft_N[emitted]
+        passed_M = (source_M == accept.ACCEPTED) | (source_M == accept.REFERENCE)
         step = Trace(
             response_ids=token_M.to(torch.int32).cpu(),
-            source=torch.where(kept_M, accept.ACCEPTED, accept.REPLACED).to(torch.uint8).cpu(),
-            rejected_ids=torch.where(kept_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
+            source=source_M.to(torch.uint8).cpu(),
+            rejected_ids=torch.where(passed_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
             draft_rank=proposals.rank_N[emitted].to(torch.int32).cpu(),
             student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
@@ -140,11 +155,11 @@ class SKDSampler:
                 self._table.record(self._runner.input_batch.req_ids[row], step.slice(start, start + count))
                 start += count
 
-    def _undrafted_part(self, token: int, teacher_logp_1V: torch.Tensor) -> Trace:
+    def _undrafted_part(self, token: int, source: int, teacher_logp_1V: torch.Tensor) -> Trace:
         nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
             response_ids=torch.tensor([token], dtype=torch.int32),
-            source=torch.tensor([accept.UNDRAFTED], dtype=torch.uint8),
+            source=torch.tensor([source], dtype=torch.uint8),
             rejected_ids=nothing,
             draft_rank=nothing,
             student_logp=unknown,

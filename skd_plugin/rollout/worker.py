@@ -10,6 +10,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from skd_plugin.core.trace import Trace
+from skd_plugin.rollout import vocabulary
 from skd_plugin.rollout.drafter import SKDDrafter
 from skd_plugin.rollout.requests import RequestTable
 from skd_plugin.rollout.sampler import SKDSampler
@@ -24,12 +25,17 @@ class SKDWorker(VllmWorker):
     """Installs SKD before a model is loaded, and refuses to start where the sampler could not be the one that runs."""
 
     def init_device(self) -> None:
+        vocabulary.allow_padding()
         super().init_device()
         runner = self.model_runner
         _check_runner(runner)
         options = self.vllm_config.additional_config
         self._skd_table = RequestTable(
-            runner.requests, runner.device, options["skd_teacher_entries"], options["skd_loss_temperature"]
+            runner.requests,
+            runner.device,
+            options["skd_teacher_entries"],
+            options["skd_loss_temperature"],
+            vocabulary.sizes(self.vllm_config)["vocab_size"],
         )
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
         runner._sample = SKDSampler(runner, self._skd_table)
@@ -49,7 +55,7 @@ class SKDWorker(VllmWorker):
             "teacher": runner.model_config.model,
             "student": runner.speculative_config.draft_model_config.model,
             "draft_len": runner.num_spec_tokens,
-            "vocab_size": runner.model_config.get_vocab_size(),
+            **vocabulary.sizes(self.vllm_config),
         }
 
 

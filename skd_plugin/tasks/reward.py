@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from skd_plugin.tasks import TASKS
 
 
-def make_label(task: str, answer: str, end_token: str) -> str:
+def make_label(task: str, answer: str, end_token: str, reference: str) -> str:
     """What the host carries beside a prompt and hands back to `reward_func`."""
-    return json.dumps({"task": task, "answer": answer, "end": end_token})
+    return json.dumps({"task": task, "answer": answer, "end": end_token, "reference": reference})
+
+
+def reference_of(label: Any) -> str | None:
+    """The reference that a label holds: its entry "reference" if it is a JSON object with one, else the label itself.
+
+    None where the label is no text, or empty.
+    """
+    if not isinstance(label, str):
+        return None
+    try:
+        record = json.loads(label)
+    except json.JSONDecodeError:
+        record = None
+    text = record["reference"] if isinstance(record, dict) and "reference" in record else label
+    return text if isinstance(text, str) and text else None
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, float]:

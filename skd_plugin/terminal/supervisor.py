@@ -29,6 +29,8 @@ def supervise(run: Run) -> int:
     run = _after_the_earlier_run(run, console)
     config_path = run.save()
     console.print(f"Run folder {run.folder}; the host's own output goes to host.log there")
+    if run.skd.rollout.notice:
+        console.print(run.skd.rollout.notice)
     run_id, started = f"{run.folder}:{uuid.uuid4().hex}", time.monotonic()
     host = _start_host(config_path, run.folder / "host.log", run_id)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,7 +16,7 @@ from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.rollout.actor import TRACE_KEY
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.rollout.rule import RulePlan, SamplingRule
 from skd_plugin.trainer.metrics import JsonLines, mean_kl, objective_metrics, rollout_metrics
 from skd_plugin.trainer.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.trainer.status import Status
@@ -39,7 +39,8 @@ class SKDTrainer(HostTrainer):
         torch.manual_seed(strategy.args.train.seed)  # the host's prompt loader shuffles by a number drawn from it
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.skd: SKDConfig = strategy.args.skd
-        self.rule = SamplingRule.of(self.skd.rollout)
+        self.plan = RulePlan(self.skd.rollout, self.max_steps, len(self.tokenizer))
+        self.rule = self.plan.at(0)
         self.samples_generator = SKDSamplesGenerator(
             strategy,
             self.prompts_dataloader,
@@ -69,6 +70,7 @@ class SKDTrainer(HostTrainer):
     def fit(self, global_step: int = 0) -> None:
         self._check_parts()
         self._step = self.samples_generator.step = self.init_checkpoint_states()["global_step"]
+        self.samples_generator.rule = self.plan.at(self._step)
         if self.eval_dataloader is not None:
             self._measure_before_training()
         self.status.stage("training", max_steps=self.max_steps)
@@ -111,12 +113,16 @@ class SKDTrainer(HostTrainer):
     def train_step(self, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
         started = time.monotonic()
         traces = [sample.info[TRACE_KEY][0] for sample in rollout_samples]
-        self._rollout_figures = rollout_metrics(traces, self.skd.rollout.draft_len)
+        self._rollout_figures = (
+            rollout_metrics(traces, self.skd.rollout.draft_len) | self.samples_generator.rule.figures()
+        )
         for sample in _spread(rollout_samples, self.skd.traces_per_step):
             self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
         self._step = self.samples_generator.step = step
+        self.plan.observe(self._rollout_figures.get("skd/accept_rate", float("nan")))
+        self.samples_generator.rule = self.plan.at(step)
         self._rollout_figures |= objective_metrics(status, traces, coefficients)
         self._rollout_figures["time/train"] = time.monotonic() - started
         self._rollout_figures["tokens"] = sum(len(trace) for trace in traces)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
+from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
 from skd_plugin.core.trace import Trace
 from skd_plugin.trainer.lesson import students_own
+
+RARE_SOURCES = {"reference_frac": REFERENCE, "resampled_frac": RESAMPLED, "flagged_frac": FLAGGED}  # not in every run
 
 
 def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
@@ -23,14 +25,15 @@ def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
     tokens = Trace.join(traces)
     if not len(tokens):
         return {}
-    drafted = tokens.source != UNDRAFTED
-    accepted = (tokens.source == ACCEPTED).sum().item()
-    replaced = tokens.source == REPLACED
+    drafted = tokens.draft_rank != NOTHING
+    proposed = drafted & (tokens.source != REFERENCE)
     known = tokens.student_entropy[drafted]
+    shares = {name: (tokens.source == code).float().mean().item() for name, code in RARE_SOURCES.items()}
     return {
-        "skd/accept_rate": accepted / max(drafted.sum().item(), 1),
-        "skd/replaced_frac": replaced.float().mean().item(),
-        "skd/undrafted_frac": 1.0 - drafted.float().mean().item(),
+        "skd/accept_rate": _share(tokens.source[proposed] == ACCEPTED),
+        "skd/replaced_frac": (tokens.source == REPLACED).float().mean().item(),
+        "skd/undrafted_frac": (tokens.source == UNDRAFTED).float().mean().item(),
+        **{f"skd/{name}": share for name, share in shares.items() if share},
         "skd/first_replaced_pos": sum(_first_replaced(trace) for trace in traces) / len(traces),
         "skd/teacher_nll": -tokens.teacher_logp.mean().item(),
         "skd/teacher_topk_mass": tokens.teacher_topk_logp.exp().sum(-1).mean().item(),
@@ -86,19 +89,25 @@ def draft_waste(traces: list[Trace], draft_len: int) -> float:
     for trace in traces:
         changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
         left = 0
-        for ends_block, source in zip(changed.tolist(), trace.source.tolist(), strict=True):
-            if source == UNDRAFTED:
+        drafted = trace.draft_rank != NOTHING
+        for ends_block, has_draft in zip(changed.tolist(), drafted.tolist(), strict=True):
+            if not has_draft:
                 left = 0
                 continue
             if left == 0:
                 blocks, left = blocks + 1, draft_len
             left = 0 if ends_block else left - 1
-        emitted += int((trace.source != UNDRAFTED).sum())
+        emitted += int(drafted.sum())
     return 1.0 - emitted / (blocks * draft_len) if blocks else 0.0
 
 
+def _share(chosen: torch.Tensor) -> float:
+    """NaN where there is nothing to choose from."""
+    return chosen.float().mean().item()
+
+
 def _first_replaced(trace: Trace) -> int:
-    replaced = (trace.source == REPLACED).nonzero()
+    replaced = torch.isin(trace.source, torch.tensor((REPLACED, RESAMPLED), dtype=trace.source.dtype)).nonzero()
     return int(replaced[0]) if len(replaced) else len(trace)
 
 

@@ -391,9 +391,17 @@ class _Engine:
     def __init__(self, *texts: str) -> None:
         self._texts = list(texts)
         self.prompts: list[list[int]] = []
+        self.references: list[str | None] = []
 
-    async def generate(self, prompt_token_ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling_params: Any,
+        multi_modal_data: Any = None,
+        reference: str | None = None,
+    ) -> Any:
         self.prompts.append(list(prompt_token_ids))
+        self.references.append(reference)
         text = self._texts.pop(0)
         ids = [ord(char) for char in text]
         completion = SimpleNamespace(token_ids=ids, text=text, finish_reason="stop", logprobs=None)
@@ -414,6 +422,15 @@ def _execute(executor: Any, engine: _Engine, prompt: str, label: str = "") -> di
 
 def _action_ids(response: dict[str, Any]) -> list[int]:
     return [i for start, end in response["action_ranges"] for i in response["observation_tokens"][start:end]]
+
+
+def test_engine_is_given_the_reference_of_the_label() -> None:
+    """The host hands the label to its executor by name, and the executor asks the engine once."""
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    engine = _Engine("xyz")
+    _execute(SingleTurnAgentExecutor(None), engine, "ab", label='{"reference": "the text"}')
+    assert engine.references == ["the text"], "revisit _TracingExecutor in skd_plugin/rollout/actor.py"
 
 
 def test_single_turn_executor_keeps_the_engines_ids() -> None:

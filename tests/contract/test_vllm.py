@@ -301,6 +301,38 @@ def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
     assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/rollout/engine.py"
 
 
+def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the configuration and by the drafter, both through the method that allow_padding replaces."""
+    from vllm.config import SpeculativeConfig
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    from skd_plugin.rollout import vocabulary
+
+    name, host = vocabulary.VLLM_CHECK, vocabulary.vllm_check
+    because = "it compares the two sizes and does nothing else, so that it can be left out"
+    assert_unchanged(host, "8f7a7b01b765", HOST, "skd_plugin/rollout/vocabulary.py", because)
+    assert f"self.{name}()" in inspect.getsource(SpeculativeConfig), "revisit skd_plugin/rollout/vocabulary.py"
+    assert f"speculative_config.{name}()" in inspect.getsource(DraftModelProposer), "revisit rollout/vocabulary.py"
+
+    def config(teacher: int, student: int) -> SimpleNamespace:
+        models = [SimpleNamespace(get_vocab_size=lambda size=size: size) for size in (teacher, student)]
+        return SimpleNamespace(method="draft_model", target_model_config=models[0], draft_model_config=models[1])
+
+    with pytest.raises(ValueError, match="should have the same vocabulary size"):
+        host(config(7, 8))
+    monkeypatch.setattr(SpeculativeConfig, name, host)
+    vocabulary.allow_padding()
+    assert getattr(SpeculativeConfig, name)(config(7, 8)) is None, "revisit skd_plugin/rollout/vocabulary.py"
+
+
+def test_vocabulary_check_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skd_plugin.rollout import vocabulary
+
+    monkeypatch.setattr(vocabulary, "vllm_check", None)
+    with pytest.raises(RuntimeError, match="run pytest tests/contract"):
+        vocabulary.allow_padding()
+
+
 @pytest.mark.parametrize(
     "name",
     [

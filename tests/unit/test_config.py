@@ -18,16 +18,19 @@ from skd_plugin import cli
 from skd_plugin.compat import versions
 from skd_plugin.config import RecipeError, Run, host_rules, load_recipe, load_run
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
-from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies
+from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies, common_vocab_size
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
 from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, SKDConfig, field_docs
 from skd_plugin.core.losses import DIVERGENCES, make_token_loss
 from skd_plugin.core.weights import LAWS, make_weigher
+from skd_plugin.tasks.reward import reference_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
 PAIR = RECIPES / "models" / "arithmetic"
+TEACHER = {"teacher": {"model_name_or_path": "t"}}
+TARGET = {"kind": "target_acceptance", "rate": 0.8, "start": 1.0}
 SMALL = [
     "skd.task.train_prompts=8",
     "skd.task.eval_prompts=4",
@@ -146,9 +149,21 @@ def test_flatten_is_the_inverse_of_set_dotted() -> None:
         ("skd.rollout.top_k=0", r"skd\.rollout\.top_k: .*greater than or equal to 1; got 0"),
         ("skd.rollout.draft_len=0", r"skd\.rollout\.draft_len: .*; got 0"),
         ("skd.rollout.student_top_p=0", r"skd\.rollout\.student_top_p: .*; got 0"),
-        ("skd.rollout.method=both", r"skd\.rollout\.method: .*'skd', 'on_policy' or 'teacher'; got 'both'"),
+        ("skd.rollout.method=both", r"skd\.rollout\.method: .*'skd', 'on_policy', .* or 'two_stage'; got 'both'"),
         ("skd.rollout.gate=floor", r"skd\.rollout: gate 'floor' needs a threshold \(skd\.rollout\.threshold\)$"),
         ("skd.rollout.threshold=0.5", r"skd\.rollout: gate 'top_k' has no threshold \(skd\.rollout\.threshold\)$"),
+        ("skd.rollout.top_k={kind: linear, from: 5, to: 0}", r"skd\.rollout: top_k is at least 1, .* schedule is 0"),
+        (
+            "skd.rollout.top_k={kind: step, from: 5, to: 1}",
+            r"skd\.rollout\.top_k: .*linear or cosine, or target",
+        ),
+        ("skd.rollout.top_k={kind: linear, to: 1}", r"skd\.rollout\.top_k\.from: field required"),
+        (
+            "skd.rollout.top_k={kind: linear, from: 5, to: 1, hold: 0.5, over: 0.4}",
+            r"top_k: `hold` = 0.5 must be below",
+        ),
+        ("skd.rollout.top_k={kind: cosine, from: 5, to: 1, until: 1}", r"unknown key 'skd\.rollout\.top_k\.until'"),
+        ("skd.rollout.top_k={kind: target_acceptance, rate: 1.5, start: 5}", r"top_k\.rate: .*less than 1; got 1.5"),
         ("skd.loss.kind=hellinger", r"skd\.loss\.kind: .*; got 'hellinger'"),
         ("skd.loss.replaced_kind=ce", r"skd\.loss\.replaced_kind: .* 'adaptive_kl' or 'cross_entropy'; got 'ce'"),
         ("skd.loss.temperature=0", r"skd\.loss\.temperature: .*greater than 0; got 0"),
@@ -217,6 +232,88 @@ def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:
     assert len(lines) > 15
     for line in lines:
         parse_skd({"teacher": {"model_name_or_path": "t"}, **yaml.safe_load(line)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "ask_again", "threshold": 0.5}, "gate 'ask_again' has no threshold"),
+        ({"gate": "interpolated", "threshold": 0.5, "replacement": "argmax"}, "draws replacements from"),
+        ({"gate": "chance", "threshold": {"kind": "linear", "from": 0.5, "to": 1.5}}, "is a probability; got 1.5"),
+        ({"method": "on_policy", "write_back": False}, "write_back: false changes a gate, but method 'on_policy'"),
+        ({"method": "supervised", "top_k_decay_len": 5}, "top_k_decay_len changes a gate"),
+        ({"method": "teacher", "reference_compat": True}, "reference_compat changes a gate"),
+        ({"gate": "floor", "threshold": 0.1, "top_k_decay_len": 5}, "is for gate top_k .*, but the gate is 'floor'"),
+        ({"gate": "ask_again", "write_back": False}, "leave write_back: false out"),
+        (
+            {"gate": "floor", "threshold": 0.1, "reference_compat": True},
+            "it needs gate: top_k and replacement: sample",
+        ),
+        ({"reference_compat": True, "replacement": "argmax"}, "it needs gate: top_k and replacement: sample"),
+        ({"mix": 0.3}, "mix is 0.3, but only method mixed or mixed_skd reads it"),
+        ({"method": "mixed", "stage_share": 0.3}, "stage_share is 0.3, but only method two_stage reads it"),
+        ({"confidence": "margin"}, "confidence is 'margin', but only gate confident reads it"),
+        ({"method": "on_policy", "top_k": TARGET}, "method 'on_policy' puts no token to a gate"),
+        ({"gate": "floor", "threshold": 0.1, "top_k": TARGET}, "gate 'floor' has no K"),
+        ({"gate": "confident", "threshold": TARGET, "top_k": TARGET}, "cannot both follow the rate of acceptance"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_skd({**TEACHER, "rollout": options})
+
+
+def test_moving_values_survive_the_run_folder(quickstart) -> None:
+    run = quickstart("skd.rollout.top_k={kind: cosine, from: 40, to: 5}")
+    assert Run.load(run.save()) == run
+
+
+def test_sequence_level_distillation_has_one_loss() -> None:
+    for name in ("kind", "replaced_kind"):
+        with pytest.raises(
+            RecipeError, match=f"'seq_kd' learns the teacher's tokens, .*{name} .* use method: teacher"
+        ):
+            parse_skd({**TEACHER, "rollout": {"method": "seq_kd"}, "loss": {name: "forward_kl"}})
+
+
+def test_references_come_with_a_task(quickstart) -> None:
+    """And are in the labels that the host carries."""
+    run = quickstart("skd.rollout.method=supervised")
+    lines = [json.loads(line) for line in (run.folder / "data" / "train.jsonl").read_text().splitlines()]
+    assert all("the answer is" in reference_of(line["label"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("openrlhf.rollout.n_samples_per_prompt=2", r"n_samples_per_prompt is 2, .* train on copies"),
+        ("openrlhf.train.agent_func_path=agent.py", r"names an agent, whose turns have no reference"),
+    ],
+)
+def test_references_where_they_make_no_sense(quickstart, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quickstart("skd.rollout.method=mixed_skd", override)
+
+
+def test_references_of_a_dataset(quickstart, write) -> None:
+    """Every prompt needs one, in the column that the host takes for the label."""
+    lines = [{"q": "tom has 3 coins .", "a": text} for text in ("3", "4", "", None, 5)]
+
+    def load(count: int, *more: str) -> Run:
+        path = write("own.jsonl", "".join(json.dumps(line) + "\n" for line in [*lines[:2], *lines[count : count + 1]]))
+        dataset = [f"openrlhf.data.prompt_dataset={path}", "openrlhf.data.input_key=q", "skd.task=null"]
+        return quickstart("skd.rollout.method=two_stage", *dataset, *more)
+
+    load(5, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"two_stage needs references: name .* openrlhf\.data\.label_key"):
+        load(5)
+    for count in (2, 3):
+        with pytest.raises(RecipeError, match=r"prompt 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"):
+            load(count, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"'a' of prompt 3 is 5, but a reference is a text"):
+        load(4, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"prompt 1 has no reference in 'b'"):
+        load(5, "openrlhf.data.label_key=b")
 
 
 def test_teacher_is_required() -> None:
@@ -381,10 +478,23 @@ def test_pair_with_different_vocabularies(pair) -> None:
         check_pair(**folders, **SIZES)
 
 
-def test_padded_embeddings_of_different_sizes(pair) -> None:
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_padding_rows_may_differ(pair, role: str) -> None:
+    """The tokenizers agree, so what one model has more is padding; K is limited by what both have."""
     rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
-    with pytest.raises(RecipeError, match=f"teacher has {rows + 64} output rows and the student {rows}; .* padding"):
-        check_pair(**pair(teacher={"vocab_size": rows + 64}), **SIZES)
+    folders = pair(**{role: {"vocab_size": rows + 64}})
+    check_pair(**folders, **SIZES | {"top_k": rows, "loss_top_k": rows})
+    with pytest.raises(RecipeError, match=f"top_k is {rows + 1}, but the vocabulary has {rows} tokens"):
+        check_pair(**folders, **SIZES | {"top_k": rows + 1})
+    assert common_vocab_size(**folders) == rows
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_token_without_an_output_row(pair, role: str) -> None:
+    with pytest.raises(
+        RecipeError, match=f"the tokenizer has the token id .*, but the {role} has 100 output rows only"
+    ):
+        check_pair(**pair(**{role: {"vocab_size": 100}}), **SIZES | {"top_k": 1, "loss_top_k": 1})
 
 
 @pytest.mark.parametrize("key", ["top_k", "loss_top_k"])

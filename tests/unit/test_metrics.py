@@ -10,25 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
+from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
 from skd_plugin.core.trace import Trace
 from skd_plugin.trainer.metrics import JsonLines, draft_waste, mean_kl, rollout_metrics
 
 NAN = float("nan")
-KEPT, SWAPPED, SAME, UNKNOWN = "kept swapped same unknown".split()  # SAME: replaced by the very token proposed
+# SAME: replaced by the very token proposed; LOST: a token of a reference after a preemption, which nobody drafted.
+KEPT, SWAPPED, SAME, UNKNOWN = "kept swapped same unknown".split()
+GIVEN, LOST, AGAIN, MARKED = "given lost again marked".split()
 
 
 def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Trace:
     count = len(kinds)
-    drafted = torch.tensor([kind != UNKNOWN for kind in kinds], dtype=torch.bool)
+    drafted = torch.tensor([kind not in (UNKNOWN, LOST) for kind in kinds], dtype=torch.bool)
     codes = {KEPT: ACCEPTED, SWAPPED: REPLACED, SAME: REPLACED, UNKNOWN: UNDRAFTED}
-    rejected = {KEPT: NOTHING, SWAPPED: 9, SAME: 5, UNKNOWN: NOTHING}
+    codes |= {GIVEN: REFERENCE, LOST: REFERENCE, AGAIN: RESAMPLED, MARKED: FLAGGED}
+    rejected = {kind: NOTHING for kind in codes} | {SWAPPED: 9, SAME: 5, AGAIN: 9, MARKED: 5}
     known = torch.where(drafted, 1.0, NAN)
     return Trace(
         response_ids=torch.full((count,), 5, dtype=torch.int32),
         source=torch.tensor([codes[kind] for kind in kinds], dtype=torch.uint8),
         rejected_ids=torch.tensor([rejected[kind] for kind in kinds], dtype=torch.int32),
-        draft_rank=torch.zeros(count, dtype=torch.int32),
+        draft_rank=torch.where(drafted, 0, NOTHING).to(torch.int32),
         student_logp=-2 * known,
         teacher_logp=torch.full((count,), -1.5),
         kl=kl * known,
@@ -55,6 +58,21 @@ def test_figures_of_two_responses() -> None:
     assert figures["skd/response_len"] == 5 / 2
 
 
+def test_origins_that_not_every_run_has() -> None:
+    """Of ten tokens; references are no proposals, whoever drafted them."""
+    kinds = [GIVEN, GIVEN, LOST, KEPT, KEPT, AGAIN, AGAIN, MARKED, SWAPPED, UNKNOWN]
+    figures = rollout_metrics([make_trace(kinds)], draft_len=2)
+    assert figures["skd/accept_rate"] == pytest.approx(2 / 6)
+    for name, count in {"reference": 3, "resampled": 2, "flagged": 1, "replaced": 1, "undrafted": 1}.items():
+        assert figures[f"skd/{name}_frac"] == pytest.approx(count / 10), name
+    plain = rollout_metrics([make_trace([KEPT, SWAPPED])], draft_len=2)
+    assert not {"skd/reference_frac", "skd/resampled_frac", "skd/flagged_frac"} & set(plain)
+
+
+def test_a_reference_has_no_rate_of_acceptance() -> None:
+    assert math.isnan(rollout_metrics([make_trace([GIVEN, GIVEN])], draft_len=2)["skd/accept_rate"])
+
+
 def test_no_token_no_figures() -> None:
     assert rollout_metrics([Trace.empty(2)], draft_len=2) == {}
 
@@ -62,7 +80,7 @@ def test_no_token_no_figures() -> None:
 def test_unknown_student_is_not_zero() -> None:
     """Where the student proposed nothing there is no entropy and no KL; a mean over nothing is NaN."""
     figures = rollout_metrics([make_trace([UNKNOWN, UNKNOWN])], draft_len=2)
-    assert figures["skd/accept_rate"] == 0 and figures["skd/undrafted_frac"] == 1
+    assert math.isnan(figures["skd/accept_rate"]) and figures["skd/undrafted_frac"] == 1
     assert math.isnan(figures["skd/student_entropy"]) and math.isnan(figures["skd/kl"])
 
 
@@ -76,9 +94,11 @@ def rollout(rng: random.Random, draft_len: int, length: int) -> tuple[list[str],
     kinds: list[str] = []
     drafted = thrown = 0
     while len(kinds) < length:
-        block = [rng.choices([KEPT, SWAPPED, SAME], [5, 2, 1])[0] for _ in range(draft_len)]
+        block = [
+            rng.choices([KEPT, SWAPPED, SAME, AGAIN, MARKED, GIVEN], [5, 1, 1, 1, 1, 1])[0] for _ in range(draft_len)
+        ]
         drafted += draft_len
-        end = block.index(SWAPPED) + 1 if SWAPPED in block else draft_len
+        end = next((place for place, kind in enumerate(block, 1) if kind in (SWAPPED, AGAIN)), draft_len)
         emitted = block[:end][: length - len(kinds)]
         thrown += draft_len - len(emitted)
         kinds += emitted

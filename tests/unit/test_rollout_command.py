@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skd_plugin.config import RecipeError
-from skd_plugin.rollout.command import read_prompts
+from skd_plugin.rollout.command import Prompt, check_references, read_prompts
 
 
 class Letters:
@@ -25,7 +25,7 @@ class Letters:
 def read(tmp_path: Path):
     """`read(text)`: the prompts of a file with this text; 10 tokens in all, 4 of them for the response."""
 
-    def read_text(text: str, max_new_tokens: int | None = 4) -> list[list[int]]:
+    def read_text(text: str, max_new_tokens: int | None = 4) -> list[Prompt]:
         path = tmp_path / "prompts.jsonl"
         path.write_text(text)
         return read_prompts(path, Letters(), 10, max_new_tokens)
@@ -34,11 +34,8 @@ def read(tmp_path: Path):
 
 
 def test_both_forms_in_the_order_of_the_file(read) -> None:
-    assert read('{"prompt": "abc"}\n\n{"prompt_ids": [25, 0]}\n{"prompt": "ba", "note": 1}\n') == [
-        [0, 1, 2],
-        [25, 0],
-        [1, 0],
-    ]
+    text = '{"prompt": "abc"}\n\n{"prompt_ids": [25, 0], "reference": "xy"}\n{"prompt": "ba", "note": 1}\n'
+    assert read(text) == [Prompt([0, 1, 2], None, 1), Prompt([25, 0], "xy", 3), Prompt([1, 0], None, 4)]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +50,8 @@ def test_both_forms_in_the_order_of_the_file(read) -> None:
         ('{"prompt_ids": [1, -1]}', "with ids below 26"),
         ('{"prompt_ids": [1, 2.0]}', "with ids below 26"),
         ('{"prompt": "a"}', "the prompt has 1 tokens; 2 to 6 fit"),
+        ('{"prompt": "abc", "reference": 3}', '"reference" is 3, but must be a text'),
+        ('{"prompt": "abc", "reference": ""}', "must be a text"),
         ('{"prompt_ids": []}', "the prompt has 0 tokens; 2 to 6 fit"),
         ('{"prompt": "abcdefg"}', "the prompt has 7 tokens; 2 to 6 fit"),
     ],
@@ -64,7 +63,7 @@ def test_wrong_line_is_named(read, line: str, message: str) -> None:
 
 
 def test_without_a_limit_one_token_is_left_for_the_response(read) -> None:
-    assert read('{"prompt": "abcdefghi"}', max_new_tokens=None) == [list(range(9))]
+    assert read('{"prompt": "abcdefghi"}', max_new_tokens=None) == [Prompt(list(range(9)), None, 1)]
     with pytest.raises(RecipeError, match="2 to 9 fit"):
         read('{"prompt": "abcdefghij"}', max_new_tokens=None)
 
@@ -78,3 +77,9 @@ def test_empty_file(read, text: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--prompts: there is no file .*none\.jsonl"):
         read_prompts(tmp_path / "none.jsonl", Letters(), 10, None)
+
+
+def test_missing_reference_is_named() -> None:
+    check_references([Prompt([1, 2], "a", 1)], "p.jsonl")
+    with pytest.raises(RecipeError, match=r"p\.jsonl, line 4: skd\.rollout\.method needs a reference"):
+        check_references([Prompt([1, 2], "a", 1), Prompt([1, 2], None, 4)], "p.jsonl")

@@ -1,0 +1,120 @@
+"""Given texts through the real engine: their tokens exactly, and what both models say of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skd_plugin.core.accept import NOTHING, REFERENCE, UNDRAFTED
+from skd_plugin.rollout.references import MissingReference, is_chosen
+from skd_plugin.rollout.rule import SamplingRule
+from tests.conftest import EOS, MAX_LEN, VOCAB
+
+pytestmark = pytest.mark.engine
+
+SUPERVISED = SamplingRule(top_k=VOCAB, reference_share=1.0)
+LETTERS = "abcdefghijklmnopqrstuvwxyz +="
+TOLERANCE = 1e-3
+
+
+def texts_of(count: int, longest: int) -> list[str]:
+    generator = torch.Generator().manual_seed(7)
+    lengths = [1 + (5 * i) % longest for i in range(count)]
+    return ["".join(LETTERS[i] for i in torch.randint(len(LETTERS), (n,), generator=generator)) for n in lengths]
+
+
+def ids_of(text: str) -> list[int]:
+    return [LETTERS.index(char) + 3 for char in text] + [EOS]
+
+
+PROMPTS = [[1, 5 + i % 20, *range(3, 4 + i % 9)] for i in range(40)]
+TEXTS = texts_of(40, 23)
+
+
+def assert_forced(samples: list, reference_logits, limit: int = MAX_LEN) -> None:
+    """The texts token by token, and the log-probabilities of plain forwards of both models."""
+    sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
+    logp = {name: [x.log_softmax(-1) for x in reference_logits(name, sequences)] for name in ("teacher", "student")}
+    for index, (sample, text) in enumerate(zip(samples, TEXTS, strict=True)):
+        expected, trace = ids_of(text), sample.trace
+        assert trace.response_ids.tolist() == expected[:limit]
+        assert sample.finish == ("stop" if len(expected) <= limit else "length")
+        assert (trace.source == REFERENCE).all() and (trace.rejected_ids == NOTHING).all()
+        drafted = trace.draft_rank != NOTHING
+        assert torch.equal(drafted, ~trace.student_logp.isnan())
+        rows = {name: logp[name][index][len(sample.prompt_ids) - 1 : -1] for name in logp}
+        own = trace.response_ids.long()[:, None]
+        for name in ("teacher", "student"):
+            known = drafted if name == "student" else torch.ones_like(drafted)
+            found = getattr(trace, f"{name}_logp").double()[known]
+            torch.testing.assert_close(found, rows[name].gather(1, own).squeeze(1)[known], atol=TOLERANCE, rtol=0)
+        best = rows["teacher"].topk(8).values
+        torch.testing.assert_close(trace.teacher_topk_logp.double(), best, atol=TOLERANCE, rtol=0)
+        kl = (rows["teacher"].exp() * (rows["teacher"] - rows["student"])).sum(-1)
+        torch.testing.assert_close(trace.kl.double()[drafted], kl[drafted], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("draft_len", [1, 4])
+def test_references_come_out_as_they_went_in(engine, reference_logits, draft_len):
+    samples = engine(draft_len).generate(PROMPTS, SUPERVISED, 40, texts=TEXTS)
+    assert_forced(samples, reference_logits)
+    assert all((s.trace.draft_rank >= 0).all() for s in samples)
+
+
+def test_a_long_reference_is_cut_like_any_response(engine, reference_logits):
+    """At max_new_tokens, without an end token; the one that just fits has its own."""
+    samples = engine(4).generate(PROMPTS, SUPERVISED, 11, texts=TEXTS)
+    assert {len(s.trace) for s in samples} >= {11} and any(len(ids_of(t)) == 11 for t in TEXTS)
+    assert_forced(samples, reference_logits, limit=11)
+
+
+def test_mixture_is_made_of_both(engine):
+    """Sampled responses are those of a run without references; which prompts are sampled is the rule's choice."""
+    mixed = SamplingRule(top_k=4, reference_share=0.5)
+    seeds = list(range(40))
+    plain = engine(4).generate(PROMPTS, SamplingRule(top_k=4), 12, seeds=seeds)
+    both = engine(4).generate(PROMPTS, mixed, 12, seed=6, seeds=seeds, texts=TEXTS)
+    for prompt, text, sampled, sample in zip(PROMPTS, TEXTS, plain, both, strict=True):
+        if is_chosen(0.5, 6, prompt):
+            assert sample.trace.response_ids.tolist() == ids_of(text)[:12]
+            assert (sample.trace.source == REFERENCE).all()
+        else:
+            assert sample.trace.response_ids.tolist() == sampled.trace.response_ids.tolist()
+            assert (sample.trace.source != REFERENCE).all()
+    assert 10 < sum(is_chosen(0.5, 6, prompt) for prompt in PROMPTS) < 30
+
+
+def test_missing_reference_names_the_prompt(engine):
+    with pytest.raises(MissingReference, match="this one has none: '<s>cab'"):
+        engine(4).generate([[1, 5, 3, 4]], SUPERVISED, 12, texts=[None])
+
+
+def test_evaluation_needs_no_reference(engine):
+    samples = engine(4).generate(PROMPTS[:3], SUPERVISED.student_only(0.0), 6)
+    assert all((s.trace.source == 0).all() for s in samples)
+
+
+def test_after_a_preemption_nothing_is_lost(engine, reference_logits):
+    """A cache that does not hold all requests: some tokens come without a draft, and references do not change."""
+    small = engine(4, num_gpu_blocks_override=9, max_num_seqs=16)
+    forced = small.generate(PROMPTS, SUPERVISED, 40, texts=TEXTS)
+    assert_forced(forced, reference_logits)
+    assert any((s.trace.draft_rank == NOTHING).any() for s in forced), "no request was preempted"
+    seeds = list(range(40))
+    samples = small.generate(PROMPTS, SamplingRule(top_k=VOCAB), 60, seeds=seeds)
+    roomy = engine(4).generate(PROMPTS, SamplingRule(top_k=VOCAB), 60, seeds=seeds)
+    undrafted = [s for s in samples if (s.trace.source == UNDRAFTED).any()]
+    assert undrafted, "no request was preempted; make the cache smaller"
+    for sample, other in zip(samples, roomy, strict=True):
+        trace = sample.trace
+        first = next((i for i, code in enumerate(trace.source.tolist()) if code == UNDRAFTED), len(trace))
+        assert trace.response_ids[:first].tolist() == other.trace.response_ids[:first].tolist()
+        lost = trace.source == UNDRAFTED
+        assert trace.student_logp[lost].isnan().all() and (trace.rejected_ids[lost] == NOTHING).all()
+        assert not trace.teacher_logp.isnan().any() and not trace.student_logp[~lost].isnan().any()
+    sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in undrafted]
+    for sample, logits in zip(undrafted, reference_logits("teacher", sequences), strict=True):
+        expected = logits.log_softmax(-1)[len(sample.prompt_ids) - 1 : -1].gather(
+            1, sample.trace.response_ids.long()[:, None]
+        )
+        torch.testing.assert_close(sample.trace.teacher_logp.double(), expected.squeeze(1), atol=TOLERANCE, rtol=0)
