@@ -164,14 +164,11 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _options_of_other_methods(self) -> RolloutConfig:
         effects = {
-            "mix": (self.method in ("mixed", "mixed_skd"), "method mixed or mixed_skd"),
-            "stage_share": (self.method == "two_stage", "method two_stage"),
-            "confidence": (self.gate == "confident", "gate confident"),
+            "mix": self.method in ("mixed", "mixed_skd"),
+            "stage_share": self.method == "two_stage",
+            "confidence": self.gate == "confident",
         }
-        for name, (has_effect, place) in effects.items():
-            value = getattr(self, name)
-            if not has_effect and value != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is {value!r}, but only {place} reads it")
+        _refuse_idle(self, effects, f"the method is {self.method}, the gate {self.gate}")
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
 from skd_plugin.compat import cpu
 from skd_plugin.compat.ray_class import plain_class
+from skd_plugin.config.models import common_vocab_size
 from skd_plugin.core.losses import make_token_loss
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
@@ -30,7 +31,8 @@ class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
         skd = self.args.skd
-        distillation = DistillationLoss(make_token_loss(**skd.loss.token_loss_arguments()))
+        vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
+        distillation = DistillationLoss(make_token_loss(**skd.loss.token_loss_arguments(), vocab=vocab))
         self.actor.register_forward_hook(distillation.capture)
         by_token = self.args.actor.loss_agg_mode == "token-mean"
         self.actor_loss_fn = Objective(

@@ -21,7 +21,7 @@ from skd_plugin.config.host_options import check_by_host, host_arguments, host_p
 from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies, common_vocab_size
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
-from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, SKDConfig, field_docs
+from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
 from skd_plugin.core.losses import DIVERGENCES, make_token_loss
 from skd_plugin.core.weights import LAWS, make_weigher
 from skd_plugin.tasks.reward import reference_of
@@ -250,9 +250,9 @@ def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:
             "it needs gate: top_k and replacement: sample",
         ),
         ({"reference_compat": True, "replacement": "argmax"}, "it needs gate: top_k and replacement: sample"),
-        ({"mix": 0.3}, "mix is 0.3, but only method mixed or mixed_skd reads it"),
-        ({"method": "mixed", "stage_share": 0.3}, "stage_share is 0.3, but only method two_stage reads it"),
-        ({"confidence": "margin"}, "confidence is 'margin', but only gate confident reads it"),
+        ({"mix": 0.3}, "mix = 0.3 has no effect: the method is skd"),
+        ({"method": "mixed", "stage_share": 0.3}, "stage_share = 0.3 has no effect: the method is mixed"),
+        ({"confidence": "margin"}, "confidence = margin has no effect: .*, the gate top_k"),
         ({"method": "on_policy", "top_k": TARGET}, "method 'on_policy' puts no token to a gate"),
         ({"gate": "floor", "threshold": 0.1, "top_k": TARGET}, "gate 'floor' has no K"),
         ({"gate": "confident", "threshold": TARGET, "top_k": TARGET}, "cannot both follow the rate of acceptance"),
@@ -263,12 +263,35 @@ def test_options_that_do_not_go_together(options: dict, message: str) -> None:
         parse_skd({**TEACHER, "rollout": options})
 
 
+def test_page_of_the_rollout_has_every_option() -> None:
+    page = (RECIPES.parent / "docs" / "rollout.md").read_text()
+    plain = {"draft_len", "student_temperature", "student_top_p", "teacher_temperature", "teacher_top_p"}
+    fields = RolloutConfig.model_fields
+    for name in fields.keys() - plain:
+        assert f"`{name}" in page, name
+    for name in ("method", "gate", "confidence"):
+        assert all(f"`{value}`" in page for value in get_args(fields[name].annotation)), name
+    for name in ("replacement", "top_k_decay_len", "write_back", "reference_compat"):
+        (line,) = set(re.findall(rf"`({name}: \w+)`", page))
+        parse_skd({**TEACHER, "rollout": yaml.safe_load(line)})
+    moving = re.findall(r"`(\{kind: [^`]+\})`", page)
+    assert len(moving) == 3
+    for line in moving:
+        text = line.replace("from: a, to: b", "from: 9, to: 2")
+        parse_skd({**TEACHER, "rollout": {"top_k": yaml.safe_load(text)}})
+
+
 def test_moving_values_survive_the_run_folder(quickstart) -> None:
     run = quickstart("skd.rollout.top_k={kind: cosine, from: 40, to: 5}")
     assert Run.load(run.save()) == run
 
 
 def test_sequence_level_distillation_has_one_loss() -> None:
+    """It need not be named, and may not be another."""
+    for loss in ({}, {"kind": "cross_entropy"}, {"replaced_kind": None, "clamp": 5.0}):
+        config = parse_skd({**TEACHER, "rollout": {"method": "seq_kd"}, "loss": loss})
+        assert config.loss.kind == "cross_entropy"
+        assert SKDConfig(**config.model_dump()) == config
     for name in ("kind", "replaced_kind"):
         with pytest.raises(
             RecipeError, match=f"'seq_kd' learns the teacher's tokens, .*{name} .* use method: teacher"
