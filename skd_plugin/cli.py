@@ -14,7 +14,7 @@ from skd_plugin.config.recipe import unknown_key
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the recipe or the command line is wrong, 130 stopped by Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "rollout": _rollout, "check": _check}
+    commands = {"train": _train, "rollout": _rollout, "check": _check, "report": _report}
     if not argv or argv[0] not in commands:
         print(USAGE)
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
@@ -31,6 +31,7 @@ usage: skd COMMAND RECIPE.yaml [key=value ...] [--flag value ...]
   skd train    RECIPE   distil the student of the recipe        (skd train --help lists every option)
   skd rollout  RECIPE   sample interleaved responses, no training
   skd check    RECIPE   find what is wrong before a run         (skd check --help)
+  skd report   RUN...   one HTML page of run folders: curves, comparison, traces token by token
 
 A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag of OpenRLHF's train_ppo_ray."""
 
@@ -81,6 +82,22 @@ def _check(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     recipe, overrides = _recipe_and_overrides(rest)
     return run_check(recipe, overrides, self_test=own.self_test, dry_run=own.dry_run)
+
+
+def _report(argv: list[str]) -> int:
+    from skd_plugin.report.command import run_report
+
+    parser = argparse.ArgumentParser(
+        prog="skd report", description="One self-contained HTML page of one or several run folders; see docs/report.md."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that skd train wrote; the run may still go on")
+    parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
+    parser.add_argument("--png", metavar="DIR", help="also write the curves as PNG files into this folder")
+    parser.add_argument(
+        "--traces", type=int, default=5000, help="responses of each run, evenly spread (default: %(default)s)"
+    )
+    own = parser.parse_args(argv)
+    return run_report(own.runs, own.out, own.png, own.traces)
 
 
 def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:

@@ -1,0 +1,215 @@
+// The curves: one small chart a metric, all runs in each, one cursor for all.
+"use strict";
+
+(() => {
+  const { element, byId, colour, percent, number } = Report;
+  const data = JSON.parse(byId("curve-data").textContent);
+  if (!byId("charts")) return;
+  const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 2]];
+  const HEIGHT = 190;
+  const state = {
+    shown: new Set(data.first),
+    hidden: new Set(),
+    smoothing: 0,
+    axis: "step",
+  };
+  const live = new Map(); // metric -> {plot, card}
+
+  const strokeOf = (run) => () => colour(`--run${run % 6}`);
+  const faintOf = (run) => () => colour(`--run${run % 6}-faint`);
+  const format = (figure, value) => (value == null ? "-" : figure.percent ? percent(value) : number(value));
+
+  // Exponential moving average that starts unbiased.
+  function smoothed(values) {
+    let sum = 0;
+    let weight = 0;
+    return values.map((value) => {
+      sum = state.smoothing * sum + (1 - state.smoothing) * value;
+      weight = state.smoothing * weight + (1 - state.smoothing);
+      return sum / weight;
+    });
+  }
+
+  function placesOf(run, steps) {
+    if (state.axis === "step") return steps;
+    const [known, seconds] = run.seconds;
+    const bySteps = new Map(known.map((step, i) => [step, seconds[i]]));
+    return steps.map((step) => bySteps.get(step) ?? null);
+  }
+
+  // -> uPlot's series and their tables of x and y; `readout` names the series whose value stands below the chart.
+  function seriesOf(figure) {
+    const series = [];
+    const tables = [];
+    data.runs.forEach((run, index) => {
+      const own = run.series[figure.name];
+      if (!own || state.hidden.has(index)) return;
+      const places = placesOf(run, own[0]);
+      const keep = own[1].map((_, i) => i).filter((i) => places[i] !== null);
+      const x = keep.map((i) => places[i]);
+      const y = keep.map((i) => own[1][i]);
+      const smooth = state.smoothing > 0 && !figure.points && y.length > 2;
+      const lone = figure.points || y.length === 1;
+      if (smooth) {
+        series.push({ run: index, stroke: faintOf(index), width: 1, points: { show: false }, spanGaps: true });
+        tables.push([x, y]);
+      }
+      series.push({
+        run: index,
+        readout: true,
+        stroke: strokeOf(index),
+        width: 2,
+        dash: DASHES[index % DASHES.length],
+        points: { show: lone, size: 6, fill: strokeOf(index) },
+        spanGaps: true,
+      });
+      tables.push([x, smooth ? smoothed(y) : y]);
+    });
+    return { series, tables };
+  }
+
+  function teachersOf(figure) {
+    return data.runs.flatMap((run, index) => {
+      const own = figure.teacher && run.series[figure.teacher];
+      return own && !state.hidden.has(index) ? [{ run: index, value: own[1].at(-1) }] : [];
+    });
+  }
+
+  function draw(figure) {
+    const { series, tables } = seriesOf(figure);
+    const teachers = teachersOf(figure);
+    const readout = element("div", { className: "readout" });
+    const body = element("div", {
+      className: "plot",
+      tabIndex: 0,
+      role: "img",
+      "aria-label": `${figure.title}: ${ends(figure)}`,
+    });
+    const card = element(
+      "figure",
+      { className: "card chart" },
+      element("figcaption", {}, element("strong", {}, figure.title), " ", element("small", {}, figure.about)),
+      body,
+      readout,
+    );
+    byId("charts").append(card);
+    const joined = tables.length ? uPlot.join(tables.map(([x, y]) => [x, y])) : [[]];
+    teachers.forEach(({ run, value }) => {
+      series.push({ run, stroke: strokeOf(run), width: 1, dash: [3, 4], points: { show: false } });
+      joined.push(joined[0].map(() => value));
+    });
+    const axis = {
+      stroke: () => colour("--muted"),
+      grid: { stroke: () => colour("--line"), width: 1 },
+      ticks: { stroke: () => colour("--line"), width: 1, size: 4 },
+      font: "12px system-ui, sans-serif",
+    };
+    const options = {
+      width: Math.max(body.clientWidth, 200),
+      height: HEIGHT,
+      legend: { show: false },
+      cursor: { sync: { key: "skd", scales: ["x", null] }, points: { size: 7 }, y: false },
+      scales: { x: { time: false, range: wholeRange }, y: { range: figure.zero ? fromZero : padded } },
+      axes: [
+        { ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? number(tick) : "")) },
+        { ...axis, size: figure.percent ? 62 : 58, values: (_, ticks) => ticks.map((tick) => tickOf(figure, tick)) },
+      ],
+      series: [{}, ...series],
+      hooks: { setCursor: [(plot) => read(plot, figure, readout, teachers)] },
+    };
+    const plot = new uPlot(options, joined, body);
+    body.addEventListener("keydown", (event) => step(event, plot));
+    read(plot, figure, readout, teachers);
+    live.set(figure.name, { plot, card, body });
+  }
+
+  const tickOf = (figure, tick) => (figure.percent ? `${Number((100 * tick).toPrecision(6))} %` : number(tick));
+  const wholeRange = (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]);
+  const fromZero = (_, low, high) => [0, Math.max(high * 1.05, 1e-6)];
+  const padded = (_, low, high) => {
+    const margin = (high - low || Math.abs(high) || 1) * 0.08;
+    return [low - margin < 0 && low >= 0 ? 0 : low - margin, high + margin];
+  };
+
+  function ends(figure) {
+    return data.runs
+      .filter((run) => run.series[figure.name])
+      .map((run) => {
+        const values = run.series[figure.name][1];
+        return `${run.name} from ${format(figure, values[0])} to ${format(figure, values.at(-1))}`;
+      })
+      .join("; ");
+  }
+
+  // The values at the cursor, or the last ones, below the chart.
+  function read(plot, figure, readout, teachers) {
+    const { idx } = plot.cursor;
+    const parts = [];
+    plot.series.forEach((series, i) => {
+      if (!series.readout) return;
+      const values = plot.data[i];
+      let at = idx ?? values.length - 1;
+      while (at > 0 && values[at] == null) at--;
+      const swatch = element("span", { className: `swatch run${series.run % 6}` });
+      parts.push(element("span", {}, swatch, format(figure, values[at])));
+    });
+    const distinct = [...new Set(teachers.map(({ value }) => format(figure, value)))];
+    if (distinct.length) parts.push(element("span", { className: "quiet" }, `teacher ${distinct.join(", ")} (dotted)`));
+    const place = idx == null ? "last" : state.axis === "step" ? `step ${number(plot.data[0][idx])}` : `${number(plot.data[0][idx])} s`;
+    readout.replaceChildren(element("span", { className: "quiet" }, place), ...parts);
+  }
+
+  function step(event, plot) {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!move) return;
+    event.preventDefault();
+    const last = plot.data[0].length - 1;
+    const at = Math.min(last, Math.max(0, (plot.cursor.idx ?? (move < 0 ? last + 1 : -1)) + move));
+    plot.setCursor({ left: plot.valToPos(plot.data[0][at], "x"), top: 10 });
+  }
+
+  function drawAll() {
+    live.forEach(({ plot }) => plot.destroy());
+    live.clear();
+    byId("charts").replaceChildren();
+    data.figures.filter((figure) => state.shown.has(figure.name)).forEach(draw);
+    fit();
+  }
+
+  function fit() {
+    live.forEach(({ plot, body }) => {
+      if (body.clientWidth && body.clientWidth !== plot.width) plot.setSize({ width: body.clientWidth, height: HEIGHT });
+    });
+  }
+
+  function toggle(set, key, button, on) {
+    set.has(key) ? set.delete(key) : set.add(key);
+    button.setAttribute("aria-pressed", String(on()));
+    drawAll();
+  }
+
+  data.runs.forEach((run, index) => {
+    const swatch = element("span", { className: `swatch run${index % 6}` });
+    const button = element("button", { type: "button", "aria-pressed": "true" }, swatch, run.name);
+    button.addEventListener("click", () => toggle(state.hidden, index, button, () => !state.hidden.has(index)));
+    byId("run-legend").append(button);
+  });
+  data.figures.forEach((figure) => {
+    const on = () => state.shown.has(figure.name);
+    const button = element("button", { type: "button", title: figure.name, "aria-pressed": String(on()) }, figure.title);
+    button.addEventListener("click", () => toggle(state.shown, figure.name, button, on));
+    byId("chooser").append(button);
+  });
+  byId("smoothing").addEventListener("input", (event) => {
+    state.smoothing = Number(event.target.value);
+    byId("smoothing-value").textContent = event.target.value;
+    drawAll();
+  });
+  byId("x-axis").addEventListener("change", (event) => {
+    state.axis = event.target.value;
+    drawAll();
+  });
+  Report.themeListeners.push(() => live.forEach(({ plot }) => plot.redraw(false, true)));
+  new ResizeObserver(fit).observe(byId("charts"));
+  drawAll();
+})();

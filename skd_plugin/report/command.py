@@ -1,0 +1,46 @@
+"""`skd report`: from run folders to one HTML page, and PNGs of the curves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from skd_plugin.config.recipe import RecipeError
+from skd_plugin.report.folder import RunFolder, read_runs
+
+
+def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> int:
+    """Raises RecipeError: a path is no run folder, nothing can be written at `out`, --png without matplotlib."""
+    if max_traces < 0:
+        raise RecipeError(f"--traces is {max_traces}; it is how many responses of each run the page holds")
+    target = Path(out)
+    if target.is_dir():
+        raise RecipeError(f"--out: {target} is a folder; name the file to write")
+    runs = read_runs(paths)
+    if png is not None:
+        from skd_plugin.report.plots import write_plots
+
+        files = write_plots(runs, Path(png))
+        print(f"{len(files)} curves are in {png}", file=sys.stderr)
+    _write_page(runs, target, max_traces)
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.name}: {note}", file=sys.stderr)
+    print(f"The report is {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser", file=sys.stderr)
+    return 0
+
+
+def _write_page(runs: list[RunFolder], target: Path, max_traces: int) -> None:
+    from skd_plugin.report.page import render
+    from skd_plugin.report.pieces import Pieces, load_pieces, same_tokenizer
+    from skd_plugin.report.traces import pack_traces
+
+    pieces = [load_pieces(run) if (run.path / "traces.jsonl").is_file() else Pieces(None) for run in runs]
+    notes = []
+    if not same_tokenizer(pieces):
+        notes.append(
+            "The runs' students have different tokenizers: what is counted a token (loss, KL, lengths) does not compare."
+        )
+    page = render(runs, pack_traces(runs, pieces, max_traces), notes)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page)

@@ -1,0 +1,124 @@
+"""A run folder as it lies on disk, possibly of a run that goes on or was cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skd_plugin.config.recipe import RecipeError, flatten
+
+Series = tuple[list[int], list[float]]  # steps, rising, and the values at them
+
+MADE_BY_A_RUN = ("config.yaml", "metrics.jsonl", "traces.jsonl")
+
+
+@dataclass
+class RunFolder:
+    path: Path
+    name: str
+    config: dict[str, Any]  # dotted name -> value; empty if there is no config.yaml
+    status: dict[str, Any]
+    curves: dict[str, Series]  # metric -> its series
+    notes: list[str] = field(default_factory=list)  # what a reader of the page must know about the files
+
+    def option(self, name: str) -> Any:
+        return self.config.get(name)
+
+    @property
+    def steps(self) -> int:
+        return max((steps[-1] for name, (steps, _) in self.curves.items() if not name.startswith("eval/")), default=0)
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
+    """Raises RecipeError: no such folder, not a run folder, or one that is named twice."""
+    folders = [Path(path) for path in paths]
+    for index, folder in enumerate(folders):
+        if not folder.exists():
+            raise RecipeError(f"there is no run folder {folder}")
+        if not any((folder / name).is_file() for name in MADE_BY_A_RUN):
+            raise RecipeError(
+                f"{folder} is not a run folder: it holds none of {', '.join(MADE_BY_A_RUN)}. "
+                "Name the folder that skd train wrote (skd.run_dir)"
+            )
+        if folder.resolve() in [other.resolve() for other in folders[:index]]:
+            raise RecipeError(f"{folder} is named twice")
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that is none is left out, and a note says so."""
+    bad, cut = [], False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:  # of JSON or of UTF-8
+                cut = not line.endswith(b"\n")
+                bad += [] if cut or not line.strip() else [number]
+                continue
+            if isinstance(record, dict):
+                yield record
+            else:
+                bad.append(number)
+    if cut:
+        notes.append(f"The last line of {path.name} is half written and was left out.")
+    if bad:
+        lines = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        notes.append(f"{path.name}: {len(bad)} unreadable line(s) were left out (line {lines}).")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Short names that tell the folders apart: as many trailing parts of the paths as that takes."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read_run(folder: Path, name: str) -> RunFolder:
+    notes: list[str] = []
+    config = _mapping(folder / "config.yaml", notes)
+    status = _mapping(folder / "status.json", [])
+    records = list(json_lines(folder / "metrics.jsonl", notes)) if (folder / "metrics.jsonl").is_file() else None
+    if records is None:
+        notes.append("There is no metrics.jsonl: no curves.")
+    elif not records:
+        notes.append("metrics.jsonl is empty: no step has ended yet.")
+    if not (folder / "traces.jsonl").is_file():
+        notes.append("There is no traces.jsonl: no responses to look at (skd.traces_per_step).")
+    return RunFolder(folder, name, flatten(config), status, _curves(records or []), notes)
+
+
+def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A YAML (or JSON) mapping, or {} and a note."""
+    if not path.is_file():
+        notes.append(f"There is no {path.name}: models and settings are unknown.")
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{path.name} cannot be read: models and settings are unknown.")
+        return {}
+    return content
+
+
+def _curves(records: list[dict[str, Any]]) -> dict[str, Series]:
+    """Every number of the records by metric. A step that was run again after a resume counts as it was last."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, {})[step] = float(value)
+    return {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in found.items()}

@@ -1,0 +1,140 @@
+"""What the tables of a page say: the facts of each run, the metrics side by side, the settings that differ."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from skd_plugin.report.figures import Figure, figures_of, last_part, teacher_line
+from skd_plugin.report.folder import RunFolder, Series
+
+SECRET = re.compile(r"(^|[._])(key|api_key|token|secret|password)$|_token$")
+HIDDEN = "(not shown)"
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Tile:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    last: str
+    best: str = ""  # with its step; empty where the metric has no better direction
+    leads: bool = False  # the best of all runs
+
+
+def gate(run: RunFolder) -> str:
+    method = run.option("skd.rollout.method")
+    if method == "on_policy":
+        return "none: every student token stays (on-policy)"
+    if method == "teacher":
+        return "none: every token is the teacher's"
+    name = run.option("skd.rollout.gate") or "top_k"
+    values = {"K": run.option("skd.rollout.top_k"), "threshold": run.option("skd.rollout.threshold")}
+    if name not in ("top_k", "confident"):
+        values.pop("K")
+    given = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+    return f"{name}, {given}" if given else name
+
+
+def short_path(name: Any) -> str:
+    """The last two parts of a path; a Hugging Face name has two anyway."""
+    return "/".join(str(name).rstrip("/").split("/")[-2:]) if name else "unknown"
+
+
+def state(run: RunFolder) -> str:
+    stage, planned = run.status.get("stage"), run.status.get("max_steps")
+    steps = f"{run.steps} of {planned}" if planned and planned != run.steps else str(run.steps)
+    return f"{steps} steps" + ("" if stage == "done" else f", unfinished ({stage or 'stage unknown'})")
+
+
+def tiles(run: RunFolder) -> list[Tile]:
+    """The few numbers that one wants to know of a run; one whose metric is missing is left out."""
+    found = []
+    for figure in figures_of([run]):
+        if figure.name.startswith("eval/") and last_part(figure.name) in ("accuracy", "kl"):
+            values = run.curves[figure.name][1]
+            teacher = run.curves.get(teacher_line(figure.name))
+            note = f"from {number(values[0], figure)}" if len(values) > 1 else ""
+            note += f"; teacher {number(teacher[1][-1], figure)}" if teacher else ""
+            found.append(Tile(figure.title, number(values[-1], figure), note.removeprefix("; ")))
+        elif figure.name in ("skd/accept_rate", "skd/loss"):
+            values = run.curves[figure.name][1]
+            found.append(Tile(figure.title, number(values[-1], figure), f"from {number(values[0], figure)}"))
+    seconds, tokens = spent(run)
+    if seconds:
+        found.append(Tile("Training time", duration(seconds), f"{tokens / seconds:,.0f} response tokens/s"))
+    return found
+
+
+def spent(run: RunFolder) -> tuple[float, float]:
+    """Seconds of all steps, evaluations and start not counted, and response tokens sampled in them."""
+    step_time, speed = run.curves.get("time/step"), run.curves.get("tokens_per_s")
+    if not step_time or not speed:
+        return 0.0, 0.0
+    speeds = dict(zip(*speed, strict=True))
+    return sum(step_time[1]), sum(t * speeds.get(step, 0.0) for step, t in zip(*step_time, strict=True))
+
+
+def comparison(runs: list[RunFolder], figures: list[Figure]) -> list[tuple[Figure, list[Cell | None]]]:
+    """A row a metric: last and best value of each run; None where a run has none."""
+    rows = []
+    for figure in figures:
+        bests = [_best(run.curves.get(figure.name), figure) for run in runs]
+        known = [best[1] for best in bests if best]
+        pick = max if figure.better == "high" else min
+        lead = pick(known) if figure.better and len(runs) > 1 and known else None
+        cells = []
+        for run, best in zip(runs, bests, strict=True):
+            series = run.curves.get(figure.name)
+            text = f"{number(best[1], figure)} at {best[0]}" if best and figure.better else ""
+            leads = bool(best) and best[1] == lead
+            cells.append(Cell(number(series[1][-1], figure), text, leads) if series else None)
+        rows.append((figure, cells))
+    return rows
+
+
+def differing_settings(runs: list[RunFolder]) -> list[tuple[str, list[str]]]:
+    """Options on which the runs do not agree. Places inside the run folder count as equal."""
+    shown = [settings(run) for run in runs]
+    names = list(dict.fromkeys(name for options in shown for name in options))
+    rows = [(name, [options.get(name, ABSENT) for options in shown]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def settings(run: RunFolder) -> dict[str, str]:
+    """Every option as text, keys and tokens hidden, the run folder written as RUN."""
+    folder = run.option("skd.run_dir")
+    shown = {}
+    for name, value in run.config.items():
+        text = str(value)
+        if folder and isinstance(value, str) and (value == folder or value.startswith(f"{folder}/")):
+            text = "RUN" + value[len(folder) :]
+        shown[name] = HIDDEN if value is not None and SECRET.search(name) else text
+    return shown
+
+
+def number(value: float, figure: Figure | None = None) -> str:
+    if figure and figure.percent:
+        return f"{100 * value:.1f} %"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _best(series: Series | None, figure: Figure) -> tuple[int, float] | None:
+    if not series:
+        return None
+    pairs = list(zip(*series, strict=True))
+    return (max if figure.better == "high" else min)(pairs, key=lambda pair: pair[1])

@@ -1,0 +1,182 @@
+"""Traces as columns of small integers, packed into one text that a page can hold.
+
+The blob: gzip of [header length, uint32 little endian][header, JSON][columns], in base64. The header names each column's
+place and type, and holds the strings. What is not stored as itself:
+
+- log-probabilities, KL and entropy in thousandths of a nat, negated where they are negative (`NONE` where the value does
+  not exist), so 1 is told from 0.999 and the least probability is e^-65;
+- tokens as places in a table of the pieces that occur; place 0 is "no token";
+- of the teacher's distribution only the `TOP` first entries.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from skd_plugin.core.accept import NOTHING, REPLACED
+from skd_plugin.core.trace import SOURCE_LETTERS
+from skd_plugin.report.folder import RunFolder, json_lines
+from skd_plugin.report.pieces import Piece, Pieces
+
+TOP = 5
+NONE = 65535
+PER_TOKEN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
+             "student_entropy", "teacher_topk_ids", "teacher_topk_logp")  # fmt: skip
+
+
+@dataclass
+class PackedTraces:
+    """Grows by `add`; a row of `per_trace` a response, an entry of the token columns a token."""
+
+    pieces: dict[tuple[int, Piece | tuple[int, ...]], int] = field(default_factory=dict)  # (id, text) -> place
+    special: set[int] = field(default_factory=set)
+    strings: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    per_trace: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, run: int, record: dict[str, Any], place: Callable[[int], int]) -> None:
+        """Args: place: token id -> its place in the table of pieces, of the run's tokenizer."""
+        ids, rejected = record["response_ids"], record["rejected_ids"]
+        sources = [SOURCE_LETTERS.index(letter) for letter in record["source"]]
+        kl = np.array([np.nan if value is None else value for value in record["kl"]], dtype=float)
+        top_ids = [_padded([place(id_) for id_ in row[:TOP]], 0) for row in record["teacher_topk_ids"]]
+        top_logp = [_padded(row[:TOP], None) for row in record["teacher_topk_logp"]]
+        columns = {
+            "token": [place(id_) for id_ in ids],
+            "source": sources,
+            "rejected": [0 if id_ == NOTHING else place(id_) for id_ in rejected],
+            "rank": [rank + 1 for rank in record["draft_rank"]],  # 0: nothing was proposed
+            "student": _milli(record["student_logp"], -1),
+            "teacher": _milli(record["teacher_logp"], -1),
+            "kl": _milli(record["kl"], 1),
+            "entropy": _milli(record["student_entropy"], 1),
+            "topToken": np.ravel(top_ids),
+            "topLogp": _milli([value for row in top_logp for value in row], -1),
+        }
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).append(np.asarray(values, dtype=np.int64))
+        known = kl[~np.isnan(kl)]
+        self.per_trace.append(
+            {
+                "run": run,
+                "step": record.get("step", 0),
+                "length": len(ids),
+                "meanKl": float(known.mean()) if len(known) else 0.0,
+                "maxKl": float(known.max()) if len(known) else 0.0,
+                "replaced": sources.count(REPLACED) / max(len(ids), 1),
+                "cutOff": record.get("finish") == "length",
+                "prompt": self._string(record.get("prompt", "")),
+                "response": self._string(record.get("response", "")),
+            }
+        )
+
+    def blob(self) -> str:
+        parts, header_columns, offset = [], {}, 0
+        for name, values in self._all_columns().items():
+            raw = values.tobytes()
+            raw += bytes(-len(raw) % 4)  # a typed array must begin at a multiple of its width
+            header_columns[name] = [values.dtype.name, offset, len(values)]
+            parts.append(raw)
+            offset += len(raw)
+        pieces = [[id_, list(text) if isinstance(text, tuple) else text] for id_, text in self.pieces]
+        header = json.dumps(
+            {"columns": header_columns, "pieces": pieces, "special": sorted(self.special), "strings": [*self.strings]}
+        ).encode()
+        header += b" " * (-len(header) % 4)
+        length = np.array([len(header)], dtype="<u4").tobytes()
+        return base64.b64encode(gzip.compress(b"".join([length, header, *parts]), 6, mtime=0)).decode()
+
+    def place(self, token_id: int, piece: Piece, special: bool) -> int:
+        key = token_id, tuple(piece) if isinstance(piece, list) else piece
+        place = self.pieces.setdefault(key, len(self.pieces) + 1)
+        if special:
+            self.special.add(place)
+        return place
+
+    def _string(self, text: str) -> int:
+        return self.strings.setdefault(text, len(self.strings))
+
+    def _all_columns(self) -> dict[str, np.ndarray]:
+        columns = {name: _smallest(np.concatenate(chunks)) for name, chunks in self.columns.items()}
+        for name in self.per_trace[0] if self.per_trace else ():
+            values = np.array([row[name] for row in self.per_trace])
+            columns[f"trace.{name}"] = values.astype("<f4") if values.dtype.kind == "f" else _smallest(values)
+        return columns
+
+
+def pack_traces(runs: list[RunFolder], pieces: list[Pieces], limit: int) -> PackedTraces:
+    """The traces of all runs, at most `limit` of each, evenly spread over its file. Adds notes to the runs."""
+    packed = PackedTraces()
+    for number, (run, run_pieces) in enumerate(zip(runs, pieces, strict=True)):
+        places: dict[int, int] = {}
+
+        def place(token_id: int, pieces: Pieces = run_pieces, known: dict[int, int] = places) -> int:
+            if token_id not in known:
+                known[token_id] = packed.place(token_id, pieces[token_id], pieces.is_special(token_id))
+            return known[token_id]
+
+        broken = 0
+        for record in _spread(run, limit):
+            if _is_whole(record):
+                packed.add(number, record, place)
+            else:
+                broken += 1
+        if broken:
+            run.notes.append(f"traces.jsonl: {broken} trace(s) lack a field, or fields differ in length: left out.")
+    return packed
+
+
+def corrections(packed: PackedTraces, run: int, count: int) -> list[tuple[Piece, Piece, int]]:
+    """(rejected piece, the teacher's replacement, how often) of a run, the most frequent first."""
+    lengths = [row["length"] for row in packed.per_trace]
+    pairs: Counter[tuple[int, int]] = Counter()
+    for index, row in enumerate(packed.per_trace):
+        if row["run"] != run or not lengths[index]:
+            continue
+        replaced = packed.columns["source"][index] == REPLACED
+        rejected, token = (packed.columns[name][index][replaced].tolist() for name in ("rejected", "token"))
+        pairs.update((was, now) for was, now in zip(rejected, token, strict=True) if was and was != now)
+    texts = [text for _, text in packed.pieces]
+    return [(texts[was - 1], texts[now - 1], times) for (was, now), times in pairs.most_common(count)]
+
+
+def _spread(run: RunFolder, limit: int) -> Iterable[dict[str, Any]]:
+    path = run.path / "traces.jsonl"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        total = sum(1 for _ in file)
+    if total > limit:
+        run.notes.append(f"{limit:,} of the {total:,} traces are here, evenly spread (--traces).")
+    for index, record in enumerate(json_lines(path, run.notes)):
+        if total <= limit or index * limit // total != (index - 1) * limit // total:
+            yield record
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    values = [record.get(name) for name in PER_TOKEN]
+    if not all(isinstance(value, list | str) for value in values):
+        return False
+    return len({len(value) for value in values}) == 1 and set(record["source"]) <= set(SOURCE_LETTERS)
+
+
+def _padded(values: list, filler: Any) -> list:
+    return values + [filler] * (TOP - len(values))
+
+
+def _milli(values: list[float | None], sign: int) -> np.ndarray:
+    given = np.array([np.nan if value is None else sign * value for value in values], dtype=float)
+    return np.where(np.isnan(given), NONE, np.clip(np.nan_to_num(given * 1000), 0, NONE - 1).round()).astype(np.int64)
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    top = int(values.max()) if len(values) else 0
+    return values.astype("<u1" if top < 1 << 8 else "<u2" if top < 1 << 16 else "<u4")
