@@ -88,9 +88,12 @@ def _report(argv: list[str]) -> int:
     from skd_plugin.report.command import run_report
 
     parser = argparse.ArgumentParser(
-        prog="skd report", description="One self-contained HTML page of one or several run folders; see docs/report.md."
+        prog="skd report",
+        description="One self-contained HTML page of one or several run folders; see docs/report.md.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that skd train wrote; the run may still go on")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a folder that skd train wrote; the run may still go on"
+    )
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
     parser.add_argument("--png", metavar="DIR", help="also write the curves as PNG files into this folder")
     parser.add_argument(

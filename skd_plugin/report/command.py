@@ -33,6 +33,7 @@ def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> 
 def _write_page(runs: list[RunFolder], target: Path, max_traces: int) -> None:
     from skd_plugin.report.page import render
     from skd_plugin.report.pieces import Pieces, load_pieces, same_tokenizer
+    from skd_plugin.report.summary import kinds_of_loss
     from skd_plugin.report.traces import pack_traces
 
     pieces = [load_pieces(run) if (run.path / "traces.jsonl").is_file() else Pieces(None) for run in runs]
@@ -41,6 +42,8 @@ def _write_page(runs: list[RunFolder], target: Path, max_traces: int) -> None:
         notes.append(
             "The runs' students have different tokenizers: what is counted a token (loss, KL, lengths) does not compare."
         )
+    if len(kinds_of_loss(runs)) > 1:
+        notes.append("The runs have different losses (skd.loss.kind): compare KL and accuracy, not the loss.")
     page = render(runs, pack_traces(runs, pieces, max_traces), notes)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page)

@@ -18,7 +18,7 @@ class Figure:
 
 
 FIGURES = [
-    Figure("skd/loss", "Loss", "nats a token", better="low"),
+    Figure("skd/loss", "Loss", "mean over the tokens", better="low"),
     Figure("skd/accept_rate", "Acceptance", "kept share of the student's proposals", percent=True),
     Figure("skd/kl", "KL to the teacher", "KL(p‖q) while sampling, nats a token", better="low"),
     Figure("skd/response_len", "Response length", "tokens, mean of the step"),
@@ -29,20 +29,20 @@ FIGURES = [
     Figure("skd/teacher_nll", "Teacher's NLL", "nats a token of the sampled text"),
     Figure("skd/teacher_topk_mass", "Teacher mass kept", "share inside the entries that the loss sees", percent=True),
     Figure("skd/draft_waste", "Draft waste", "proposals thrown away unread", percent=True),
-    Figure("skd/rollout_score", "Score of the rollouts", "share of the training responses that are right", True, "high"),
+    Figure("skd/rollout_score", "Score of the rollouts", "share of the training responses that are right", True),
     Figure("time/step", "Time of a step", "seconds"),
     Figure("time/rollout", "Time of sampling", "seconds a step"),
     Figure("time/train", "Time of training", "seconds a step"),
     Figure("time/sync", "Time of weight sync", "seconds a step"),
-    Figure("tokens_per_s", "Throughput", "response tokens a second, training included", better="high"),
+    Figure("tokens_per_s", "Throughput", "response tokens a second, training included"),
     Figure("grad_norm", "Gradient norm"),
     Figure("lr", "Learning rate"),
 ]
 EVALUATIONS = {
     "accuracy": Figure("", "Accuracy", "held-out prompts, student alone", percent=True, better="high"),
+    "teacher_accuracy": Figure("", "Accuracy of the teacher", "held-out prompts", percent=True),
     "kl": Figure("", "KL to the teacher, held out", "along the student's own responses, nats a token", better="low"),
     "response_len": Figure("", "Response length, held out", "tokens"),
-    "teacher_accuracy": Figure("", "Accuracy of the teacher", "held-out prompts", percent=True),
     "teacher_response_len": Figure("", "Response length of the teacher", "tokens, held-out prompts"),
 }
 FIRST = ("accuracy", "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy")
@@ -54,7 +54,10 @@ def figures_of(runs: list[RunFolder]) -> list[Figure]:
     evaluations = sorted(name for name in names if name.startswith("eval/"))
     tasks = {name.split("/")[1] for name in evaluations if name.count("/") >= 2}
     known = [_evaluation(name, len(tasks) > 1) for name in evaluations]
-    known.sort(key=lambda figure: [*EVALUATIONS, last_part(figure.name)].index(last_part(figure.name)))
+    order = [*EVALUATIONS]
+    known.sort(
+        key=lambda figure: order.index(last_part(figure.name)) if last_part(figure.name) in order else len(order)
+    )
     known += [figure for figure in FIGURES if figure.name in names]
     others = sorted(names - {figure.name for figure in known})
     return known + [Figure(name, name) for name in others]

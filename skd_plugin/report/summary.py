@@ -25,7 +25,8 @@ class Tile:
 class Cell:
     last: str
     best: str = ""  # with its step; empty where the metric has no better direction
-    leads: bool = False  # the best of all runs
+    last_leads: bool = False  # the best of the runs' last values
+    best_leads: bool = False
 
 
 def gate(run: RunFolder) -> str:
@@ -83,20 +84,36 @@ def spent(run: RunFolder) -> tuple[float, float]:
 
 def comparison(runs: list[RunFolder], figures: list[Figure]) -> list[tuple[Figure, list[Cell | None]]]:
     """A row a metric: last and best value of each run; None where a run has none."""
-    rows = []
-    for figure in figures:
-        bests = [_best(run.curves.get(figure.name), figure) for run in runs]
-        known = [best[1] for best in bests if best]
-        pick = max if figure.better == "high" else min
-        lead = pick(known) if figure.better and len(runs) > 1 and known else None
-        cells = []
-        for run, best in zip(runs, bests, strict=True):
-            series = run.curves.get(figure.name)
-            text = f"{number(best[1], figure)} at {best[0]}" if best and figure.better else ""
-            leads = bool(best) and best[1] == lead
-            cells.append(Cell(number(series[1][-1], figure), text, leads) if series else None)
-        rows.append((figure, cells))
-    return rows
+    return [(figure, _row(runs, figure)) for figure in figures]
+
+
+def kinds_of_loss(runs: list[RunFolder]) -> set[str]:
+    return {str(kind) for run in runs if (kind := run.option("skd.loss.kind"))}
+
+
+def _row(runs: list[RunFolder], figure: Figure) -> list[Cell | None]:
+    series = [run.curves.get(figure.name) for run in runs]
+    bests = [_best(own, figure) if own else None for own in series]
+    comparable = len(runs) > 1 and (figure.name != "skd/loss" or len(kinds_of_loss(runs)) == 1)
+    best_lead = _lead([best[1] for best in bests if best], figure) if comparable else None
+    last_lead = _lead([own[1][-1] for own in series if own], figure) if comparable else None
+    cells: list[Cell | None] = []
+    for own, best in zip(series, bests, strict=True):
+        if own is None:
+            cells.append(None)
+            continue
+        text = f"{number(best[1], figure)} at step {best[0]}" if best else ""
+        cells.append(
+            Cell(number(own[1][-1], figure), text, own[1][-1] == last_lead, bool(best) and best[1] == best_lead)
+        )
+    return cells
+
+
+def _lead(values: list[float], figure: Figure) -> float | None:
+    """The best of them; None where they are all the same, or no direction is the better one."""
+    if figure.better is None or len(set(values)) < 2:
+        return None
+    return max(values) if figure.better == "high" else min(values)
 
 
 def differing_settings(runs: list[RunFolder]) -> list[tuple[str, list[str]]]:
@@ -112,7 +129,7 @@ def settings(run: RunFolder) -> dict[str, str]:
     folder = run.option("skd.run_dir")
     shown = {}
     for name, value in run.config.items():
-        text = str(value)
+        text = ABSENT if value is None else str(value)
         if folder and isinstance(value, str) and (value == folder or value.startswith(f"{folder}/")):
             text = "RUN" + value[len(folder) :]
         shown[name] = HIDDEN if value is not None and SECRET.search(name) else text
@@ -121,7 +138,7 @@ def settings(run: RunFolder) -> dict[str, str]:
 
 def number(value: float, figure: Figure | None = None) -> str:
     if figure and figure.percent:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}\u00a0%"  # a space that no line ends at
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
@@ -133,8 +150,8 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
-def _best(series: Series | None, figure: Figure) -> tuple[int, float] | None:
-    if not series:
+def _best(series: Series, figure: Figure) -> tuple[int, float] | None:
+    """(step, value), the first one of equals."""
+    if figure.better is None:
         return None
-    pairs = list(zip(*series, strict=True))
-    return (max if figure.better == "high" else min)(pairs, key=lambda pair: pair[1])
+    return (max if figure.better == "high" else min)(zip(*series, strict=True), key=lambda pair: pair[1])

@@ -107,6 +107,7 @@
     const options = {
       width: Math.max(body.clientWidth, 200),
       height: HEIGHT,
+      padding: [8, 10, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "skd", scales: ["x", null] }, points: { size: 7 }, y: false },
       scales: { x: { time: false, range: wholeRange }, y: { range: figure.zero ? fromZero : padded } },
@@ -155,7 +156,7 @@
     });
     const distinct = [...new Set(teachers.map(({ value }) => format(figure, value)))];
     if (distinct.length) parts.push(element("span", { className: "quiet" }, `teacher ${distinct.join(", ")} (dotted)`));
-    const place = idx == null ? "last" : state.axis === "step" ? `step ${number(plot.data[0][idx])}` : `${number(plot.data[0][idx])} s`;
+    const place = idx == null ? (state.smoothing && !figure.points ? "last, smoothed" : "last") : state.axis === "step" ? `step ${number(plot.data[0][idx])}` : `${number(plot.data[0][idx])} s`;
     readout.replaceChildren(element("span", { className: "quiet" }, place), ...parts);
   }
 

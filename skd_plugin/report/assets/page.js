@@ -15,8 +15,9 @@ const Report = {
   colour: (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim(),
   percent: (share) => {
     const value = 100 * share;
-    if (value >= 99.95 || value === 0) return `${Math.round(value)} %`;
-    return value >= 0.1 ? `${value.toFixed(1)} %` : `${value.toPrecision(1)} %`;
+    if (value >= 99.95 || value === 0) return `${Math.round(value)}\u00a0%`;
+    if (value < 1e-4) return "<\u00a00.0001\u00a0%";
+    return value >= 0.1 ? `${value.toFixed(1)}\u00a0%` : `${value.toPrecision(1)}\u00a0%`;
   },
   number: (value) => {
     if (value === 0) return "0";

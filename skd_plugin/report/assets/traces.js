@@ -31,8 +31,8 @@
     student: [0.105, 0.51, 1.2, 2.3, 4.6], // -ln q, which is q = 90, 60, 30, 10 and 1 %
   };
   const LEVEL_NAMES = {
-    kl: ["below 0.01 nats", "0.01", "0.05", "0.2", "0.5", "1.5 and more"],
-    student: ["q above 90 %", "above 60 %", "above 30 %", "above 10 %", "above 1 %", "below 1 %"],
+    kl: ["below 0.01 nats", "from 0.01", "from 0.05", "from 0.2", "from 0.5", "from 1.5"],
+    student: ["q above 90 %", "from 60 %", "from 30 %", "from 10 %", "from 1 %", "below 1 %"],
   };
   const token = Object.fromEntries(
     ["token", "source", "rejected", "rank", "student", "teacher", "kl", "entropy", "topToken", "topLogp"].map((name) => [name, column(name)]),
@@ -247,13 +247,17 @@
           ...row("Student entropy", nats(token.entropy[at])),
         ),
         entries(at),
-        element("p", { className: "quiet" }, `token ${at - starts[index] + 1} of ${trace.length[index]}, id ${header.pieces[token.token[at] - 1][0]}`),
+        element("p", { className: "quiet" }, `token ${at - starts[index] + 1} of ${trace.length[index]}, id ${header.pieces[token.token[at] - 1][0]}`, element("span", { className: "narrow" }, "; tap here to close")),
       );
     }
 
     function place(span) {
       box.style.left = box.style.top = "";
-      if (innerWidth < 600) return; // a sheet at the bottom, by the style
+      if (innerWidth < 600) {
+        const hiddenBy = span.getBoundingClientRect().bottom + 12 - box.getBoundingClientRect().top; // a sheet at the bottom
+        if (hiddenBy > 0) scrollBy({ top: hiddenBy, behavior: "instant" });
+        return;
+      }
       const first = span.getClientRects()[0];
       const { width, height } = box.getBoundingClientRect();
       box.style.left = `${Math.max(8, Math.min(first.left, innerWidth - width - 8))}px`;
@@ -304,7 +308,7 @@
   document.addEventListener("click", (event) => {
     const span = tokenOf(event);
     if (span) span === inspector.current() && inspector.pinned() ? inspector.close() : inspector.open(span, true);
-    else if (!event.target.closest("#inspector")) inspector.close();
+    else inspector.close();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") inspector.close();

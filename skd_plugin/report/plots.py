@@ -1,0 +1,62 @@
+"""The curves of a report as PNG files, one a metric."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skd_plugin.config.recipe import RecipeError
+from skd_plugin.report.figures import Figure, evaluated, figures_of, teacher_line
+from skd_plugin.report.folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0072b2", "#c44e00", "#00795c", "#a0418a", "#6b6b00", "#4a4a4a")  # those of style.css, in its order
+DASHES = ("-", "--", ":", "-.")
+
+
+def write_plots(runs: list[RunFolder], folder: Path) -> list[Path]:
+    """Raises RecipeError: matplotlib is not installed, or `folder` is a file."""
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise RecipeError(
+            "--png draws with matplotlib, which is not installed: pip install 'skd_plugin[report]'"
+        ) from error
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--png: {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = figures_of(runs)
+    teachers = {teacher_line(figure.name) for figure in figures}
+    written = []
+    for figure in figures:
+        if figure.name in teachers:
+            continue
+        canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
+        _draw(canvas.subplots(), figure, runs)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', figure.name)}.png"
+        canvas.savefig(path, dpi=150)
+        written.append(path)
+    return written
+
+
+def _draw(axes: Axes, figure: Figure, runs: list[RunFolder]) -> None:
+    for index, run in enumerate(runs):
+        colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        if figure.name in run.curves:
+            marker = "o" if evaluated(figure.name) or len(run.curves[figure.name][0]) == 1 else None
+            axes.plot(*run.curves[figure.name], dash, color=colour, label=run.name, marker=marker, markersize=4)
+        teacher = run.curves.get(teacher_line(figure.name) or "")
+        if teacher:
+            axes.axhline(teacher[1][-1], color=colour, linewidth=1, dashes=(3, 4), label=f"{run.name}: teacher")
+    axes.set(title=figure.title, xlabel="step", ylabel=figure.about or figure.name)
+    if figure.percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    if evaluated(figure.name) == "accuracy":
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1 or teacher_line(figure.name):
+        axes.legend(frameon=False)
