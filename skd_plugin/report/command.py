@@ -40,7 +40,8 @@ def _write_page(runs: list[RunFolder], target: Path, max_traces: int) -> None:
     notes = []
     if not same_tokenizer(pieces):
         notes.append(
-            "The runs' students have different tokenizers: what is counted a token (loss, KL, lengths) does not compare."
+            "The students' tokenizers differ, so what is counted a token differs too: "
+            "losses, KL and lengths of these runs do not compare."
         )
     if len(kinds_of_loss(runs)) > 1:
         notes.append("The runs have different losses (skd.loss.kind): compare KL and accuracy, not the loss.")

@@ -1,10 +1,10 @@
 """Traces as columns of small integers, packed into one text that a page can hold.
 
-The blob: gzip of [header length, uint32 little endian][header, JSON][columns], in base64. The header names each column's
-place and type, and holds the strings. What is not stored as itself:
+The blob: gzip of [header length, uint32 little endian][header, JSON][columns], in base64. The header names each
+column's place and type, and holds the strings. What is not stored as itself:
 
-- log-probabilities, KL and entropy in thousandths of a nat, negated where they are negative (`NONE` where the value does
-  not exist), so 1 is told from 0.999 and the least probability is e^-65;
+- log-probabilities, KL and entropy in thousandths of a nat, without the sign (`NONE` where the value does not
+  exist), so a probability of 1 is told from one of 0.999, and the least one is e^-65;
 - tokens as places in a table of the pieces that occur; place 0 is "no token";
 - of the teacher's distribution only the `TOP` first entries.
 """

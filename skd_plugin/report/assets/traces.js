@@ -7,7 +7,7 @@
   if (!packed || !byId("trace-list")) return;
   const list = byId("trace-list");
   if (typeof DecompressionStream === "undefined") {
-    const text = "This browser cannot unpack the responses (it lacks DecompressionStream). Chromium 80, Firefox 113 or Safari 16.4 and newer can.";
+    const text = "This browser cannot unpack the responses (it lacks DecompressionStream). Chromium 92, Firefox 113 or Safari 16.4 and newer can.";
     list.append(element("p", { className: "note" }, text));
     return;
   }
