@@ -9,7 +9,7 @@ from typing import Any
 from skd_plugin.report.figures import Figure, figures_of, last_part, teacher_line
 from skd_plugin.report.folder import RunFolder, Series
 
-SECRET = re.compile(r"(^|[._])(key|api_key|token|secret|password)$|_token$")
+SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
 HIDDEN = "(not shown)"
 ABSENT = "-"
 

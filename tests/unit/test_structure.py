@@ -55,6 +55,15 @@ def test_nothing_but_the_command_line_knows_the_checks(file):
     assert not known or file.name == "cli.py"
 
 
+@pytest.mark.parametrize("file", sources("report"))
+def test_report_reads_files_only(file):
+    for name in imported_modules(file):
+        allowed = not within(name, "skd_plugin") or any(
+            within(name, f"skd_plugin.{part}") for part in ("core", "config.recipe", "report")
+        )
+        assert allowed, f"imports {name}"
+
+
 def test_importing_the_package_is_cheap():
     code = "import json, sys; import skd_plugin; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
