@@ -43,6 +43,11 @@ def gate(run: RunFolder) -> str:
     return f"{name}, {given}" if given else name
 
 
+def loss(run: RunFolder) -> str:
+    kind, weight = run.option("skd.loss.kind") or "unknown", run.option("skd.objective.rl_coef")
+    return f"{run.option('skd.objective.kd_coef')} {kind} + {weight} policy loss" if weight else kind
+
+
 def short_path(name: Any) -> str:
     """The last two parts of a path; a Hugging Face name has two anyway."""
     return "/".join(str(name).rstrip("/").split("/")[-2:]) if name else "unknown"

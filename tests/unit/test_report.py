@@ -381,6 +381,12 @@ def test_gate_in_words(tmp_path, rollout, expected):
     assert summary.gate(run) == expected
 
 
+def test_loss_in_words(tmp_path):
+    two_terms = {"loss": {"kind": "jsd"}, "objective": {"kd_coef": 0.5, "rl_coef": 1.0}}
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", skd=two_terms)]
+    assert [summary.loss(run) for run in read_runs(runs)] == ["forward_kl", "0.5 jsd + 1.0 policy loss"]
+
+
 def test_settings_that_differ_without_the_run_folder_and_without_secrets(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", skd={"loss": {"kind": "jsd", "beta": 0.3}})]
     differing = summary.differing_settings(read_runs(runs))
