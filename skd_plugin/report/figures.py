@@ -45,8 +45,8 @@ FIGURES = [
 EVALUATIONS = {
     "accuracy": Figure("", "Accuracy", "held-out prompts, student alone", percent=True, better="high"),
     "teacher_accuracy": Figure("", "Accuracy of the teacher", "held-out prompts", percent=True),
-    "kl": Figure("", "KL to the teacher, held out", "along the student's own responses, nats a token", better="low"),
-    "response_len": Figure("", "Response length, held out", "tokens"),
+    "kl": Figure("", "Held-out KL", "KL(p‖q) along the student's own responses, nats a token", better="low"),
+    "response_len": Figure("", "Held-out length", "tokens"),
     "teacher_response_len": Figure("", "Response length of the teacher", "tokens, held-out prompts"),
 }
 FIRST = ("accuracy", "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy")

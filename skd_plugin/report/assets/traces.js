@@ -11,6 +11,7 @@
     list.append(element("p", { className: "note" }, text));
     return;
   }
+  list.append(element("p", { className: "quiet" }, "Unpacking the responses ..."));
   const { header, column } = await Report.unpack(packed);
   byId("trace-data").remove(); // megabytes of text that nobody needs any more
 
@@ -260,9 +261,17 @@
       }
       const first = span.getClientRects()[0];
       const { width, height } = box.getBoundingClientRect();
-      box.style.left = `${Math.max(8, Math.min(first.left, innerWidth - width - 8))}px`;
-      const below = first.bottom + 8;
-      box.style.top = `${below + height < innerHeight ? below : Math.max(8, first.top - height - 8)}px`;
+      const fit = (wanted, size, room) => Math.max(8, Math.min(wanted, room - size - 8));
+      let left = first.left;
+      let top = first.bottom + 8;
+      if (top + height > innerHeight) top = first.top - height - 8;
+      if (top < 8) {
+        // neither below nor above: beside it
+        top = first.bottom;
+        left = first.right + 12 + width < innerWidth ? first.right + 12 : first.left - width - 12;
+      }
+      box.style.left = `${fit(left, width, innerWidth)}px`;
+      box.style.top = `${fit(top, height, innerHeight)}px`;
     }
 
     function open(span, pin) {
@@ -293,7 +302,15 @@
       box.hidden = true;
     }
 
-    return { open, close, current: () => current, pinned: () => pinned };
+    // After scrolling: one that was opened on purpose stays at its token, as long as that is to be seen.
+    function follow() {
+      if (!current) return;
+      const { top, bottom } = current.getBoundingClientRect();
+      if (pinned && bottom > 0 && top < innerHeight) place(current);
+      else close();
+    }
+
+    return { open, close, follow, current: () => current, pinned: () => pinned };
   })();
 
   // ---- events
@@ -325,7 +342,7 @@
     inspector.open(span, true);
   });
   list.addEventListener("focusout", () => inspector.close());
-  addEventListener("scroll", () => inspector.current() && innerWidth >= 600 && !document.activeElement?.classList.contains("tokens") && inspector.close(), { passive: true });
+  addEventListener("scroll", () => innerWidth >= 600 && inspector.follow(), { passive: true });
 
   let waiting;
   byId("search").addEventListener("input", () => {
