@@ -44,8 +44,13 @@ def gate(run: RunFolder) -> str:
 
 
 def loss(run: RunFolder) -> str:
-    kind, weight = run.option("skd.loss.kind") or "unknown", run.option("skd.objective.rl_coef")
-    return f"{run.option('skd.objective.kd_coef')} {kind} + {weight} policy loss" if weight else kind
+    kind, policy = run.option("skd.loss.kind") or "unknown", _coefficient(run, "skd.objective.rl_coef")
+    return f"{_coefficient(run, 'skd.objective.kd_coef')} {kind} + {policy} policy loss" if policy else kind
+
+
+def _coefficient(run: RunFolder, name: str) -> Any:
+    """A number, or the word for one that follows a schedule (which is a section with options of its own)."""
+    return "scheduled" if any(key.startswith(f"{name}.") for key in run.config) else run.option(name)
 
 
 def short_path(name: Any) -> str:

@@ -383,8 +383,17 @@ def test_gate_in_words(tmp_path, rollout, expected):
 
 def test_loss_in_words(tmp_path):
     two_terms = {"loss": {"kind": "jsd"}, "objective": {"kd_coef": 0.5, "rl_coef": 1.0}}
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", skd=two_terms)]
-    assert [summary.loss(run) for run in read_runs(runs)] == ["forward_kl", "0.5 jsd + 1.0 policy loss"]
+    scheduled = {"objective": {"kd_coef": 1.0, "rl_coef": {"kind": "linear", "to": 1.0}}}
+    runs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", skd=two_terms),
+        write_run(tmp_path / "c", skd=scheduled),
+    ]
+    assert [summary.loss(run) for run in read_runs(runs)] == [
+        "forward_kl",
+        "0.5 jsd + 1.0 policy loss",
+        "1.0 forward_kl + scheduled policy loss",
+    ]
 
 
 def test_settings_that_differ_without_the_run_folder_and_without_secrets(tmp_path):

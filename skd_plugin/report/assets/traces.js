@@ -302,11 +302,12 @@
       box.hidden = true;
     }
 
-    // After scrolling: one that was opened on purpose stays at its token, as long as that is to be seen.
+    // After scrolling: one that was opened on purpose stays at its token, as long as that is to be seen or walked from.
     function follow() {
       if (!current) return;
       const { top, bottom } = current.getBoundingClientRect();
-      if (pinned && bottom > 0 && top < innerHeight) place(current);
+      const walking = document.activeElement === current.parentElement;
+      if (pinned && (walking || (bottom > 0 && top < innerHeight))) place(current);
       else close();
     }
 
@@ -338,7 +339,7 @@
     if (next === undefined) return;
     event.preventDefault();
     const span = spans[Math.max(0, Math.min(next, spans.length - 1))];
-    span.scrollIntoView({ block: "nearest" });
+    span.scrollIntoView({ block: "nearest", behavior: "instant" });
     inspector.open(span, true);
   });
   list.addEventListener("focusout", () => inspector.close());
