@@ -7,6 +7,7 @@
   if (!byId("charts")) return;
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 2]];
   const HEIGHT = 190;
+  const DENSE = 100; // points of a curve in which dashes would be taken for data
   const state = {
     shown: new Set(data.first),
     hidden: new Set(),
@@ -59,7 +60,7 @@
         readout: true,
         stroke: strokeOf(index),
         width: 2,
-        dash: DASHES[index % DASHES.length],
+        dash: y.length > DENSE ? [] : DASHES[index % DASHES.length],
         points: { show: lone, size: 6, fill: strokeOf(index) },
         spanGaps: true,
       });
@@ -107,7 +108,7 @@
     const options = {
       width: Math.max(body.clientWidth, 200),
       height: HEIGHT,
-      padding: [8, 10, 0, 0],
+      padding: [8, 16, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "skd", scales: ["x", null] }, points: { size: 7 }, y: false },
       scales: { x: { time: false, range: wholeRange }, y: { range: figure.zero ? fromZero : padded } },
