@@ -202,6 +202,11 @@ def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[fl
     return (value,) if isinstance(value, int | float) else value.extremes
 
 
+def value_at(value: float | ScheduleConfig, progress: float) -> float:
+    """Of an option that may follow a schedule, when this share of training is done."""
+    return value.at(progress) if isinstance(value, ScheduleConfig) else value
+
+
 class ReweightConfig(Section):
     by: Literal["none", "confidence", "divergence", "rank"] = Field(
         "none", description="which tokens count more; laws in core/weights.py"
@@ -264,8 +269,10 @@ class LossConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kd_coef: float = Field(1.0, ge=0, description="weight of the distillation loss")
-    rl_coef: float = Field(0.0, ge=0, description="weight of the host's policy loss; above 0 rewards are used")
+    kd_coef: movable(Annotated[float, Field(ge=0)]) = Field(1.0, description="weight of the distillation loss")
+    rl_coef: movable(Annotated[float, Field(ge=0)]) = Field(
+        0.0, description="weight of the host's policy loss; where it is ever above 0, rewards are used"
+    )
     replaced_tokens: Literal["exclude", "importance"] = Field(
         "exclude",
         description="the teacher's tokens in the policy loss: left out, or weighted by q/p within the host's clip",
@@ -277,7 +284,20 @@ class ObjectiveConfig(Section):
 
     @property
     def uses_rewards(self) -> bool:
-        return self.rl_coef > 0
+        return max(extremes(self.rl_coef)) > 0
+
+    def coefficients(self, progress: float) -> dict[str, float]:
+        """Of both terms, when this share of training is done."""
+        return {"kd": value_at(self.kd_coef, progress), "rl": value_at(self.rl_coef, progress)}
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> ObjectiveConfig:
+        effects = dict.fromkeys(("replaced_tokens", "teacher_advantage"), self.uses_rewards)
+        _refuse_idle(self, effects, "rl_coef is 0, so there is no policy loss")
+        for share in range(1001):
+            if not any(self.coefficients(share / 1000).values()):
+                raise ValueError(f"kd_coef and rl_coef are both 0 when {share / 10:g} % of training is done")
+        return self
 
 
 class TaskConfig(Section):
@@ -304,6 +324,42 @@ class SKDConfig(Section):
     traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
+
+    @model_validator(mode="after")
+    def _policy_gradient_of_the_policy(self) -> SKDConfig:
+        if not self.objective.uses_rewards:
+            return self
+        rollout = self.rollout
+        if rollout.method in ("teacher", "seq_kd", "supervised"):
+            raise ValueError(
+                f"rewards (objective.rl_coef) teach the student's own tokens, but rollout.method '{rollout.method}' "
+                "has none; use skd, on_policy or a mixed method"
+            )
+        if (rollout.student_temperature, rollout.student_top_p) != (1.0, 1.0) or rollout.reference_compat:
+            raise ValueError(
+                "the policy that rewards train is the student at temperature 1 and top-p 1; with objective.rl_coef "
+                "its proposals must be drawn so (rollout.student_temperature, student_top_p, reference_compat)"
+            )
+        weighted = self.objective.replaced_tokens == "importance"
+        if weighted and (
+            (rollout.teacher_temperature, rollout.teacher_top_p) != (1.0, 1.0) or rollout.replacement == "argmax"
+        ):
+            raise ValueError(
+                "objective.replaced_tokens: importance divides by the teacher's probability at temperature 1, so the "
+                "teacher's tokens must be drawn so (rollout.teacher_temperature, teacher_top_p, replacement)"
+            )
+        if weighted and rollout.gate == "interpolated":
+            raise ValueError("gate 'interpolated' replaces from (p - q)+, not from p; use replaced_tokens: exclude")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_of_flagged_tokens(self) -> SKDConfig:
+        if not self.rollout.write_back and "cross_entropy" in (self.loss.kind, self.loss.replaced_kind):
+            raise ValueError(
+                "rollout.write_back: false leaves rejected tokens in the text, and cross_entropy would teach them; "
+                "use a divergence as loss.kind and loss.replaced_kind"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

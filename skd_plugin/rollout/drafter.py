@@ -75,6 +75,7 @@ class SKDDrafter(DraftModelProposer):
         self, hidden_states: torch.Tensor, sampling_metadata: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BV = self.model.compute_logits(hidden_states).float()[:, : self._table.vocab_size]
+        logits_BV = self._table.finite(logits_BV, "student")
         request_ids, position_B = self._runner.input_batch.req_ids, self._next_position
         rows = self._table.rows(request_ids)
         noise = rng.uniform(rows.seed, position_B, rng.STUDENT)

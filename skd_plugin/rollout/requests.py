@@ -80,6 +80,7 @@ class RequestTable:
         self._requests = requests  # the model runner's own table: vLLM request id -> state
         self._device = device
         self._parts: dict[int, list[Trace]] = {}
+        self._fault: str | None = None
         self._batch_of: tuple[tuple[str, ...], tuple[Rows, torch.Tensor]] | None = None
         self.num_teacher_entries = num_teacher_entries
         self.loss_temperature = loss_temperature
@@ -113,8 +114,28 @@ class RequestTable:
     def record(self, request_id: str, part: Trace) -> None:
         self._parts.setdefault(self.params(request_id).trace_id, []).append(part)
 
+    def finite(self, logits_NV: torch.Tensor, model: str) -> torch.Tensor:
+        """The logits; where no distribution follows from them, numbers to go on with. `take` raises the error: raised
+        here it would take the engine down, and nobody would read why.
+        """
+        if bool(logits_NV.amax(-1).isfinite().all()):
+            return logits_NV
+        self._fault = (
+            f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: the "
+            "student has diverged; go on from the last checkpoint with a lower learning rate. At the start: the "
+            "model's weights are broken, or its dtype overflows"
+        )
+        return torch.zeros_like(logits_NV)
+
     def take(self, trace_ids: Sequence[int]) -> list[Trace]:
-        """Traces of finished requests, removed from the table. An id without a token has an empty trace."""
+        """Traces of finished requests, removed from the table. An id without a token has an empty trace.
+
+        Raises:
+            FloatingPointError: logits were not finite since the last call.
+        """
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise FloatingPointError(fault)
         taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
         return [Trace.join(parts) if parts else Trace.empty(self.num_teacher_entries) for parts in taken]
 

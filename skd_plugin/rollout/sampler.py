@@ -32,7 +32,7 @@ class SKDSampler:
         self._table = table
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
-        logits = logits[:, : self._table.vocab_size]
+        logits = self._table.finite(logits[:, : self._table.vocab_size], "teacher")
         num_requests = len(self._runner.input_batch.req_ids)
         scheduled = [0] * num_requests if metadata is None else metadata.num_draft_tokens
         # vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.

@@ -17,6 +17,7 @@ from skd_plugin.compat import cpu
 from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.models import common_vocab_size
 from skd_plugin.core.losses import make_token_loss
+from skd_plugin.core.weights import make_weigher
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
 from skd_plugin.trainer.lesson import LessonPlan
@@ -39,8 +40,9 @@ class SKDActorTrainer(host.ActorPPOTrainer):
             {"kd": DistillationTerm(distillation, by_token), "rl": PolicyTerm(self.actor_loss_fn)}
         )
         # The host's ppo_train looks the function up in its module; this process serves one actor.
+        weigher = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab)
         host.iter_grad_accum_global_norm = LessonPlan(
-            iter_grad_accum_global_norm, lambda trace: torch.ones(len(trace)), skd.objective.replaced_tokens
+            iter_grad_accum_global_norm, weigher, skd.objective.replaced_tokens
         )
 
     def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

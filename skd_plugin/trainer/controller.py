@@ -23,6 +23,7 @@ from skd_plugin.trainer.status import Status
 
 HostTrainer = plain_class(PPOTrainer)
 
+RULE_STATE = "skd_rule"  # key in the host's checkpoint of what a controller has learned
 EXPECTED_PARTS = {
     "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
     "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "plan": "LessonPlan"},
@@ -69,7 +70,9 @@ class SKDTrainer(HostTrainer):
 
     def fit(self, global_step: int = 0) -> None:
         self._check_parts()
-        self._step = self.samples_generator.step = self.init_checkpoint_states()["global_step"]
+        states = self.init_checkpoint_states()
+        self._step = self.samples_generator.step = states["global_step"]
+        self.plan.load_state_dict(states.get(RULE_STATE, self.plan.state_dict()))
         self.samples_generator.rule = self.plan.at(self._step)
         if self.eval_dataloader is not None:
             self._measure_before_training()
@@ -129,8 +132,7 @@ class SKDTrainer(HostTrainer):
         return status, step
 
     def _begin_step(self, global_step: int) -> dict[str, float]:
-        objective = self.skd.objective
-        coefficients = {"kd": objective.kd_coef, "rl": objective.rl_coef}
+        coefficients = self.skd.objective.coefficients(min(global_step / max(self.max_steps, 1), 1.0))
         seed = derive_seed(self.args.train.seed, global_step) % 2**63
         ray.get(self.actor_model_group.async_run_method("begin_step", coefficients, seed))
         return coefficients
@@ -151,7 +153,8 @@ class SKDTrainer(HostTrainer):
         figures["tokens_per_s"] = tokens / figures["time/step"] if figures["time/step"] else None
         # Before the checkpoint is written: a run that is resumed from it has this line.
         self.metrics.append({"step": global_step, **figures})
-        super().save_logs_and_checkpoints(global_step, {**status, **figures}, client_states)
+        states = {**(client_states or {}), RULE_STATE: self.plan.state_dict()}
+        super().save_logs_and_checkpoints(global_step, {**status, **figures}, states)
 
     @torch.no_grad()
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:

@@ -14,10 +14,10 @@ import torch
 
 from skd_plugin.core.accept import ACCEPTED, FLAGGED, REPLACED
 from skd_plugin.core.trace import Trace
+from skd_plugin.core.weights import Weigher
 from skd_plugin.rollout.actor import TRACE_KEY
 
 _TINY = 1e-20
-Weigher = Callable[[Trace], torch.Tensor]  # -> non-negative weights [R], of any scale
 
 
 @dataclass

@@ -773,7 +773,7 @@ def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], wr
         load_models(write("own.yaml", recipe), overrides)
 
 
-@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("*-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("*gpu*.yaml")), ids=lambda path: path.stem)
 def test_gpu_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
     """Every option is known to OpenRLHF's parser or to our schema, and none is one that a run refuses."""
     content = load_recipe(recipe)
@@ -785,3 +785,9 @@ def test_gpu_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
     defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
     host_rules.check({**defaults, **given}, uses_rewards=skd.objective.uses_rewards)
     check_by_host(host_arguments({**given, "reward.remote_url": given.get("reward.remote_url", "skd")}, parser))
+
+
+@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("quickstart*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_quickstarts_student_is_complete(recipe: Path, tmp_path: Path) -> None:
+    run = load_run(recipe, [f"skd.run_dir={tmp_path}", "skd.task.train_prompts=64", "skd.task.eval_prompts=2"])
+    assert run.cpu and (tmp_path / "data" / "train.jsonl").exists()
