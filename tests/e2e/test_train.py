@@ -73,19 +73,6 @@ def test_saved_student_is_trained_and_loads(finished_run):
     assert tokenizer.eos_token_id is not None
 
 
-def test_a_dead_engine_ends_the_run_with_one_error(tmp_path):
-    process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
-    wait_for_step(tmp_path, 2, process)
-    engine = next(p for p in processes_with(tmp_path) if "EngineCore" in " ".join(p.cmdline()) + p.name())
-    engine.kill()
-    output, _ = process.communicate(timeout=END_LIMIT_S)
-    assert process.returncode == 1, output
-    assert "The run failed:" in output and "host.log" in output
-    assert not processes_with(tmp_path)
-    latest = (tmp_path / "checkpoints" / "_actor" / "latest").read_text()
-    assert list((tmp_path / "checkpoints" / "_actor" / latest).glob("*model_states.pt"))
-
-
 def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
     process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
     wait_for_step(tmp_path, 1, process)
