@@ -365,6 +365,8 @@ class SKDConfig(Section):
     @classmethod
     def _seq_kd_learns_the_tokens(cls, given: Any) -> Any:
         """Sequence-level distillation has one loss; a recipe need not name it, and may not name another."""
+        if not isinstance(given, dict):
+            return given
         rollout, loss = (given.get(name) or {} for name in ("rollout", "loss"))
         if not isinstance(rollout, dict) or rollout.get("method") != "seq_kd" or not isinstance(loss, dict):
             return given

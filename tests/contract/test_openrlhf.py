@@ -467,7 +467,7 @@ def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
 
     from skd_plugin.tasks import reward
 
-    label = reward.make_label("arithmetic", "73", "\n")
+    label = reward.make_label("arithmetic", "73", "\n", " the answer is 73")
     executor = SingleTurnAgentExecutor([reward.__file__])
     right = _execute(executor, _Engine(" the answer is 73\n"), "ab", label)
     wrong = _execute(executor, _Engine(" the answer is 7\n"), "ab", label)

@@ -31,11 +31,11 @@ PROMPTS = [[1, 5 + i % 20, *range(3, 4 + i % 9)] for i in range(40)]
 TEXTS = texts_of(40, 23)
 
 
-def assert_forced(samples: list, reference_logits, limit: int = MAX_LEN) -> None:
+def assert_forced(samples: list, texts: list[str], reference_logits, limit: int = MAX_LEN) -> None:
     """The texts token by token, and the log-probabilities of plain forwards of both models."""
     sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
     logp = {name: [x.log_softmax(-1) for x in reference_logits(name, sequences)] for name in ("teacher", "student")}
-    for index, (sample, text) in enumerate(zip(samples, TEXTS, strict=True)):
+    for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):
         expected, trace = ids_of(text), sample.trace
         assert trace.response_ids.tolist() == expected[:limit]
         assert sample.finish == ("stop" if len(expected) <= limit else "length")
@@ -57,7 +57,7 @@ def assert_forced(samples: list, reference_logits, limit: int = MAX_LEN) -> None
 @pytest.mark.parametrize("draft_len", [1, 4])
 def test_references_come_out_as_they_went_in(engine, reference_logits, draft_len):
     samples = engine(draft_len).generate(PROMPTS, SUPERVISED, 40, texts=TEXTS)
-    assert_forced(samples, reference_logits)
+    assert_forced(samples, TEXTS, reference_logits)
     assert all((s.trace.draft_rank >= 0).all() for s in samples)
 
 
@@ -65,7 +65,7 @@ def test_a_long_reference_is_cut_like_any_response(engine, reference_logits):
     """At max_new_tokens, without an end token; the one that just fits has its own."""
     samples = engine(4).generate(PROMPTS, SUPERVISED, 11, texts=TEXTS)
     assert {len(s.trace) for s in samples} >= {11} and any(len(ids_of(t)) == 11 for t in TEXTS)
-    assert_forced(samples, reference_logits, limit=11)
+    assert_forced(samples, TEXTS, reference_logits, limit=11)
 
 
 def test_mixture_is_made_of_both(engine):
@@ -97,8 +97,9 @@ def test_evaluation_needs_no_reference(engine):
 def test_after_a_preemption_nothing_is_lost(engine, reference_logits):
     """A cache that does not hold all requests: some tokens come without a draft, and references do not change."""
     small = engine(4, num_gpu_blocks_override=9, max_num_seqs=16)
-    forced = small.generate(PROMPTS, SUPERVISED, 40, texts=TEXTS)
-    assert_forced(forced, reference_logits)
+    long = texts_of(40, 60)
+    forced = small.generate(PROMPTS, SUPERVISED, 70, texts=long)
+    assert_forced(forced, long, reference_logits)
     assert any((s.trace.draft_rank == NOTHING).any() for s in forced), "no request was preempted"
     seeds = list(range(40))
     samples = small.generate(PROMPTS, SamplingRule(top_k=VOCAB), 60, seeds=seeds)

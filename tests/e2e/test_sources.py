@@ -1,0 +1,37 @@
+"""A run whose text is from two sources, under a gate that follows the rate of acceptance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import UNMEASURED, finish, steps, traces
+
+pytestmark = pytest.mark.e2e
+
+
+def test_references_and_samples_in_one_run(tmp_path: Path) -> None:
+    printed = finish(
+        tmp_path / "run",
+        *UNMEASURED,
+        "skd.rollout.method=mixed_skd",
+        "skd.rollout.top_k={kind: target_acceptance, rate: 0.5, start: 4, gain: 2}",
+        "skd.rollout.reference_compat=true",
+        "skd.traces_per_step=8",
+    )
+    assert printed.count("skd.rollout.reference_compat: as in SKD's released code") == 1
+    records, lines = steps(tmp_path / "run"), traces(tmp_path / "run")
+    assert len(records) == 3 and len(lines) == 24
+    assert {frozenset(line["source"]) & {"r"} for line in lines} == {frozenset("r"), frozenset()}
+    assert all(set(line["source"]) <= set("st") or set(line["source"]) == {"r"} for line in lines)
+    expected = 4.0
+    for record in records:
+        own = [line for line in lines if line["step"] == record["step"]]
+        tokens = "".join(line["source"] for line in own)
+        assert record["skd/reference_frac"] == pytest.approx(tokens.count("r") / len(tokens))
+        rate = tokens.count("s") / (tokens.count("s") + tokens.count("t"))
+        assert record["skd/accept_rate"] == pytest.approx(rate)
+        assert record["skd/top_k"] == max(1, round(expected))
+        expected = max(1.0, expected * math.exp(2 * (0.5 - rate)))
