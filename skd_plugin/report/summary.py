@@ -44,8 +44,23 @@ def gate(run: RunFolder) -> str:
 
 
 def loss(run: RunFolder) -> str:
-    kind, policy = run.option("skd.loss.kind") or "unknown", _coefficient(run, "skd.objective.rl_coef")
+    kind, policy = kind_of_loss(run) or "unknown", _coefficient(run, "skd.objective.rl_coef")
     return f"{_coefficient(run, 'skd.objective.kd_coef')} {kind} + {policy} policy loss" if policy else kind
+
+
+def kind_of_loss(run: RunFolder) -> str | None:
+    """The loss in words, with the options that make its values another quantity."""
+    kind = run.option("skd.loss.kind")
+    if not kind:
+        return None
+    words = [str(kind)]
+    if replaced := run.option("skd.loss.replaced_kind"):
+        words.append(f"({replaced} on replaced tokens)")
+    if (tau := run.option("skd.loss.temperature")) not in (None, 1, 1.0):
+        words.append(f"at temperature {tau}")
+    if (by := run.option("skd.loss.reweight.by")) not in (None, "none"):
+        words.append(f"weighted by {by}")
+    return " ".join(words)
 
 
 def _coefficient(run: RunFolder, name: str) -> Any:
@@ -98,7 +113,7 @@ def comparison(runs: list[RunFolder], figures: list[Figure]) -> list[tuple[Figur
 
 
 def kinds_of_loss(runs: list[RunFolder]) -> set[str]:
-    return {str(kind) for run in runs if (kind := run.option("skd.loss.kind"))}
+    return {kind for run in runs if (kind := kind_of_loss(run))}
 
 
 def _row(runs: list[RunFolder], figure: Figure) -> list[Cell | None]:

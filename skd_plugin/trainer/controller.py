@@ -183,7 +183,7 @@ class SKDTrainer(HostTrainer):
     def _log_eval(self, global_step: int, logs: dict[str, float]) -> dict[str, float]:
         for logger in (self.wandb_logger, self.tensorboard_logger):
             if logger:
-                logger.log_eval(global_step, logs)
+                logger.log_eval(global_step, {k.removeprefix("eval/"): v for k, v in logs.items()})  # it puts one back
         self.metrics.append({"step": global_step, **{k: v for k, v in logs.items() if k.startswith("eval/")}})
         return logs
 
