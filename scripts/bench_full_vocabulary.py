@@ -4,7 +4,8 @@
     python scripts/bench_full_vocabulary.py --device cuda --liger                            # the full size, on a GPU
 
 Every measurement is a process of its own, and those of one repeat follow each other, so that all meet the same
-machine. Peak memory is what a run adds to its inputs (hidden states and heads): on a CPU the highest resident size
+machine. Time is wall time on a GPU and CPU time, of all threads, on a CPU, because that does not count what else the
+machine does. Peak memory is what a run adds to its inputs (hidden states and heads): on a CPU the highest resident size
 (VmHWM) less the size before, on a GPU the highest allocated size less the one before. It includes the gradients.
 """
 
@@ -93,12 +94,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     for tensor in (*inputs[:2], small[0]):
         tensor.grad = None
     before = resident(options.device, reset=True)
-    started = time.perf_counter()
+    clock = time.perf_counter if options.device == "cuda" else time.process_time
+    started = clock()
     loss = run(inputs)
     loss.backward()
     if options.device == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     peak = resident(options.device, peak=True)
     return {"seconds": seconds, "GB": (peak - before) / 1e9, "loss": loss.item(), "norm": inputs[0].grad.norm().item()}
 
@@ -134,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--student-width", type=int, default=896, help="hidden size; 896 is Qwen2.5-0.5B's")
     parser.add_argument("--teacher-width", type=int, default=1536, help="hidden size; 1536 is Qwen2.5-1.5B's")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits are in memory at once")
+    parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits are in memory at once")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -23,7 +23,8 @@ from skd_plugin.core.losses import Divergence
 Readings = Callable[[slice, torch.Tensor], list[torch.Tensor]]
 
 SAME_RATIO = 1e-6  # gradients agree with the expected ones up to one factor, to float32 rounding
-HEAD_BLOCK = 16_384  # rows of the head whose gradient is multiplied at once where that needs a copy
+GATHERED_CHUNKS = 4  # whose gradients are added to that of a head of half precision at once
+HEAD_BLOCK = 32_768  # rows of that head at once
 
 
 class Scores(NamedTuple):
@@ -65,8 +66,8 @@ def chunked_divergence(
 
     @torch.no_grad()
     def teacher_logp(rows: slice) -> torch.Tensor:
-        logits_CV = linear(teacher_hidden_NJ[rows], teacher_head_VJ[:vocab]).float()
-        return (logits_CV if temperature == 1 else logits_CV / temperature).log_softmax(-1)
+        log_p_CV = _log_softmax(teacher_hidden_NJ[rows], teacher_head_VJ[:vocab])
+        return log_p_CV if temperature == 1 else (log_p_CV / temperature).log_softmax(-1)
 
     def read(rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
         softened_CV = log_q_CV if temperature == 1 else (log_q_CV / temperature).log_softmax(-1)
@@ -117,7 +118,7 @@ class _Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_NH, head_VH)
         ctx.read, ctx.chunk, ctx.vocab, ctx.expected = read, chunk, vocab, expected_N
-        ctx.ready = None if expected_N is None else _Gradients(hidden_NH, head_VH, vocab, ctx.needs_input_grad)
+        ctx.ready = None if expected_N is None else _Gradients(hidden_NH, head_VH, chunk, vocab, ctx.needs_input_grad)
         values = hidden_NH.new_empty(count, len(hidden_NH), dtype=torch.float32)
         for rows in _slices(len(hidden_NH), chunk):
             log_q_CV = _log_softmax(hidden_NH[rows], head_VH[:vocab])
@@ -137,7 +138,7 @@ class _Chunked(torch.autograd.Function):
         found, ctx.ready = ctx.ready, None  # used up: they are scaled in place
         factor = None if found is None else _common_factor(wanted, ctx.expected)
         if factor is None:
-            factor, found = 1.0, _Gradients(hidden_NH, head_VH, ctx.vocab, ctx.needs_input_grad)
+            factor, found = 1.0, _Gradients(hidden_NH, head_VH, ctx.chunk, ctx.vocab, ctx.needs_input_grad)
             for rows in _slices(len(hidden_NH) if wanted else 0, ctx.chunk):
                 log_q_CV = _log_softmax(hidden_NH[rows], head_VH[: ctx.vocab]).requires_grad_()
                 with torch.enable_grad():
@@ -150,47 +151,76 @@ class _Chunked(torch.autograd.Function):
 class _Gradients:
     """Sums of a loss's gradients to hidden states and head, in float32."""
 
-    def __init__(self, hidden_NH: torch.Tensor, head_VH: torch.Tensor, vocab: int, needed: Sequence[bool]) -> None:
-        self._inputs, self._vocab = (hidden_NH, head_VH), vocab
-        self._sums = [
-            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need else None
-            for x, need in zip(self._inputs, needed, strict=False)
-        ]
+    def __init__(
+        self, hidden_NH: torch.Tensor, head_VH: torch.Tensor, chunk: int, vocab: int, needed: Sequence[bool]
+    ) -> None:
+        self._hidden_NH, self._head_VH, self._vocab = hidden_NH, head_VH, vocab
+        self._to_hidden = torch.zeros_like(hidden_NH, dtype=torch.float32) if needed[0] else None
+        self._to_head = _HeadGradient(head_VH, chunk, vocab) if needed[1] else None
 
     def add(
         self, rows: slice, log_q_CV: torch.Tensor, readings: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> None:
         """Adds a chunk's part, from the gradients of the loss to its readings."""
-        hidden_NH, head_VH = self._inputs
-        sum_NH, sum_VH = self._sums
         (to_log_q_CV,) = torch.autograd.grad(readings, log_q_CV, gradients)
         q_CV = log_q_CV.detach().exp_()  # the graph is gone, and nobody needs log q any more
-        logits_CV = torch.addcmul(to_log_q_CV, q_CV, to_log_q_CV.sum(-1, keepdim=True), value=-1).to(head_VH.dtype)
+        to_logits_CV = torch.addcmul(to_log_q_CV, q_CV, to_log_q_CV.sum(-1, keepdim=True), value=-1)
         del to_log_q_CV, q_CV
-        if sum_NH is not None:
-            sum_NH[rows] = (logits_CV @ head_VH[: self._vocab]).float()
-        if sum_VH is not None:
-            _add_product(sum_VH[: self._vocab], logits_CV.T, hidden_NH[rows])
+        to_logits_CV = to_logits_CV.to(self._head_VH.dtype)
+        if self._to_hidden is not None:
+            self._to_hidden[rows] = (to_logits_CV @ self._head_VH[: self._vocab]).float()
+        if self._to_head is not None:
+            self._to_head.add(to_logits_CV, self._hidden_NH[rows])
 
-    def scaled(self, factor: float) -> list[torch.Tensor | None]:
-        return [
-            None if total is None else total.mul_(factor).to(x.dtype)
-            for total, x in zip(self._sums, self._inputs, strict=True)
-        ]
+    def scaled(self, factor: float) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """To the hidden states and to the head, times `factor`, in their types. The sums are used up."""
+        to_hidden = None if self._to_hidden is None else self._to_hidden.mul_(factor).to(self._hidden_NH.dtype)
+        to_head = None if self._to_head is None else self._to_head.total().mul_(factor).to(self._head_VH.dtype)
+        return to_hidden, to_head
+
+
+class _HeadGradient:
+    """Sum of (gradient to a token's logits) x (its hidden state) over tokens, float32 [V, H].
+
+    A product of half precision cannot be added into a float32 sum in one operation, and the sum is large. So a few
+    chunks are gathered for each addition, which is made in blocks of rows.
+    """
+
+    def __init__(self, head_VH: torch.Tensor, chunk: int, vocab: int) -> None:
+        self._sum_VH = torch.zeros_like(head_VH, dtype=torch.float32)
+        self._used_VH = self._sum_VH[:vocab]
+        self._direct = head_VH.dtype == torch.float32
+        size = 0 if self._direct else GATHERED_CHUNKS * chunk
+        self._to_logits = head_VH.new_empty(size, vocab)
+        self._hidden = head_VH.new_empty(size, head_VH.shape[1])
+        self._filled = 0
+
+    def add(self, to_logits_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        if self._direct:
+            self._used_VH.addmm_(to_logits_CV.T, hidden_CH)
+            return
+        if self._filled + len(hidden_CH) > len(self._hidden):
+            self._multiply()
+        rows = slice(self._filled, self._filled + len(hidden_CH))
+        self._to_logits[rows], self._hidden[rows] = to_logits_CV, hidden_CH
+        self._filled = rows.stop
+
+    def total(self) -> torch.Tensor:
+        if self._filled:
+            self._multiply()
+        self._to_logits = self._hidden = self._hidden[:0]
+        return self._sum_VH
+
+    def _multiply(self) -> None:
+        to_logits, hidden = self._to_logits[: self._filled], self._hidden[: self._filled]
+        for total, part in zip(self._used_VH.split(HEAD_BLOCK), to_logits.split(HEAD_BLOCK, dim=1), strict=True):
+            total += part.T @ hidden
+        self._filled = 0
 
 
 def _log_softmax(hidden_CH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return linear(hidden_CH, head_VH).float().log_softmax(-1)
-
-
-def _add_product(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
-    """sum += left @ right. Products of half precision are made in blocks, because they cannot go into a float32."""
-    if left_VC.dtype == torch.float32:
-        sum_VH.addmm_(left_VC, right_CH)
-        return
-    for block, left in zip(sum_VH.split(HEAD_BLOCK), left_VC.split(HEAD_BLOCK), strict=True):
-        block += left @ right_CH
+        return linear(hidden_CH, head_VH).log_softmax(-1, dtype=torch.float32)
 
 
 def _common_factor(wanted: list[tuple[int, torch.Tensor]], expected_N: torch.Tensor) -> float | None:
