@@ -43,7 +43,7 @@ def ours(inputs: Inputs, chunk: int, foreseen: bool) -> torch.Tensor:
     expected = torch.ones(len(inputs[0]), device=inputs[0].device) if foreseen else None
     tokens = torch.zeros(len(inputs[0]), dtype=torch.int64, device=inputs[0].device)
     scores = chunked_divergence(*inputs, forward_kl, tokens_N=tokens, chunk=chunk, expected_N=expected)
-    return scores.divergence.mean()
+    return scores.loss.mean()
 
 
 def liger(inputs: Inputs, chunk: int) -> torch.Tensor:

@@ -95,6 +95,15 @@ def _check_batches(options: dict[str, Any]) -> None:
         )
 
 
+def check_full_vocabulary(options: dict[str, Any]) -> None:
+    """Raises RecipeError for what does not go with skd.loss.vocabulary=full."""
+    if options.get("ds.deepcompile"):
+        raise RecipeError(
+            "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, which "
+            "a compiled model would not call; turn one of them off"
+        )
+
+
 def check_rewards(options: dict[str, Any], *, teacher_advantage: float) -> None:
     """Raises RecipeError where the policy loss has nothing to learn from."""
     sources = ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path")

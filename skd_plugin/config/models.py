@@ -66,6 +66,51 @@ def common_vocab_size(teacher: str, student: str) -> int:
     return min(config.get_text_config().vocab_size for config in configs)
 
 
+# Options of transformers' models that change the logits behind the output head, and the values at which they do not.
+TRANSFORMED_LOGITS: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None, 0),  # Gemma 2 and later
+    "logits_soft_cap": (None, 0),
+    "logits_scaling": (None, 1),  # Granite
+    "logit_scale": (None, 1),  # Cohere
+    "lm_head_multiplier": (None, 1),  # Falcon-H1
+    "output_multiplier": (None, 1),
+    "mup_width_multiplier": (None, 1),  # Phi-3-small
+    "dim_model_base": (None,),  # MiniCPM divides its last hidden state by a ratio of it
+}
+
+
+def check_output_head(name: str, role: str) -> None:
+    """Raises RecipeError for a model whose logits are not just its output head times its last hidden state."""
+    config = load_model_config(name, role).get_text_config()
+    for option, neutral in TRANSFORMED_LOGITS.items():
+        value = getattr(config, option, None)
+        if value not in neutral:
+            raise RecipeError(
+                f"skd.loss.vocabulary=full: the {role} '{name}' transforms the product of its output head ({option} = "
+                f"{value}), which this loss does not follow; use skd.loss.vocabulary=top_k with this model"
+            )
+    output_head_names(name, role)
+
+
+def output_head_names(name: str, role: str) -> list[str]:
+    """Names under which a checkpoint may hold the weight of the model's output head; a tied one is the embedding's.
+
+    Raises:
+        RecipeError: the model has no output head that transformers knows, or one with a bias.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(name, role), trust_remote_code=True)
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        found = "has no output head that transformers names" if head is None else "has an output head with a bias"
+        raise RecipeError(f"skd.loss.vocabulary=full: the {role} '{name}' {found}; use skd.loss.vocabulary=top_k")
+    model.tie_weights()
+    return [key for key, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight]
+
+
 def context_needed(max_len: int, draft_len: int) -> int:
     """Tokens of context that the engine needs for sequences of `max_len`.
 

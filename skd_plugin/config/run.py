@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from skd_plugin.compat.versions import check_versions
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
-from skd_plugin.config.models import check_pair, check_prompts
+from skd_plugin.config.models import check_output_head, check_pair, check_prompts
 from skd_plugin.config.recipe import RecipeError, flatten, load_recipe, unknown_key
 from skd_plugin.config.schema import VALUE_FORMS, SKDConfig, extremes, field_docs
 
@@ -127,6 +127,10 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     if skd.rollout.needs_references:
         host_rules.check_references(complete, method=skd.rollout.method)
     check_by_host(host_arguments(host, host_parser()))
+    if skd.loss.vocabulary == "full":
+        host_rules.check_full_vocabulary(complete)
+        check_output_head(skd.teacher.model_name_or_path, "teacher")
+        check_output_head(models.student, "student")
     if skd.task is None:
         _check_dataset(complete, models.tokenizer, needs_references=skd.rollout.needs_references)
     elif skd.task.train_prompts < complete["rollout.batch_size"]:

@@ -243,6 +243,10 @@ class LossConfig(Section):
         1.0, gt=0, allow_inf_nan=False, description="tau of both models in a divergence; cross_entropy has none"
     )
     top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
+    vocabulary: Literal["top_k", "full"] = Field(
+        "top_k", description="full: the divergence of all tokens, from the teacher's hidden states and output head"
+    )
+    chunk: int = Field(128, ge=1, description="of vocabulary full: tokens whose logits are in memory at once")
     accepted_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that the gate kept")
     replaced_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that it replaced")
     clamp: float | None = Field(
@@ -265,7 +269,7 @@ class LossConfig(Section):
 
     def token_loss_arguments(self) -> dict[str, Any]:
         """Of core.losses.make_token_loss."""
-        return self.model_dump(exclude={"top_k", "reweight"})
+        return self.model_dump(exclude={"top_k", "vocabulary", "chunk", "reweight"})
 
 
 class ObjectiveConfig(Section):

@@ -17,7 +17,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from skd_plugin.core.losses import Divergence
+from skd_plugin.core.losses import Divergence, soften
+
+# (rows of the chunk, log p [C, V], log q [C, V]) -> [C], differentiable in log q, which it must not change.
+ChunkLoss = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # (rows of the chunk, log q [C, V]) -> values [C] each. Differentiable in log q, which it must not change.
 Readings = Callable[[slice, torch.Tensor], list[torch.Tensor]]
@@ -30,7 +33,7 @@ HEAD_BLOCK = 32_768  # rows of that head at once
 class Scores(NamedTuple):
     """float32 [N] each."""
 
-    divergence: torch.Tensor  # from teacher to student
+    loss: torch.Tensor  # of the student against the teacher
     log_prob: torch.Tensor  # log q of the named tokens
     entropy: torch.Tensor | None  # of q, where it was asked for
 
@@ -49,29 +52,48 @@ def chunked_divergence(
     entropy: bool = False,
     expected_N: torch.Tensor | None = None,
 ) -> Scores:
-    """Divergence of the student from the teacher over the whole vocabulary, and the student's view of `tokens_N`.
+    """`chunked_loss` of a divergence of both models at `temperature`."""
 
-    Gradients go to the student's hidden states and head, never to the teacher.
+    def loss(rows: slice, log_p_CV: torch.Tensor, log_q_CV: torch.Tensor) -> torch.Tensor:
+        return divergence(soften(log_p_CV, temperature), soften(log_q_CV, temperature))
+
+    students, teachers = (student_hidden_NH, student_head_VH), (teacher_hidden_NJ, teacher_head_VJ)
+    return chunked_loss(
+        *students, *teachers, loss, tokens_N=tokens_N, chunk=chunk, vocab=vocab, entropy=entropy, expected_N=expected_N
+    )
+
+
+def chunked_loss(
+    student_hidden_NH: torch.Tensor,
+    student_head_VH: torch.Tensor,
+    teacher_hidden_NJ: torch.Tensor,
+    teacher_head_VJ: torch.Tensor,
+    loss: ChunkLoss,
+    *,
+    tokens_N: torch.Tensor,
+    chunk: int,
+    vocab: int | None = None,
+    entropy: bool = False,
+    expected_N: torch.Tensor | None = None,
+) -> Scores:
+    """A loss of the student against the teacher's whole distribution, and the student's view of `tokens_N`.
+
+    Gradients go to the student's hidden states and head, never to the teacher. All is at temperature 1.
 
     Args:
         tokens_N: int64, the tokens whose log q is wanted.
         chunk: tokens whose logits are in memory at once (C).
         vocab: only the first so many rows of both heads are tokens; the others are padding, without mass or gradient.
-        temperature: both models' logits are divided by it for the divergence. `log_prob` and `entropy` are at 1.
-        expected_N: the gradient of the final loss to each divergence, up to one common factor. Where it proves right
-            and nothing but the divergence is differentiated, the backward pass costs next to nothing; otherwise it
+        entropy: the entropy is wanted, too.
+        expected_N: the gradient of the final loss to each token's loss, up to one common factor. Where it proves right
+            and nothing but these losses is differentiated, the backward pass costs next to nothing; otherwise it
             computes every chunk again. The gradients are the same.
     """
     vocab = len(student_head_VH) if vocab is None else vocab
 
-    @torch.no_grad()
-    def teacher_logp(rows: slice) -> torch.Tensor:
-        log_p_CV = _log_softmax(teacher_hidden_NJ[rows], teacher_head_VJ[:vocab])
-        return log_p_CV if temperature == 1 else (log_p_CV / temperature).log_softmax(-1)
-
     def read(rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
-        softened_CV = log_q_CV if temperature == 1 else (log_q_CV / temperature).log_softmax(-1)
-        return [divergence(teacher_logp(rows), softened_CV), *_token_readings(tokens_N, entropy, rows, log_q_CV)]
+        log_p_CV = _log_softmax(teacher_hidden_NJ[rows], teacher_head_VJ[:vocab])
+        return [loss(rows, log_p_CV, log_q_CV), *_token_readings(tokens_N, entropy, rows, log_q_CV)]
 
     expected_N = expected_N if torch.is_grad_enabled() else None
     values = _Chunked.apply(student_hidden_NH, student_head_VH, read, 2 + entropy, chunk, vocab, expected_N)

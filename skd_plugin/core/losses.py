@@ -206,6 +206,22 @@ def top_k_loss(divergence: Divergence, temperature: float = 1.0) -> TokenLoss:
     return loss
 
 
+def whole_vocabulary_loss(divergence: Divergence, temperature: float = 1.0) -> TokenLoss:
+    """`top_k_loss` where everything is known of the teacher: `teacher_logp_NK` is log p of all V tokens, by their ids,
+    and the student's logits are log q.
+    """
+
+    def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return divergence(soften(targets.teacher_logp_NK, temperature), soften(student_logits_NV, temperature))
+
+    return loss
+
+
+def soften(log_p_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log of p^(1 / tau), normalised again; no copy of [N, V] where there is nothing to do."""
+    return log_p_NV if temperature == 1 else (log_p_NV / temperature).log_softmax(-1)
+
+
 def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
     """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
     temperature, so q is at temperature 1.
@@ -261,6 +277,7 @@ def make_token_loss(
     replaced_weight: float,
     clamp: float | None,
     vocab: int | None = None,
+    against: Callable[[Divergence, float], TokenLoss] = top_k_loss,
 ) -> TokenLoss:
     """The loss of a recipe, composed once, so that a training step has no branch. docs/losses.md explains each option.
 
@@ -269,6 +286,7 @@ def make_token_loss(
         replaced_kind: the same, for replaced tokens; None for `kind`.
         clamp: nats; applied before the weights. None: no limit.
         vocab: tokens that both models have, if the student has rows beyond them. None: all rows of the student.
+        against: `top_k_loss` or `whole_vocabulary_loss`, by what is known of the teacher.
 
     Raises:
         KeyError: no loss of that name.
@@ -277,7 +295,7 @@ def make_token_loss(
     def named(name: str) -> TokenLoss:
         if name == "cross_entropy":
             return cross_entropy
-        return top_k_loss(make_divergence(name, beta=beta, alpha=alpha), temperature)
+        return against(make_divergence(name, beta=beta, alpha=alpha), temperature)
 
     loss = named(kind)
     if replaced_kind not in (None, kind):

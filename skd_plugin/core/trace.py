@@ -1,6 +1,6 @@
 """The record of one sampled response: which model each token is from, and what both models thought of it.
 
-Shapes: R response tokens, K teacher entries kept a token.
+Shapes: R response tokens, K teacher entries kept a token, J width of the teacher.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Trace:
     teacher_tail_logp: torch.Tensor  # float32 [R], log mass of all tokens outside the K; -inf for K = V
     # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
     teacher_rest_tempered: torch.Tensor
+    teacher_hidden: torch.Tensor = None  # [R, J], what the teacher's head made each token's p of; [R, 0]: not kept
+
+    def __post_init__(self) -> None:
+        if self.teacher_hidden is None:
+            self.teacher_hidden = torch.empty(len(self), 0)
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -45,6 +50,7 @@ class Trace:
 
     @classmethod
     def join(cls, parts: list[Trace]) -> Trace:
+        parts = [part for part in parts if len(part)] or parts[:1]  # an empty one does not know the teacher's width
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     @classmethod

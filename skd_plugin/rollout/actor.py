@@ -46,6 +46,7 @@ class EngineSpec:
     draft_len: int
     num_teacher_entries: int
     loss_temperature: float
+    teacher_hidden: bool
     rule: SamplingRule
     seed: int
     reward_timeout_s: float
@@ -57,7 +58,7 @@ class SKDRollout(HostRollout):
         student, max_len = kwargs.pop("model"), kwargs.pop("max_model_len")
         for replaced in ("worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode", "max_logprobs"):
             kwargs.pop(replaced, None)
-        sizes = (skd.draft_len, max_len, skd.num_teacher_entries, skd.loss_temperature)
+        sizes = (skd.draft_len, max_len, skd.num_teacher_entries, skd.loss_temperature, skd.teacher_hidden)
         arguments = engine_arguments(skd.teacher, student, *sizes, **skd.vllm_options)
         if arguments["dtype"] == "float32":
             kwargs.pop("gpu_memory_utilization", None)  # on CPU a share of all memory, not of a GPU's

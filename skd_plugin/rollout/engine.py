@@ -38,6 +38,7 @@ def engine_arguments(
     max_len: int,
     num_teacher_entries: int,
     loss_temperature: float = 1.0,
+    teacher_hidden: bool = False,
     **others: Any,
 ) -> dict[str, Any]:
     """Arguments for vLLM's EngineArgs that make an SKD engine.
@@ -47,6 +48,7 @@ def engine_arguments(
         max_len: longest sequence in tokens, prompt and response.
         num_teacher_entries: most probable teacher tokens returned for each response token.
         loss_temperature: tau of the loss; the mass of all other tokens is also recorded at it.
+        teacher_hidden: return the teacher's last hidden state of each response token, too.
     """
     from skd_plugin.rollout.vocabulary import allow_padding
 
@@ -64,7 +66,11 @@ def engine_arguments(
         },
         worker_cls=WORKER_CLS,
         scheduler_cls=SCHEDULER_CLS,
-        additional_config={"skd_teacher_entries": num_teacher_entries, "skd_loss_temperature": loss_temperature},
+        additional_config={
+            "skd_teacher_entries": num_teacher_entries,
+            "skd_loss_temperature": loss_temperature,
+            "skd_teacher_hidden": teacher_hidden,
+        },
         async_scheduling=False,
         max_model_len=context_needed(max_len, draft_len),
         dtype="float32" if cpu else "bfloat16",

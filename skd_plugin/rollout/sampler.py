@@ -1,6 +1,7 @@
 """SKD's rule in place of vLLM's rejection sampler: the teacher is the engine's model, the student its draft model.
 
-Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step.
+Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step, S rows of
+the teacher's logits, J width of the teacher.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class SKDSampler:
     def __init__(self, runner: Any, table: RequestTable) -> None:
         self._runner = runner
         self._table = table
+        self._hidden_SJ: torch.Tensor | None = None
+
+    def keep_hidden(self, hidden_SJ: torch.Tensor) -> None:
+        """The teacher's hidden states behind the logits of the next call, row by row: what its output head was given."""
+        self._hidden_SJ = hidden_SJ
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         logits = self._table.finite(logits[:, : self._table.vocab_size], "teacher")
@@ -47,7 +53,8 @@ class SKDSampler:
         if undrafted:
             # A request has a row of logits for each scheduled draft and one more; its next token is that of the first.
             next_token_rows = [first[row] + row for row in undrafted]
-            token_BL[undrafted, 0] = self._undrafted(undrafted, logits[next_token_rows])
+            token_BL[undrafted, 0] = self._undrafted(undrafted, next_token_rows, logits)
+        self._hidden_SJ = None
         return SamplerOutput(sampled_token_ids=token_BL, logprobs_tensors=None)
 
     def _verify(self, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]) -> torch.Tensor:
@@ -56,7 +63,8 @@ class SKDSampler:
         real = metadata.draft_token_ids >= 0
         counts_B = torch.tensor(counts, device=logits.device)
         rows_N = self._table.rows(self._runner.input_batch.req_ids).repeat(counts_B)
-        teacher_NV = logits[metadata.target_logits_indices[real]].float()
+        logits_rows_N = metadata.target_logits_indices[real]
+        teacher_NV = logits[logits_rows_N].float()
         draft_N = metadata.draft_token_ids[real].long()
         request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
         place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
@@ -82,7 +90,7 @@ class SKDSampler:
 
         kept_N = verdict.token_N == draft_N
         token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
-        self._record(token_BL, request_N, place_N, proposals, verdict)
+        self._record(token_BL, request_N, place_N, proposals, verdict, logits_rows_N)
         return token_BL.to(torch.int32)
 
     def _judge(self, proposals: Proposals, request_N: torch.Tensor, rows_N: Rows) -> Verdict:
@@ -101,11 +109,11 @@ class SKDSampler:
             torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, accept.FLAGGED, source_N)
         )
 
-    def _undrafted(self, rows: list[int], teacher_RV: torch.Tensor) -> torch.Tensor:
+    def _undrafted(self, rows: list[int], logits_rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Tokens of the requests that bring no draft: the end of the prompt, or, after a preemption, the reference's
         next token or one of the teacher.
         """
-        runner, table = self._runner, self._table
+        runner, table, teacher_RV = self._runner, self._table, logits[logits_rows]
         settings = table.rows(runner.input_batch.req_ids)
         probs = sampling.warp(teacher_RV, settings.teacher_temperature[rows], settings.teacher_top_p[rows])
         position = self._lengths()[rows]
@@ -121,7 +129,8 @@ class SKDSampler:
                 tokens[index] = table.params(request_id).first_token
                 continue
             source = accept.REFERENCE if settings.is_forced[row] else accept.UNDRAFTED
-            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[index : index + 1])
+            hidden = self._kept_hidden(logits_rows[index : index + 1])
+            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[index : index + 1], hidden)
             table.record(request_id, part)
         return torch.tensor(tokens, dtype=torch.int32, device=teacher_RV.device)
 
@@ -132,6 +141,7 @@ class SKDSampler:
         place_N: torch.Tensor,
         proposals: Proposals,
         verdict: Verdict,
+        logits_rows_N: torch.Tensor,
     ) -> None:
         token_N = token_BL[request_N, place_N]
         emitted = (token_N != accept.NOTHING).nonzero().squeeze(1)
@@ -148,6 +158,7 @@ class SKDSampler:
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
             student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
             **self._of_teacher(teacher_logp_MV, token_M),
+            teacher_hidden=self._kept_hidden(logits_rows_N[emitted]),
         )
         start = 0
         for row, count in enumerate((token_BL != accept.NOTHING).sum(1).tolist()):
@@ -155,7 +166,9 @@ class SKDSampler:
                 self._table.record(self._runner.input_batch.req_ids[row], step.slice(start, start + count))
                 start += count
 
-    def _undrafted_part(self, token: int, source: int, teacher_logp_1V: torch.Tensor) -> Trace:
+    def _undrafted_part(
+        self, token: int, source: int, teacher_logp_1V: torch.Tensor, hidden_1J: torch.Tensor
+    ) -> Trace:
         nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
             response_ids=torch.tensor([token], dtype=torch.int32),
@@ -166,7 +179,14 @@ class SKDSampler:
             kl=unknown,
             student_entropy=unknown,
             **self._of_teacher(teacher_logp_1V, torch.tensor([token], device=teacher_logp_1V.device)),
+            teacher_hidden=hidden_1J,
         )
+
+    def _kept_hidden(self, logits_rows: Any) -> torch.Tensor:
+        """The teacher's hidden states of some rows of the logits, or nothing of them where the recipe wants none."""
+        if self._hidden_SJ is None:
+            return torch.empty(len(logits_rows), 0)
+        return self._hidden_SJ[logits_rows].cpu()
 
     def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a trace says of the teacher's distribution and the emitted token; masses are sums, not 1 - head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -39,6 +40,14 @@ class SKDWorker(VllmWorker):
         )
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
         runner._sample = SKDSampler(runner, self._skd_table)
+        self._keeps_hidden = options.get("skd_teacher_hidden", False)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        # The runner throws its record of the teacher's forward away before it calls the sampler.
+        state = self.model_runner.execute_model_state
+        if self._keeps_hidden and state is not None:
+            self.model_runner._sample.keep_hidden(state.sample_hidden_states)
+        return super().sample_tokens(grammar_output)
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
         return self._skd_table.take(trace_ids)

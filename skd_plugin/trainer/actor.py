@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -16,10 +17,17 @@ from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 from skd_plugin.compat import cpu
 from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.models import common_vocab_size
-from skd_plugin.core.losses import make_token_loss
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.weights import make_weigher
 from skd_plugin.rollout.weights import Bucket
 from skd_plugin.trainer.distillation import DistillationLoss
+from skd_plugin.trainer.full_vocabulary import (
+    FullVocabularyActor,
+    FullVocabularyLoss,
+    FullVocabularyTeacher,
+    load_output_head,
+)
 from skd_plugin.trainer.lesson import LessonPlan
 from skd_plugin.trainer.objective import DistillationTerm, Objective, PolicyTerm
 
@@ -27,15 +35,18 @@ BUCKET_BYTES = 512 << 20  # one message of the weight sync; a larger parameter t
 
 HostPolicy = plain_class(host.PolicyModelActor)
 
+Prepare = Callable[[Any], None]  # done with each experience before its training step
+
 
 class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
         skd = self.args.skd
         vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
-        distillation = DistillationLoss(make_token_loss(**skd.loss.token_loss_arguments(), vocab=vocab))
-        self.actor.register_forward_hook(distillation.capture)
         by_token = self.args.actor.loss_agg_mode == "token-mean"
+        make_loss = {"top_k": _top_k, "full": _full_vocabulary}[skd.loss.vocabulary]
+        distillation, self._prepare = make_loss(self.actor, skd, vocab, by_token)
+        self.actor.register_forward_hook(distillation.capture)
         self.actor_loss_fn = Objective(
             {"kd": DistillationTerm(distillation, by_token), "rl": PolicyTerm(self.actor_loss_fn)}
         )
@@ -46,6 +57,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         )
 
     def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._prepare(experience)
         self.actor_loss_fn.expect(experience)
         return super().training_step(experience, *args, **kwargs)
 
@@ -121,11 +133,37 @@ def _flatten(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     return torch.cat([p.data.reshape(-1) for p in parameters])
 
 
+def _top_k(actor: Any, skd: SKDConfig, vocab: int, by_token: bool) -> tuple[DistillationLoss, Prepare]:
+    """The loss against the teacher's entries in the traces; a batch needs no preparation."""
+    token_loss = make_token_loss(**skd.loss.token_loss_arguments(), vocab=vocab)
+    return DistillationLoss(token_loss), lambda experience: None
+
+
+def _full_vocabulary(
+    actor: FullVocabularyActor, skd: SKDConfig, vocab: int, by_token: bool
+) -> tuple[FullVocabularyLoss, Prepare]:
+    """The loss against the teacher's hidden states in the traces; the actor is told of them before its forward."""
+    dtype = next(actor.model.parameters()).dtype
+    teacher = FullVocabularyTeacher(
+        load_output_head(skd.teacher.model_name_or_path, dtype, torch.cuda.current_device()),
+        make_token_loss(**skd.loss.token_loss_arguments(), against=whole_vocabulary_loss),
+        chunk=skd.loss.chunk,
+        vocab=vocab,
+        token_level_loss=by_token,
+        alone=not skd.objective.uses_rewards,
+    )
+    return FullVocabularyLoss(), lambda e: actor.learn(teacher.lesson(e.lesson, e.action_mask))
+
+
 class SKDPolicy(HostPolicy):
-    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def init_model_from_pretrained(self, strategy: Any, pretrain: str, *args: Any, **kwargs: Any) -> None:
         cpu.adapt_host_trainer()
+        skd = strategy.args.skd
+        if skd.loss.vocabulary == "full":
+            vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)
+            host.Actor = partial(FullVocabularyActor, chunk=skd.loss.chunk, vocab=vocab)
         host.ActorPPOTrainer = SKDActorTrainer  # the host's init names the class; this process serves one actor
-        super().init_model_from_pretrained(*args, **kwargs)
+        super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
 
     def begin_step(self, coefficients: dict[str, float], seed: int) -> None:
         """Before each `fit`. The seed makes the host's shuffling the same in a run that was interrupted."""

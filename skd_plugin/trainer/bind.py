@@ -75,6 +75,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
         draft_len=run.skd.rollout.draft_len,
         num_teacher_entries=run.skd.loss.top_k,
         loss_temperature=run.skd.loss.temperature,
+        teacher_hidden=run.skd.loss.vocabulary == "full",
         rule=SamplingRule.of(run.skd.rollout),
         seed=run.skd.rollout.seed,
         reward_timeout_s=run.skd.objective.reward_timeout_s,

@@ -45,18 +45,28 @@ def token_losses(
     """Loss of every response token, in the host's layout [B, T - 1]: entry t belongs to token t + 1; 0 elsewhere.
 
     Raises:
+        RuntimeError: a sequence does not hold the tokens of its trace.
+    """
+    places = action_mask.bool().nonzero(as_tuple=True)
+    taught = taught_tokens(sequences_BT, action_mask, traces)
+    values_N = token_loss(logits_BTV[places], Targets.of(taught, logits_BTV.device))
+    # A batch without a trained token takes the same way, so that every ZeRO rank runs its backward.
+    return values_N.new_zeros(action_mask.shape).index_put(places, values_N)
+
+
+def taught_tokens(sequences_BT: torch.Tensor, action_mask: torch.Tensor, traces: list[Trace]) -> Trace:
+    """The joined record of the response tokens [N] of a batch, in the order of the mask.
+
+    Raises:
         RuntimeError: a sequence does not hold the tokens of its trace; training on it would teach the wrong tokens.
     """
     batch_N, time_N = action_mask.bool().nonzero(as_tuple=True)
     counts = action_mask.bool().sum(1).tolist()
-    device = logits_BTV.device
     taught = Trace.join([trace.slice(0, count) for trace, count in zip(traces, counts, strict=True)])
-    expected_N = taught.response_ids.to(device=device, dtype=torch.int64)
+    expected_N = taught.response_ids.to(device=sequences_BT.device, dtype=torch.int64)
     if not torch.equal(sequences_BT[batch_N, time_N + 1], expected_N):
         raise RuntimeError(
             "the response tokens of a training batch are not those of its traces; an executor changed the ids after "
             "sampling (it must never decode and re-tokenise)"
         )
-    values_N = token_loss(logits_BTV[batch_N, time_N], Targets.of(taught, device))
-    # A batch without a trained token takes the same way, so that every ZeRO rank runs its backward.
-    return values_N.new_zeros(action_mask.shape).index_put((batch_N, time_N), values_N)
+    return taught

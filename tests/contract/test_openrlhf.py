@@ -608,6 +608,25 @@ def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
     torch.testing.assert_close(log_probs, expected)
 
 
+def test_actor_gives_the_models_output_when_asked_for_nothing_else() -> None:
+    """FullVocabularyActor calls the host's forward so: whatever the head gave comes back as float32 logits."""
+    from openrlhf.models import Actor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    actor = Actor(model)
+    actor.packing_samples = False
+    model.get_output_embeddings().forward = lambda hidden: hidden[..., :3].double()
+    ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    output = actor(ids, None, ones, return_output=True)
+    ours = "revisit skd_plugin/trainer/full_vocabulary.py"
+    assert output["logits"].shape == (2, 6, 3) and output["logits"].dtype == torch.float32, ours
+    source = inspect.getsource(find(f"{ACTOR}:PolicyModelActor.init_model_from_pretrained"))
+    assert "actor = Actor(" in source and "ema_model = Actor(" in source, "revisit SKDPolicy in trainer/actor.py"
+
+
 def test_step_totals_are_arguments_of_the_reduction() -> None:
     from openrlhf.models import aggregate_loss
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm

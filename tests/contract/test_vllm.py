@@ -70,6 +70,7 @@ SIGNATURES = [
     (f"{DRAFTER}.__init__", "vllm_config device runner", "rollout/drafter.py"),
     (f"{DRAFTER}._get_model", "", "rollout/drafter.py"),
     (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "rollout/drafter.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "rollout/worker.py"),
     ("vllm:LLM.collective_rpc", "method timeout args kwargs", "rollout/engine.py"),
     ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "rollout/actor.py"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "compat/cpu.py"),
@@ -97,6 +98,20 @@ def test_runner_has_the_attribute(name: str) -> None:
     assert name in attributes_set(find(f"{RUNNER}.__init__")), (
         f"GPUModelRunner sets no {name} any more; revisit skd_plugin/rollout/worker.py and rollout/sampler.py"
     )
+
+
+def test_record_of_the_forward_is_there_when_tokens_are_sampled() -> None:
+    """SKDWorker.sample_tokens reads the hidden states whose rows are those of the logits, before the runner does."""
+    ours = "revisit SKDWorker.sample_tokens in skd_plugin/rollout/worker.py"
+    state = find("vllm.v1.worker.gpu_model_runner:ExecuteModelState")
+    assert {"logits", "sample_hidden_states"} <= set(state._fields), ours
+    assert "execute_model_state" in attributes_set(find(f"{RUNNER}.__init__")), ours
+    execute = inspect.getsource(find(f"{RUNNER}.execute_model"))
+    assert "sample_hidden_states = hidden_states[logits_indices]" in execute, ours
+    assert "logits = self.model.compute_logits(sample_hidden_states)" in execute, ours
+    for worker in ("gpu_worker:Worker", "cpu_worker:CPUWorker"):
+        sample = inspect.getsource(find(f"vllm.v1.worker.{worker}.sample_tokens"))
+        assert "return self.model_runner.sample_tokens(grammar_output)" in sample, f"{worker}; {ours}"
 
 
 def test_runner_makes_a_plain_draft_model_proposer() -> None:

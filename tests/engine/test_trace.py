@@ -183,3 +183,24 @@ def test_new_weights_are_the_ones_that_draft(engine, hf_models):
     logits = torch.func.functional_call(student, changed, (torch.tensor([[*prompt, *ids.tolist()]]),)).logits[0]
     expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[:, None]).squeeze(1)
     torch.testing.assert_close(sample.trace.student_logp, expected.detach(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draft_len", [1, 4])
+def test_teachers_hidden_states(engine, hf_models, draft_len):
+    """Times the teacher's output head they are the distributions that the trace tells of, at every token."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, VOCAB, (2 + (7 * i) % 40,), generator=generator).tolist() for i in range(48)]
+    own_engine = engine(draft_len, teacher_hidden=True)
+    traces = [s.trace for s in own_engine.generate(prompts, SamplingRule(top_k=TOP_K), 14, seed=6)]
+    record, head = Trace.join(traces), hf_models["teacher"].lm_head.weight.detach()
+    assert {len(trace.teacher_hidden) == len(trace) for trace in traces} == {True}
+    assert record.teacher_hidden.shape == (len(record), head.shape[1]) and record.teacher_hidden.dtype == head.dtype
+    logp = (record.teacher_hidden @ head.T).log_softmax(-1)
+    torch.testing.assert_close(gather(logp, record.response_ids), record.teacher_logp, atol=1e-4, rtol=0)
+    named = logp.gather(1, record.teacher_topk_ids.long())
+    torch.testing.assert_close(named, record.teacher_topk_logp, atol=1e-4, rtol=0)
+    assert "teacher_hidden" not in traces[0].to_json(prompts[0], "stop")
+
+
+def test_hidden_states_are_not_kept_unasked(case):
+    assert case.record.teacher_hidden.shape == (len(case.record), 0)

@@ -18,7 +18,13 @@ from skd_plugin import cli
 from skd_plugin.compat import versions
 from skd_plugin.config import RecipeError, Run, host_rules, load_recipe, load_run
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
-from skd_plugin.config.models import check_pair, check_prompts, check_vocabularies, common_vocab_size
+from skd_plugin.config.models import (
+    check_output_head,
+    check_pair,
+    check_prompts,
+    check_vocabularies,
+    common_vocab_size,
+)
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
 from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
@@ -481,6 +487,46 @@ SIZES = dict(top_k=3, loss_top_k=8, max_len=176, draft_len=2)
 def test_fitting_pair_gives_the_students_tokenizer(pair) -> None:
     tokenizer = check_pair(**pair(), **SIZES)
     assert tokenizer.decode(tokenizer("tom has 3 coins").input_ids) == "tom has 3 coins"
+
+
+# --- skd.loss.vocabulary=full ---
+
+
+def test_full_vocabulary_of_plain_output_heads(quickstart) -> None:
+    assert quickstart("skd.loss.vocabulary=full").skd.loss.vocabulary == "full"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)]
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_logits_that_are_more_than_a_product_are_refused(pair, role: str, option: str, value: float) -> None:
+    model = pair(**{role: {option: value}})[role]
+    with pytest.raises(RecipeError, match=rf"the {role} .*{option} = {value}.* use skd\.loss\.vocabulary=top_k"):
+        check_output_head(model, role)
+
+
+@pytest.mark.parametrize(("option", "value"), [("final_logit_softcapping", None), ("logits_scaling", 1.0)])
+def test_options_that_leave_the_logits_alone_are_accepted(pair, option: str, value: float | None) -> None:
+    check_output_head(pair(teacher={option: value})["teacher"], "teacher")
+
+
+def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    from transformers import PhiConfig
+
+    PhiConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+              num_attention_heads=2).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(RecipeError, match="the teacher .* has an output head with a bias"):
+        check_output_head(str(tmp_path), "teacher")
+
+
+def test_full_vocabulary_of_a_compiled_model_is_refused(quickstart) -> None:
+    quickstart("openrlhf.ds.deepcompile=true")
+    with pytest.raises(RecipeError, match="deepcompile is on, but .* replaces the forward of the output head"):
+        quickstart("openrlhf.ds.deepcompile=true", "skd.loss.vocabulary=full")
+
+
+# --- two models ---
 
 
 def test_different_vocabularies_name_tokens() -> None:

@@ -79,3 +79,12 @@ def test_empty_joins_without_a_change(trace):
     assert len(empty) == 0 and empty.teacher_topk_ids.shape == (0, 2)
     assert_equal(Trace.join([empty, trace]), trace)
     assert empty.to_json([1, 2], "stop")["source"] == ""
+
+
+def test_hidden_states_are_kept_beside_parts_without_a_token(trace):
+    """An empty part does not know the teacher's width."""
+    assert trace.teacher_hidden.shape == (3, 0)
+    trace.teacher_hidden = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    joined = Trace.join([Trace.empty(2), trace.slice(0, 2), trace.slice(2, 2), Trace.empty(2), trace.slice(2, 3)])
+    assert_equal(joined, trace)
+    assert set(trace.to_json([1, 2], "stop")) == KEYS

@@ -1,0 +1,34 @@
+"""What trainer/full_vocabulary.py leans on of DeepSpeed: a module's own forward is where its parameters are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("zero_steps.py")
+STAGES = (0, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[dict]:
+    """One process of one rank, on the CPU: ZeRO-3 partitions, gathers and releases as with many."""
+    command = [sys.executable, str(SCRIPT), *map(str, STAGES)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_vocabulary_steps_are_the_hosts(cases: list[dict], stage: int) -> None:
+    """Three optimizer steps, head tied or not, gradient foreseen or computed again in the backward pass."""
+    own = [case for case in cases if case["stage"] == stage]
+    assert len(own) == 4
+    for case in own:
+        assert case["ours"] == pytest.approx(case["host"], rel=1e-5), case
+        assert case["host"][0] != pytest.approx(case["host"][-1], rel=1e-3), "nothing was learnt"

@@ -1,0 +1,97 @@
+"""Run by test_deepspeed.py in a process of its own: losses of three steps, by the host's Actor and by ours, as JSON.
+
+Arguments: the stages of ZeRO, e.g. 0 2 3.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+from skd_plugin.compat import cpu
+
+cpu.install()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from openrlhf.models import Actor  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from skd_plugin.core.chunked import Scores, chunked_divergence  # noqa: E402
+from skd_plugin.core.losses import forward_kl  # noqa: E402
+from skd_plugin.trainer.full_vocabulary import FullVocabularyActor  # noqa: E402
+
+VOCAB, WIDTH, STEPS = 64, 12, 3
+
+
+class Task:
+    """A batch, the teacher's side of it, and a loss with or without a term of the log-probabilities."""
+
+    def __init__(self, foreseen: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, VOCAB, (2, 9), generator=generator)
+        self.mask = torch.zeros(2, 8, dtype=torch.long)
+        self.mask[:, 3:] = 1
+        self.count = int(self.mask.sum())
+        self.hidden = torch.randn(self.count, WIDTH, generator=generator)
+        self.head = torch.randn(VOCAB, WIDTH, generator=generator)
+        self.foreseen = foreseen
+
+    def read(self, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, entropy: bool) -> Scores:
+        expected = torch.ones(self.count) if self.foreseen else None
+        return chunked_divergence(hidden, head, self.hidden, self.head, forward_kl, tokens_N=tokens, chunk=4,
+                                  expected_N=expected)  # fmt: skip
+
+    def loss(self, actor: Actor, full: bool) -> torch.Tensor:
+        if full:
+            actor.learn(self.read)
+        call = dict(action_mask=self.mask, attention_mask=torch.ones_like(self.ids), return_output=True)
+        log_probs, output = actor(self.ids, **call)
+        if full:
+            divergence = output["token_losses"].sum()
+        else:
+            log_q = output["logits"][:, :-1][self.mask.bool()].log_softmax(-1)
+            divergence = forward_kl((self.hidden @ self.head.T).log_softmax(-1), log_q).sum()
+        return divergence / self.count + (0 if self.foreseen else 0.1 * log_probs.sum())
+
+
+def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    actor = FullVocabularyActor(model, chunk=4, vocab=VOCAB) if full else Actor(model)
+    actor.packing_samples = False
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    actor.model = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    if stage == 3:
+        assert model.lm_head.weight.numel() == 0, "ZeRO-3 has not partitioned the head"
+    task, found = Task(foreseen), []
+    for _ in range(STEPS):
+        loss = task.loss(actor, full)
+        actor.model.backward(loss)
+        actor.model.step()
+        found.append(loss.item())
+    return found
+
+
+def main() -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    deepspeed.init_distributed(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, auto_mpi_discovery=False
+    )
+    cases = [
+        {"stage": stage, "tied": tied, "foreseen": foreseen,
+         **{name: losses(stage, tied, name == "ours", foreseen) for name in ("host", "ours")}}
+        for stage in map(int, sys.argv[1:]) for tied in (False, True) for foreseen in (True, False)
+    ]  # fmt: skip
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Divergences from hidden states, chunk by chunk, against whole distributions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skd_plugin.core.chunked import Scores, chunked_divergence, chunked_log_probs
+from skd_plugin.core.losses import DIVERGENCES, make_divergence
+
+N, H, J, V, PADDING = 23, 8, 12, 50, 6
+PARAMETERS = {"jsd": {"beta": 0.3}, "skew_forward_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1}}
+
+
+class Case:
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.student = [normal(N, H).requires_grad_(), normal(V, H).requires_grad_()]
+        self.teacher = [normal(N, J), normal(V, J)]
+        self.tokens = torch.randint(0, V - PADDING, (N,), generator=generator)
+        self.weights = torch.rand(N, generator=generator)
+
+    def scores(self, kind: str = "forward_kl", **options) -> Scores:
+        divergence = make_divergence(kind, beta=0.3, alpha=0.1)
+        options = {"chunk": 5, "entropy": True} | options
+        return chunked_divergence(*self.student, *self.teacher, divergence, tokens_N=self.tokens, **options)
+
+    def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, self.student)
+
+
+def reference(case: Case, kind: str, vocab: int = V, temperature: float = 1.0) -> tuple[Case, Scores]:
+    """The same in float64, with all logits at once and nothing but autograd; and its inputs."""
+    exact = Case()
+    exact.student = [x.detach().double().requires_grad_() for x in case.student]
+    hidden, head = exact.student
+    student = hidden @ head[:vocab].T
+    teacher = case.teacher[0].double() @ case.teacher[1][:vocab].double().T
+    log_q = student.log_softmax(-1)
+    divergence = DIVERGENCES[kind](
+        (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1), **PARAMETERS.get(kind, {})
+    )
+    entropy = torch.distributions.Categorical(logits=student).entropy()
+    return exact, Scores(divergence, log_q[torch.arange(N), case.tokens], entropy)
+
+
+def mixed(scores: Scores, weights: torch.Tensor, share: float) -> torch.Tensor:
+    """A loss of the divergence alone (share 0) or of everything that the function returns."""
+    loss = 3 * (scores.loss * weights).sum()
+    return loss + share * ((scores.log_prob * weights.flip(0)).sum() - 2 * scores.entropy.sum()) if share else loss
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+@pytest.mark.parametrize("expected", ["nothing", "the gradient", "something else"])
+@pytest.mark.parametrize("kind", list(DIVERGENCES))
+def test_values_and_gradients_are_those_of_the_whole(kind: str, expected: str, share: float) -> None:
+    """Whatever the caller says of the gradient to come, it is the right one."""
+    case = Case()
+    hint = {"nothing": None, "the gradient": 0.2 * case.weights, "something else": case.weights.flip(0)}[expected]
+    found = case.scores(kind, expected_N=hint)
+    exact, wanted = reference(case, kind)
+    for name, value in found._asdict().items():
+        assert value.dtype == torch.float32 and value.shape == (N,)
+        torch.testing.assert_close(value.double(), getattr(wanted, name), rtol=1e-4, atol=1e-5, msg=name)
+    pairs = zip(
+        case.gradients(mixed(found, case.weights, share)),
+        exact.gradients(mixed(wanted, case.weights.double(), share)),
+        strict=True,
+    )
+    for gradient, right in pairs:
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_of_the_divergence_alone(temperature: float, expected: bool) -> None:
+    case = Case()
+    found = case.scores(temperature=temperature, expected_N=case.weights if expected else None)
+    exact, wanted = reference(case, "forward_kl", temperature=temperature)
+    for name, value in found._asdict().items():
+        torch.testing.assert_close(value.double(), getattr(wanted, name), rtol=1e-4, atol=1e-5, msg=name)
+    right = exact.gradients(mixed(wanted, case.weights.double(), 0))
+    for gradient, exact_gradient in zip(case.gradients(mixed(found, case.weights, 0)), right, strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_padding_rows_have_no_mass_and_no_gradient(expected: bool) -> None:
+    vocab = V - PADDING
+    case = Case()
+    found = case.scores(vocab=vocab, expected_N=case.weights if expected else None)
+    exact, wanted = reference(case, "forward_kl", vocab=vocab)
+    torch.testing.assert_close(found.loss.double(), wanted.loss, rtol=1e-4, atol=1e-5)
+    _, to_head = case.gradients(mixed(found, case.weights, 0))
+    _, right = exact.gradients(mixed(wanted, case.weights.double(), 0))
+    torch.testing.assert_close(to_head.double(), right, rtol=1e-3, atol=1e-4)
+    assert not to_head[vocab:].any() and to_head[:vocab].any()
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_bfloat16_gradient_of_the_head_is_summed_in_float32(expected: bool) -> None:
+    """The error is that of one rounding of the sum, and does not grow with the number of chunks."""
+    case = Case(torch.bfloat16)
+    case.student = [x.detach().repeat(64, 1).requires_grad_() if len(x) == N else x for x in case.student]
+    case.teacher[0] = case.teacher[0].repeat(64, 1)
+    case.tokens = case.tokens.repeat(64)
+    hint = torch.ones(64 * N) if expected else None
+    found = case.gradients(case.scores(chunk=3, entropy=False, expected_N=hint).loss.sum())
+    whole = [x.detach().float().requires_grad_() for x in case.student]
+    log_q = torch.nn.functional.linear(*whole).to(torch.bfloat16).float().log_softmax(-1)
+    log_p = torch.nn.functional.linear(*case.teacher).float().log_softmax(-1)
+    right = torch.autograd.grad(DIVERGENCES["forward_kl"](log_p, log_q).sum(), whole)
+    for gradient, exact in zip(found, right, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.float() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, N, 1000])
+def test_the_size_of_a_chunk_changes_nothing(chunk: int) -> None:
+    case = Case()
+    found, whole = case.scores(chunk=chunk), case.scores(chunk=N)
+    torch.testing.assert_close(found.loss, whole.loss)
+    for a, b in zip(case.gradients(found.loss.sum()), case.gradients(whole.loss.sum()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_tensor_of_all_logits_is_made() -> None:
+    """No operation, forward or backward, gives more than a chunk's logits or a head's gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    for hint in (None, torch.ones(N)):
+        case = Case()
+        with Watch():
+            case.gradients(case.scores(chunk=4, expected_N=hint).loss.sum())
+    assert 0 < largest <= max(4 * V, V * J) < N * V
+
+
+def test_a_second_backward_gives_the_same() -> None:
+    case = Case()
+    loss = case.scores(expected_N=torch.ones(N)).loss.mean()
+    first = torch.autograd.grad(loss, case.student, retain_graph=True)
+    for a, b in zip(first, case.gradients(loss), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    case = Case()
+    case.student[1].requires_grad_(False)
+    case.scores(expected_N=torch.ones(N)).loss.sum().backward()
+    assert case.student[0].grad is not None and case.student[1].grad is None
+
+
+@pytest.mark.parametrize("hint", [None, torch.ones(0)])
+def test_no_token_at_all_still_has_a_gradient_of_zero(hint: torch.Tensor | None) -> None:
+    case = Case()
+    hidden = torch.zeros(0, H, requires_grad=True)
+    scores = chunked_divergence(
+        hidden, case.student[1], torch.zeros(0, J), case.teacher[1], DIVERGENCES["forward_kl"],
+        tokens_N=torch.zeros(0, dtype=torch.int64), chunk=4, expected_N=hint,
+    )  # fmt: skip
+    scores.loss.sum().backward()
+    assert not case.student[1].grad.any() and hidden.grad.shape == (0, H)
+
+
+def test_log_probs_without_a_teacher() -> None:
+    case = Case()
+    log_prob, entropy = chunked_log_probs(*case.student, tokens_N=case.tokens, chunk=6, entropy=True)
+    exact, wanted = reference(case, "forward_kl")
+    torch.testing.assert_close(log_prob.double(), wanted.log_prob, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), wanted.entropy, rtol=1e-4, atol=1e-5)
+    found = case.gradients((log_prob * case.weights).sum() + entropy.sum())
+    right = exact.gradients((wanted.log_prob * case.weights).sum() + wanted.entropy.sum())
+    for gradient, exact_gradient in zip(found, right, strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
+    assert chunked_log_probs(*case.student, tokens_N=case.tokens, chunk=6)[1] is None

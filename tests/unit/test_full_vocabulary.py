@@ -1,0 +1,307 @@
+"""Training over the whole vocabulary equals training on all V teacher entries, in the host's real Actor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skd_plugin.core.losses import make_token_loss, top_k_loss, whole_vocabulary_loss
+from skd_plugin.core.trace import Trace
+from tests.conftest import VOCAB
+
+LENGTHS = [(3, 4), (2, 1), (5, 6)]
+PLAIN = dict(beta=0.3, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0, replaced_weight=1.0, clamp=None)
+LOSSES = {
+    "forward_kl": PLAIN,
+    "reverse_kl": PLAIN | {"temperature": 2.0},
+    "jsd": PLAIN | {"replaced_kind": "cross_entropy", "replaced_weight": 0.5, "clamp": 3.0},
+}
+
+
+@pytest.fixture(scope="session")
+def modules():
+    """The modules under test; OpenRLHF can be imported on a CPU only after `install`."""
+    from skd_plugin.compat import cpu
+
+    cpu.install()
+    import openrlhf.models
+
+    import skd_plugin.trainer.distillation
+    import skd_plugin.trainer.full_vocabulary
+    import skd_plugin.trainer.lesson
+    import skd_plugin.trainer.objective
+
+    return skd_plugin.trainer
+
+
+@pytest.fixture
+def student(hf_models):
+    from copy import deepcopy
+
+    return deepcopy(hf_models["student"])
+
+
+def make_actor(modules, model: torch.nn.Module, full: bool):
+    from openrlhf.models import Actor
+
+    actor = modules.full_vocabulary.FullVocabularyActor(model, chunk=3, vocab=VOCAB) if full else Actor(model)
+    actor.packing_samples = False
+    return actor
+
+
+class Batch:
+    """Prompts and responses of the tiny pair, with left and right padding, and the teacher's whole word on them."""
+
+    @torch.no_grad()
+    def __init__(self, modules, teacher: torch.nn.Module, lengths: list[tuple[int, int]] = LENGTHS) -> None:
+        generator = torch.Generator().manual_seed(3)
+        width = max(map(sum, lengths)) + 2
+        self.sequences = torch.zeros(len(lengths), width, dtype=torch.long)
+        self.attention = torch.zeros_like(self.sequences)
+        self.action_mask = torch.zeros(len(lengths), width - 1, dtype=torch.long)
+        traces = []
+        for row, (prompt, response) in enumerate(lengths):
+            ids = torch.randint(3, VOCAB, (prompt + response,), generator=generator)
+            span = slice(row, row + len(ids))  # as many padding tokens before it as there are rows above
+            self.sequences[row, span], self.attention[row, span] = ids, 1
+            self.action_mask[row, row + prompt - 1 : row + prompt + response - 1] = 1
+            hidden = teacher.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
+            traces.append(make_trace(ids[prompt:], hidden, teacher.lm_head.weight))
+        weights = torch.rand(self.action_mask.shape, generator=generator) * self.action_mask
+        unused = torch.zeros_like(self.action_mask, dtype=torch.bool)
+        self.lesson = modules.lesson.Lesson(traces, self.sequences, weights, self.action_mask.bool(), unused)
+
+    @property
+    def inputs(self) -> dict:
+        return dict(sequences=self.sequences, action_mask=self.action_mask, attention_mask=self.attention)
+
+
+def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> Trace:
+    """With all V teacher entries; what the losses do not read is empty of meaning."""
+    logp = torch.nn.functional.linear(hidden, head).log_softmax(-1)
+    top_logp, ids = logp.sort(dim=-1, descending=True)
+    unused = torch.zeros(len(response))
+    return Trace(
+        response_ids=response.to(torch.int32),
+        source=(torch.arange(len(response)) % 2).to(torch.uint8),  # kept and replaced
+        rejected_ids=unused.to(torch.int32),
+        draft_rank=unused.to(torch.int32),
+        student_logp=unused,
+        teacher_logp=logp.gather(1, response[:, None]).squeeze(1),
+        kl=unused,
+        student_entropy=unused,
+        teacher_topk_ids=ids.to(torch.int32),
+        teacher_topk_logp=top_logp,
+        teacher_tail_logp=torch.full((len(response),), float("-inf")),
+        teacher_rest_tempered=torch.full((len(response),), float("-inf")),
+        teacher_entropy=unused,
+        teacher_hidden=hidden,
+    )
+
+
+def make_term(modules, actor, head: torch.Tensor, kind: str, full: bool, by_token: bool, alone: bool = True):
+    """The distillation term of the objective, and what prepares a batch for it."""
+    against = whole_vocabulary_loss if full else top_k_loss
+    token_loss = make_token_loss(kind, **LOSSES[kind], against=against)
+    if full:
+        loss = modules.full_vocabulary.FullVocabularyLoss()
+        teacher = modules.full_vocabulary.FullVocabularyTeacher(
+            head, token_loss, chunk=3, vocab=VOCAB, token_level_loss=by_token, alone=alone
+        )
+
+        def prepare(batch: Batch) -> None:
+            actor.learn(teacher.lesson(batch.lesson, batch.action_mask))
+    else:
+        loss = modules.distillation.DistillationLoss(token_loss)
+
+        def prepare(batch: Batch) -> None:
+            pass
+
+    actor.register_forward_hook(loss.capture)
+    return modules.objective.DistillationTerm(loss, by_token), prepare
+
+
+def train(modules, hf_models, kind: str, full: bool, by_token: bool = True, rl: float = 0.0, entropy: float = 0.0):
+    """(loss, log-probs, gradients by name) of one batch."""
+    from copy import deepcopy
+
+    model, teacher = deepcopy(hf_models["student"]), hf_models["teacher"]
+    actor = make_actor(modules, model, full)
+    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), kind, full, by_token, alone=not rl)
+    batch = Batch(modules, teacher)
+    prepare(batch)
+    log_probs, output = actor(**batch.inputs, return_output=True, return_entropy=bool(entropy))
+    loss, _ = term({"action_mask": batch.action_mask, "log_probs": log_probs}, batch.lesson)
+    loss = loss + rl * (log_probs * torch.linspace(-1, 1, log_probs.shape[1])).sum()
+    if entropy:
+        loss = loss + entropy * (output.entropy * batch.action_mask).sum()
+    loss.backward()
+    return loss.detach(), log_probs.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize(("rl", "entropy"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.1)])
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_a_training_step_is_the_one_of_all_entries(modules, hf_models, kind, rl, entropy, by_token) -> None:
+    loss, log_probs, gradients = train(modules, hf_models, kind, True, by_token, rl, entropy)
+    right_loss, right_log_probs, right = train(modules, hf_models, kind, False, by_token, rl, entropy)
+    torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_probs, right_log_probs, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == right.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5, msg=name)
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_the_gradient_is_foreseen(modules, hf_models, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run of distillation alone no chunk is computed twice, whatever the weights and the reduction."""
+    import skd_plugin.core.chunked as chunked
+
+    calls = []
+    real = chunked._log_softmax
+    monkeypatch.setattr(chunked, "_log_softmax", lambda *args: calls.append(len(args[0])) or real(*args))
+    train(modules, hf_models, "forward_kl", True, by_token)
+    tokens = sum(response for _, response in LENGTHS)
+    assert sum(calls) == 2 * tokens + tokens  # both heads once, and the check of the teacher's head (all are < 16)
+    calls.clear()
+    train(modules, hf_models, "forward_kl", True, by_token, rl=0.5)
+    assert sum(calls) == 4 * tokens + tokens
+
+
+def test_other_forwards_are_the_hosts(modules, student, hf_models) -> None:
+    batch = Batch(modules, hf_models["teacher"])
+    found, output = {}, {}
+    for full in (True, False):
+        actor = make_actor(modules, student, full)
+        with torch.no_grad():
+            found[full] = actor(**batch.inputs)
+            log_probs, output[full] = actor(**batch.inputs, return_output=True, return_entropy=True)
+        assert torch.equal(log_probs, found[full])
+        student.lm_head.__dict__.pop("forward", None)
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
+    mask = batch.action_mask
+    torch.testing.assert_close(output[True].entropy * mask, output[False].entropy * mask, rtol=1e-5, atol=1e-5)
+
+
+def test_no_logits_of_the_batch(modules, student, hf_models) -> None:
+    actor = make_actor(modules, student, True)
+    batch = Batch(modules, hf_models["teacher"])
+    _, output = actor(**batch.inputs, return_output=True)
+    assert output["logits"].shape == (*batch.sequences.shape, 3)
+
+
+def test_a_tied_head_gets_both_gradients(modules, hf_models) -> None:
+    from transformers import LlamaForCausalLM
+
+    config = type(hf_models["student"].config)(**{**hf_models["student"].config.to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    tied = {"student": LlamaForCausalLM(config), "teacher": hf_models["teacher"]}
+    assert tied["student"].lm_head.weight is tied["student"].model.embed_tokens.weight
+    _, _, gradients = train(modules, tied, "forward_kl", True)
+    _, _, right = train(modules, tied, "forward_kl", False)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_batch_without_a_response_token_has_a_gradient_of_zero(modules, student, hf_models) -> None:
+    """Every ZeRO rank must run its backward."""
+    teacher = hf_models["teacher"]
+    batch = Batch(modules, teacher)
+    batch.action_mask.zero_()
+    batch.lesson.weights.zero_()
+    actor = make_actor(modules, student, True)
+    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), "forward_kl", True, True)
+    prepare(batch)
+    log_probs, _ = actor(**batch.inputs, return_output=True)
+    loss, _ = term({"action_mask": batch.action_mask, "batch_num_tokens": torch.tensor(5.0)}, batch.lesson)
+    loss.backward()
+    assert not any(p.grad is None or p.grad.any() for p in student.parameters())
+
+
+def test_a_lesson_is_used_once(modules, student, hf_models) -> None:
+    """A forward without a lesson has no token losses, and a loss without a forward in between has no values."""
+    teacher = hf_models["teacher"]
+    batch = Batch(modules, teacher)
+    actor = make_actor(modules, student, True)
+    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), "forward_kl", True, True)
+    prepare(batch)
+    actor(**batch.inputs, return_output=True)
+    call = {"action_mask": batch.action_mask}
+    assert term(call, batch.lesson)[0] > 0
+    with pytest.raises(RuntimeError, match="were not captured"):
+        term(call, batch.lesson)
+    actor(**batch.inputs, return_output=True)
+    with pytest.raises(RuntimeError, match="without the teacher.s hidden states"):
+        term(call, batch.lesson)
+
+
+def test_another_head_than_the_engines_teacher_raises(modules, student, hf_models) -> None:
+    teacher = hf_models["teacher"]
+    batch = Batch(modules, teacher)
+    _, prepare = make_term(
+        modules, make_actor(modules, student, True), 0.5 * teacher.lm_head.weight.detach(), "forward_kl", True, True
+    )
+    with pytest.raises(RuntimeError, match=r"nats from those of the engine .* skd.loss.vocabulary=top_k"):
+        prepare(batch)
+
+
+def test_tokens_that_are_not_the_traces_raise(modules, student, hf_models) -> None:
+    teacher = hf_models["teacher"]
+    batch = Batch(modules, teacher)
+    _, prepare = make_term(
+        modules, make_actor(modules, student, True), teacher.lm_head.weight.detach(), "forward_kl", True, True
+    )
+    batch.sequences[0, 5] += 1
+    with pytest.raises(RuntimeError, match="not those of its traces"):
+        prepare(batch)
+
+
+# --- the teacher's head from its checkpoint ---
+
+
+def saved(folder: Path, tied: bool, form: str) -> tuple[Path, torch.Tensor]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="2KB" if "sharded" in form else "1GB")
+    if "bin" in form:
+        import json
+
+        from safetensors.torch import load_file
+
+        files = {p.name: load_file(p) for p in folder.glob("*.safetensors")}
+        for name, content in files.items():
+            torch.save(content, folder / name.replace("model", "pytorch_model").replace("safetensors", "bin"))
+            (folder / name).unlink()
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            places = json.loads(index.read_text().replace("safetensors", "bin").replace("model-", "pytorch_model-"))
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(places))
+            index.unlink()
+    return folder, model.get_output_embeddings().weight.detach()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_is_read_from_every_form_of_checkpoint(modules, tmp_path: Path, tied: bool, form: str) -> None:
+    folder, weight = saved(tmp_path, tied, form)
+    head = modules.full_vocabulary.load_output_head(str(folder), torch.float32, "cpu")
+    assert torch.equal(head, weight)
+    assert modules.full_vocabulary.load_output_head(str(folder), torch.bfloat16, "cpu").dtype == torch.bfloat16
+
+
+def test_checkpoint_without_the_head_raises(modules, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = saved(tmp_path, False, "safetensors")
+    content = load_file(folder / "model.safetensors")
+    del content["lm_head.weight"]
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"has no tensor lm_head.weight"):
+        modules.full_vocabulary.load_output_head(str(folder), torch.float32, "cpu")
