@@ -4,9 +4,9 @@
     python scripts/bench_full_vocabulary.py --device cuda --liger                            # the full size, on a GPU
 
 Every measurement is a process of its own, and those of one repeat follow each other, so that all meet the same
-machine. Time is wall time on a GPU and CPU time, of all threads, on a CPU, because that does not count what else the
-machine does. Peak memory is what a run adds to its inputs (hidden states and heads): on a CPU the highest resident size
-(VmHWM) less the size before, on a GPU the highest allocated size less the one before. It includes the gradients.
+machine. Time is wall time on a GPU, and on a CPU the CPU time of all threads, because that does not count what else
+the machine does. Peak memory is what a run adds to its inputs (hidden states and heads), gradients included: on a CPU
+the highest resident size (VmHWM) less the size before, on a GPU the highest allocated size less the one before.
 """
 
 from __future__ import annotations

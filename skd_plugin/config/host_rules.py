@@ -99,8 +99,8 @@ def check_full_vocabulary(options: dict[str, Any]) -> None:
     """Raises RecipeError for what does not go with skd.loss.vocabulary=full."""
     if options.get("ds.deepcompile"):
         raise RecipeError(
-            "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, which "
-            "a compiled model would not call; turn one of them off"
+            "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, "
+            "which a compiled model would not call; turn one of them off"
         )
 
 

@@ -116,9 +116,7 @@ def chunked_log_probs(
     return values[0], values[1] if entropy else None
 
 
-def _token_readings(
-    tokens_N: torch.Tensor, entropy: bool, rows: slice, log_q_CV: torch.Tensor
-) -> list[torch.Tensor]:
+def _token_readings(tokens_N: torch.Tensor, entropy: bool, rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
     log_prob_C = log_q_CV.gather(1, tokens_N[rows, None]).squeeze(1)
     return [log_prob_C, -(log_q_CV.exp() * log_q_CV).sum(-1)] if entropy else [log_prob_C]
 

@@ -1,7 +1,7 @@
 """SKD's rule in place of vLLM's rejection sampler: the teacher is the engine's model, the student its draft model.
 
-Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step, S rows of
-the teacher's logits, J width of the teacher.
+Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step, S
+rows of the teacher's logits, J width of the teacher.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SKDSampler:
         self._hidden_SJ: torch.Tensor | None = None
 
     def keep_hidden(self, hidden_SJ: torch.Tensor) -> None:
-        """The teacher's hidden states behind the logits of the next call, row by row: what its output head was given."""
+        """The teacher's hidden states behind the logits of the next call, row by row: what its head was given."""
         self._hidden_SJ = hidden_SJ
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:

@@ -2,11 +2,11 @@
 
 The teacher's hidden state of every response token comes with its trace, the teacher's output head from its checkpoint.
 The student's training forward never makes logits [B, T, V]: its output head reads the few numbers off that are wanted
-of each response token. It does so inside the model's own forward, so that whatever holds for a parameter of a module
+of each response token. It does so inside the model's own forward, so that what holds for a parameter of any module
 holds here: ZeRO-3 gathers the head before and releases it behind, forward and backward.
 
-Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary, H and J widths of student and teacher,
-M numbers read of a token.
+Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary, H and J the widths of student and
+teacher, M numbers read of a token.
 """
 
 from __future__ import annotations
@@ -231,4 +231,4 @@ def _tensor(path: str, name: str) -> torch.Tensor | None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118: it is no dictionary
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (it is no dictionary)

@@ -12,7 +12,9 @@ from skd_plugin.core.trace import Trace
 from tests.conftest import VOCAB
 
 LENGTHS = [(3, 4), (2, 1), (5, 6)]
-PLAIN = dict(beta=0.3, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0, replaced_weight=1.0, clamp=None)
+PLAIN = dict(
+    beta=0.3, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0, replaced_weight=1.0, clamp=None
+)
 LOSSES = {
     "forward_kl": PLAIN,
     "reverse_kl": PLAIN | {"temperature": 2.0},
@@ -26,8 +28,6 @@ def modules():
     from skd_plugin.compat import cpu
 
     cpu.install()
-    import openrlhf.models
-
     import skd_plugin.trainer.distillation
     import skd_plugin.trainer.full_vocabulary
     import skd_plugin.trainer.lesson
@@ -196,7 +196,9 @@ def test_no_logits_of_the_batch(modules, student, hf_models) -> None:
 def test_a_tied_head_gets_both_gradients(modules, hf_models) -> None:
     from transformers import LlamaForCausalLM
 
-    config = type(hf_models["student"].config)(**{**hf_models["student"].config.to_dict(), "tie_word_embeddings": True})
+    config = type(hf_models["student"].config)(
+        **{**hf_models["student"].config.to_dict(), "tie_word_embeddings": True}
+    )
     torch.manual_seed(0)
     tied = {"student": LlamaForCausalLM(config), "teacher": hf_models["teacher"]}
     assert tied["student"].lm_head.weight is tied["student"].model.embed_tokens.weight
@@ -215,7 +217,7 @@ def test_a_batch_without_a_response_token_has_a_gradient_of_zero(modules, studen
     actor = make_actor(modules, student, True)
     term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), "forward_kl", True, True)
     prepare(batch)
-    log_probs, _ = actor(**batch.inputs, return_output=True)
+    actor(**batch.inputs, return_output=True)
     loss, _ = term({"action_mask": batch.action_mask, "batch_num_tokens": torch.tensor(5.0)}, batch.lesson)
     loss.backward()
     assert not any(p.grad is None or p.grad.any() for p in student.parameters())
@@ -234,7 +236,7 @@ def test_a_lesson_is_used_once(modules, student, hf_models) -> None:
     with pytest.raises(RuntimeError, match="were not captured"):
         term(call, batch.lesson)
     actor(**batch.inputs, return_output=True)
-    with pytest.raises(RuntimeError, match="without the teacher.s hidden states"):
+    with pytest.raises(RuntimeError, match=r"without the teacher.s hidden states"):
         term(call, batch.lesson)
 
 
