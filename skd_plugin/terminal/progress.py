@@ -26,6 +26,14 @@ def read_metrics(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], i
     return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
 
 
+LOSSES = {"skd/loss": "loss", "rl/loss": "policy loss"}
+
+
+def is_step(record: dict[str, Any]) -> bool:
+    """Whether a record is of a training step, and not of an evaluation."""
+    return "skd/loss" in record
+
+
 class Follower:
     """Prints what is new in a run folder since the last look."""
 
@@ -44,11 +52,13 @@ class Follower:
     def _line(self, record: dict[str, Any], max_steps: int | None) -> str:
         step = record["step"]
         place = f"step {step:>4}" + (f"/{max_steps}" if max_steps else "")
-        if "skd/loss" not in record:
+        if not is_step(record):
             return "  ".join([place, *(f"{name} {text}" for name, text in _evaluation(record))])
-        parts = [f"loss {_short(record['skd/loss'])}", f"accepted {_percent(record.get('skd/accept_rate'))}"]
-        if "skd/rollout_score" in record:
-            parts.append(f"rollout score {_percent(record['skd/rollout_score'])}")
+        shown = [key for key in LOSSES if record.get(key) is not None] or ["skd/loss"]
+        parts = [f"{LOSSES[key]} {_short(record[key])}" for key in shown]
+        parts.append(f"accepted {_percent(record.get('skd/accept_rate'))}")
+        if "rl/reward" in record:
+            parts.append(f"reward {_short(record['rl/reward'])}")
         parts += [f"{_short(record.get('tokens_per_s'))} tokens/s", self._eta(step, max_steps)]
         return "  ".join([place, *parts])
 
@@ -65,8 +75,8 @@ class Follower:
 def summary_table(folder: Path, wall_s: float) -> Table:
     """What the run did to the student, before and after."""
     records, _ = read_metrics(folder)
-    steps = [r for r in records if "skd/loss" in r]
-    evals = [r for r in records if "skd/loss" not in r]
+    steps = [r for r in records if is_step(r)]
+    evals = [r for r in records if not is_step(r)]
     teacher = {k.replace("teacher_", ""): v for r in evals for k, v in r.items() if "/teacher_" in k}
     student = [r for r in evals if not any("/teacher_" in key for key in r)]
     table = Table(title="Speculative knowledge distillation", title_justify="left")
@@ -82,7 +92,9 @@ def summary_table(folder: Path, wall_s: float) -> Table:
         first, last = steps[0], steps[-1]
         rate = sum(r["tokens_per_s"] for r in steps if r["tokens_per_s"]) / len(steps)
         table.add_row("acceptance", _percent(first.get("skd/accept_rate")), _percent(last.get("skd/accept_rate")), "")
-        table.add_row("loss, nats a token", _short(first["skd/loss"]), _short(last["skd/loss"]), "")
+        for key, name in (("skd/loss", "loss, nats a token"), ("rl/reward", "reward")):
+            if first.get(key) is not None or last.get(key) is not None:
+                table.add_row(name, _short(first.get(key)), _short(last.get(key)), "")
         table.add_row("response tokens/s, training included", "", _short(rate), "")
     table.add_row(f"wall time, {len(steps)} steps", "", duration(wall_s), "")
     return table

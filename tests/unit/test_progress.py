@@ -87,11 +87,11 @@ def test_metrics_are_read_from_an_offset(folder: Folder) -> None:
 def test_step_line_has_its_figures(folder: Folder) -> None:
     Status(folder.path).stage("training", max_steps=40)
     follower = Follower(folder.path, folder.console)
-    folder.write({"step": 3, **STEP, "skd/rollout_score": 0.625})
+    folder.write({"step": 3, **STEP, "rl/reward": 0.625})
     follower.show_news(folder.spinner)
     (line,) = folder.shown()
     assert folder.spinner.text == "training"
-    for text in ("3/40", "0.5", "25.0 %", "62.5 %", "200 tokens/s", "eta -"):
+    for text in ("3/40", "0.5", "25.0 %", "reward 0.625", "200 tokens/s", "eta -"):
         assert text in line, line
 
 
