@@ -19,7 +19,7 @@ def test_a_student_that_diverged_is_named(engine, hf_models):
     before = skd.generate(PROMPTS, rule, 8, seed=1)
     broken = [(name, torch.full_like(weight, float("nan"))) for name, weight in good]
     skd.load_student(broken)
-    with pytest.raises(FloatingPointError, match="the student's logits are NaN or infinite.*lower learning rate"):
+    with pytest.raises(FloatingPointError, match=r"the student's logits are NaN or infinite.*lower learning rate"):
         skd.generate(PROMPTS, rule, 8, seed=1)
     skd.load_student(good)
     after = skd.generate(PROMPTS, rule, 8, seed=1)

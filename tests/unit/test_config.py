@@ -516,13 +516,13 @@ def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
     PhiConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
               num_attention_heads=2).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(RecipeError, match="the teacher .* has an output head with a bias"):
+    with pytest.raises(RecipeError, match=r"the teacher .* has an output head with a bias"):
         check_output_head(str(tmp_path), "teacher")
 
 
 def test_full_vocabulary_of_a_compiled_model_is_refused(quickstart) -> None:
     quickstart("openrlhf.ds.deepcompile=true")
-    with pytest.raises(RecipeError, match="deepcompile is on, but .* replaces the forward of the output head"):
+    with pytest.raises(RecipeError, match=r"deepcompile is on, but .* replaces the forward of the output head"):
         quickstart("openrlhf.ds.deepcompile=true", "skd.loss.vocabulary=full")
 
 
