@@ -216,3 +216,39 @@ def test_a_failed_reward_would_be_logged_and_forgotten_by_the_host() -> None:
 
     source = inspect.getsource(SingleTurnAgentExecutor.execute)
     assert "except Exception" in source and "logger.info" in source, "revisit skd_plugin/rollout/rewards.py"
+
+
+# --- prompts and stop strings (trainer/samples.py, rollout/actor.py) ---
+
+
+def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
+    from skd_plugin.trainer.samples import SKDSamplesGenerator
+
+    class Tokenizer(_Tokenizer):
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[ord(char) for char in text])
+
+    check = SKDSamplesGenerator._check_length
+    generator = SimpleNamespace(tokenizer=Tokenizer())
+    check(generator, "x" * 24, 32, 8)
+    check(generator, "xx", 32, 8)
+    for prompt in ("x" * 25, "x"):
+        with pytest.raises(ValueError, match=rf"a prompt has {len(prompt)} tokens, but 2 to 24 fit.*begins with 'x"):
+            check(generator, prompt, 32, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("1+1=2 and", "=", "1+1="),  # a block went on behind the stop string
+        ("1+1=", "=", "1+1="),
+        ("a==b", "==", "a=="),
+        ("a=b", None, "a=b"),  # ended by a token or by its length
+    ],
+)
+def test_a_stop_string_leaves_nothing_behind_it(text: str, stop: str | None, kept: str) -> None:
+    from skd_plugin.rollout.actor import SKDRollout
+
+    actor = SimpleNamespace(_tokenizer=_Tokenizer())
+    found = SKDRollout._without_overshoot(actor, [ord(char) for char in text], stop)
+    assert "".join(map(chr, found)) == kept

@@ -22,6 +22,15 @@ SMALL = [
     "openrlhf.ckpt.save_steps=1",
 ]
 UNMEASURED = ["skd.eval.teacher=false", "skd.eval.at_start=false"]
+# Two episodes of six steps, a checkpoint at every other step, evaluations at every fourth, every response recorded.
+LONGER = [
+    "skd.task.train_prompts=48",
+    "openrlhf.train.num_episodes=2",
+    "openrlhf.ckpt.save_steps=2",
+    "openrlhf.eval.steps=4",
+    "skd.traces_per_step=8",
+]
+NUM_STEPS = 12
 START_LIMIT_S = 400
 END_LIMIT_S = 240  # a guard against a hang, wide enough for a busy machine
 

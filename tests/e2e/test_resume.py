@@ -10,27 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.running import END_LIMIT_S, finish, metrics, processes_with, start, steps, traces, wait_for_step
+from tests.e2e.running import (
+    END_LIMIT_S,
+    LONGER,
+    NUM_STEPS,
+    finish,
+    metrics,
+    processes_with,
+    start,
+    steps,
+    traces,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.e2e
-
-# Two episodes of six steps, a checkpoint at every other step, evaluations at every fourth, every response recorded.
-OPTIONS = [
-    "skd.task.train_prompts=48",
-    "openrlhf.train.num_episodes=2",
-    "openrlhf.ckpt.save_steps=2",
-    "openrlhf.eval.steps=4",
-    "skd.traces_per_step=8",
-    "skd.eval.teacher=false",
-]
-NUM_STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(folder, *OPTIONS)
-    return folder
 
 
 def kill_once(folder: Path, rng: random.Random, victim: str = "") -> bool:
@@ -38,7 +31,7 @@ def kill_once(folder: Path, rng: random.Random, victim: str = "") -> bool:
 
     Returns whether that ended the run; some of Ray's helpers are not missed.
     """
-    process = start(folder, *OPTIONS)
+    process = start(folder, *LONGER)
     done = steps(folder)[-1]["step"] if steps(folder) else 0
     wait_for_step(folder, min(done + 1, NUM_STEPS - 2), process)
     time.sleep(rng.uniform(0.0, 1.0))
@@ -66,20 +59,20 @@ def same_run(folder: Path, undisturbed: Path) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (mine["step"], name)
 
 
-def test_a_killed_run_goes_on(tmp_path, undisturbed):
+def test_a_killed_run_goes_on(tmp_path, finished_run):
     assert kill_once(tmp_path / "run", random.Random(0), "SKDPolicy")
-    assert "going on from its checkpoint of step" in finish(tmp_path / "run", *OPTIONS)
-    same_run(tmp_path / "run", undisturbed)
+    assert "going on from its checkpoint of step" in finish(tmp_path / "run", *LONGER)
+    same_run(tmp_path / "run", finished_run[0])
 
 
 @pytest.mark.soak
-def test_ten_kills_at_random_points(tmp_path, undisturbed):
+def test_ten_kills_at_random_points(tmp_path, finished_run):
     rng = random.Random(int(os.environ.get("SKD_SOAK_SEED", "1")))
     folder = tmp_path / "run0"
     for number in range(1, 11):
         if not kill_once(folder, rng):  # this run came to its end all the same
-            same_run(folder, undisturbed)
+            same_run(folder, finished_run[0])
             folder = tmp_path / f"run{number}"
     if steps(folder):
-        finish(folder, *OPTIONS)
-        same_run(folder, undisturbed)
+        finish(folder, *LONGER)
+        same_run(folder, finished_run[0])

@@ -1,4 +1,4 @@
-"""A run whose text is from two sources, under a gate that follows the rate of acceptance."""
+"""A run of text from two sources, under a gate that follows the rate of acceptance, with the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def test_references_and_samples_in_one_run(tmp_path: Path) -> None:
         "skd.rollout.method=mixed_skd",
         "skd.rollout.top_k={kind: target_acceptance, rate: 0.5, start: 4, gain: 2}",
         "skd.rollout.reference_compat=true",
+        "skd.loss.vocabulary=full",
         "skd.traces_per_step=8",
     )
     assert printed.count("skd.rollout.reference_compat: as in SKD's released code") == 1
@@ -26,6 +27,7 @@ def test_references_and_samples_in_one_run(tmp_path: Path) -> None:
     assert len(records) == 3 and len(lines) == 24
     assert {frozenset(line["source"]) & {"r"} for line in lines} == {frozenset("r"), frozenset()}
     assert all(set(line["source"]) <= set("st") or set(line["source"]) == {"r"} for line in lines)
+    assert all(record["skd/loss"] == pytest.approx(record["skd/kl"], rel=1e-3) for record in records)
     expected = 4.0
     for record in records:
         own = [line for line in lines if line["step"] == record["step"]]
