@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
-from skd_plugin.tasks.base import Example
+from skd_plugin.tasks.base import Example, mean
+from skd_plugin.tasks.generated import GeneratedTask
 
 MAX_VALUE = 999
 NUM_STEPS = (3, 5)  # operations of a story, inclusive
@@ -34,21 +36,10 @@ _ANSWER = re.compile(r"the answer is (\d+)\s*$")
 _STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
-class Arithmetic:
-    """Task object; see `skd_plugin.tasks.base.Task`."""
-
+class Arithmetic(GeneratedTask):
     name = "arithmetic"
     metric = "accuracy"
-
-    def examples(self, split: str, count: int, seed: int = 0) -> list[Example]:
-        """`count` distinct stories. Splits never share a story: the split is part of each story's seed."""
-        rng = random.Random(f"arithmetic/{split}/{seed}")
-        seen: dict[str, Example] = {}
-        while len(seen) < count:
-            example = self._story(rng)
-            if _split_of(example.prompt) == split:
-                seen.setdefault(example.prompt, example)
-        return list(seen.values())
+    max_new_tokens = 96
 
     def score(self, response: str, label: str) -> float:
         """1.0 if the response ends with the right answer, else 0.0."""
@@ -62,7 +53,13 @@ class Arithmetic:
         right = sum(int(c) == (int(a) + int(b) if op == "+" else int(a) - int(b)) for a, op, b, c in steps)
         return right / len(steps) if steps else 0.0
 
-    def _story(self, rng: random.Random) -> Example:
+    def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+        return {"step_validity": mean([self.step_validity(response) for response in responses])}
+
+    def vocabulary(self) -> list[str]:
+        return vocabulary()
+
+    def draw(self, rng: random.Random) -> Example:
         name, item = rng.choice(NAMES), rng.choice(ITEMS)
         value = rng.randint(10, 400)
         story, steps = [f"{name} has {value} {item} ."], []
@@ -76,14 +73,6 @@ class Arithmetic:
             value = result
         prompt = " ".join(story) + f" how many {item} ?"
         return Example(prompt, " " + " ".join(steps) + f" {rng.choice(FINAL)} {value}", str(value))
-
-
-def _split_of(prompt: str) -> str:
-    """A story belongs to the test split by a hash of its text (1 in 8), whatever seed made it."""
-    digest = 0
-    for char in prompt:
-        digest = (digest * 131 + ord(char)) % 1_000_003
-    return "test" if digest % 8 == 0 else "train"
 
 
 def vocabulary() -> list[str]:
