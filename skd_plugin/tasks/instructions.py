@@ -56,11 +56,20 @@ class Instructions(GeneratedTask):
     max_new_tokens = 64
 
     def draw(self, rng: random.Random) -> Example:
-        return self._drawn(rng)[1]
+        words = rng.sample(WORDS, rng.randint(*LENGTH))
+        given, asked, steps = " ".join(words), [], []
+        for index in range(rng.randint(*STEPS)):
+            wordings, operation = rng.choice(list(OPERATIONS.values()))
+            known, new = rng.choice(words), rng.choice([word for word in WORDS if word not in words])
+            asked.append(rng.choice(wordings).replace("X", known).replace("Y", new))
+            words = operation(words, known, new)
+            steps.append(f" {'first' if index == 0 else rng.choice(CONNECTIVES)} : {' '.join(words)} .")
+        answer = " ".join(words)
+        reference = f"{''.join(steps)} {rng.choice(FINAL)} {answer}"
+        return Example(f"words : {given} . {' , then '.join(asked)} .", reference, answer)
 
     def split(self, example: Example) -> str:
-        names = [_operation(part) for part in example.prompt.split(" . ")[1].removesuffix(" .").split(" , then ")]
-        return "test" if is_held_out(names) else "train"
+        return "test" if is_held_out(operations(example.prompt)) else "train"
 
     def score(self, response: str, label: str) -> float:
         """1.0 if the response ends with the right words, else 0.0."""
@@ -78,20 +87,6 @@ class Instructions(GeneratedTask):
             {*WORDS, *spoken - {"X", "Y"}, "first", "then", *CONNECTIVES, ".", ",", ":"}, ["words"]
         )
 
-    def _drawn(self, rng: random.Random) -> tuple[list[str], Example]:
-        words = rng.sample(WORDS, rng.randint(*LENGTH))
-        given, asked, steps, names = " ".join(words), [], [], []
-        for index in range(rng.randint(*STEPS)):
-            name, (wordings, operation) = rng.choice(list(OPERATIONS.items()))
-            known, new = rng.choice(words), rng.choice([word for word in WORDS if word not in words])
-            names.append(name)
-            asked.append(rng.choice(wordings).replace("X", known).replace("Y", new))
-            words = operation(words, known, new)
-            steps.append(f" {'first' if index == 0 else rng.choice(CONNECTIVES)} : {' '.join(words)} .")
-        answer = " ".join(words)
-        reference = f"{''.join(steps)} {rng.choice(FINAL)} {answer}"
-        return names, Example(f"words : {given} . {' , then '.join(asked)} .", reference, answer)
-
 
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     a_word = "[a-z]+"
@@ -105,6 +100,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
 _PATTERNS = _patterns()
 
 
-def _operation(text: str) -> str:
-    """Name of the operation that a part of an instruction asks for."""
-    return next(name for name, pattern in _PATTERNS if pattern.fullmatch(text))
+def operations(prompt: str) -> list[str]:
+    """Names of the operations that a prompt asks for, in order."""
+    asked = prompt.split(" . ")[1].removesuffix(" .").split(" , then ")
+    return [next(name for name, pattern in _PATTERNS if pattern.fullmatch(text)) for text in asked]

@@ -31,17 +31,19 @@ def chrf(response: str, references: Sequence[str]) -> float:
 
 def corpus_chrf(responses: Sequence[str], references: Sequence[str]) -> float:
     """chrF2 of a corpus: n-gram counts are summed before they are divided."""
-    return min(_chrf().corpus_score(list(responses), [list(references)]).score / 100, 1.0)
+    return min(_chrf().corpus_score(list(responses), [list(references)], force=True).score / 100, 1.0)
 
 
 def corpus_bleu(responses: Sequence[str], references: Sequence[str]) -> float:
     """BLEU of a corpus with sacreBLEU's tokenisation 13a."""
     from sacrebleu import corpus_bleu as score
 
-    return min(score(list(responses), [list(references)]).score / 100, 1.0)
+    return min(score(list(responses), [list(references)], force=True).score / 100, 1.0)
 
 
 def rouge(response: str, references: Sequence[str]) -> dict[str, float]:
     """F measures of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, each of the best reference."""
     best = _rouge().score_multi(list(references), response)
-    return {name: best[key].fmeasure for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))}
+    return {
+        name: best[key].fmeasure for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))
+    }

@@ -29,7 +29,9 @@ PARTS = "back knee tooth head foot shoulder throat ear".split()
 REMEDIES = "a rest|some tea|a doctor|a warm bath|more sleep|a long walk|less coffee".split("|")
 MEALS = "soup pasta curry salad pancakes noodles rice dumplings".split()
 GREETINGS = "hi hello hey".split()
-SMALL_TALK = "it is so cold today|i was up late|the bus was full again|i like your hat|what a week|i am so hungry".split("|")
+SMALL_TALK = (
+    "it is so cold today|i was up late|the bus was full again|i like your hat|what a week|i am so hungry".split("|")
+)
 REPLIES = "oh well|i see|yes indeed|tell me about it|same here".split("|")
 
 Lines = list[tuple[str, str]]  # who says what
@@ -170,5 +172,7 @@ class Summary(GeneratedTask):
         listed += [word for text in (*REMEDIES, *SMALL_TALK, *REPLIES) for word in text.split()]
         drawn = [self.draw(rng) for _ in range(200)]
         written = {word for e in drawn for word in f"{e.prompt} {e.reference}".split()[1:]}
-        wordings = {word for e in drawn for event in json.loads(e.label)["events"] for text in event for word in text.split()}
+        wordings = {
+            word for e in drawn for event in json.loads(e.label)["events"] for text in event for word in text.split()
+        }
         return closed_vocabulary({*listed, *written, *wordings}, ["summarise"])

@@ -68,7 +68,18 @@ def _source_words() -> dict[str, str]:
     """A made-up word for each concept; a word of both languages would be no translation."""
     times = [time for group in TIMES.values() for time in group]
     verbs = [concept[0][0] for concept in VERBS]
-    concepts = [*NOUNS, *ADJECTIVES, *verbs, *PLACES, *times, *DETERMINERS, *NUMBERS, *PRONOUNS, *CONJUNCTIONS, *PARTICLES]
+    concepts = [
+        *NOUNS,
+        *ADJECTIVES,
+        *verbs,
+        *PLACES,
+        *times,
+        *DETERMINERS,
+        *NUMBERS,
+        *PRONOUNS,
+        *CONJUNCTIONS,
+        *PARTICLES,
+    ]
     syllables = [first + second for first in "bdghjkmnprstvyz" for second in "aeiou"]
     made = [a + b + "k" for a, b in itertools.product(syllables, syllables)]
     random.Random("translation/words").shuffle(made)
@@ -76,12 +87,11 @@ def _source_words() -> dict[str, str]:
 
 
 SOURCE = _source_words()
-Sequences = list[str]  # of slots; a slot is a word, or synonyms with "|" between them
 
 
 class NounPhrase(NamedTuple):
     source: list[str]
-    target: Sequences
+    target: list[str]  # of slots; a slot is a word, or synonyms with "|" between them
     plural: bool
 
 
@@ -110,15 +120,14 @@ class Translation(GeneratedTask):
         return 1.0 if is_right(response, label) else scorers.chrf(response.strip(), _nearest(response, label))
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-        nearest = [
-            max(_nearest(response, label), key=lambda text: scorers.chrf(response.strip(), [text]))
-            for response, label in zip(responses, labels, strict=True)
-        ]
+        """`exact`: share of right translations; `bleu`: of the corpus, each against the right one most like it."""
         stripped = [response.strip() for response in responses]
-        return {
-            "exact": mean([float(is_right(r, label)) for r, label in zip(responses, labels, strict=True)]),
-            "bleu": scorers.corpus_bleu(stripped, nearest),
-        }
+        right = [is_right(response, label) for response, label in zip(stripped, labels, strict=True)]
+        nearest = [
+            text if known else max(_nearest(text, label), key=lambda other, text=text: scorers.chrf(text, [other]))
+            for text, label, known in zip(stripped, labels, right, strict=True)
+        ]
+        return {"exact": mean(right), "bleu": scorers.corpus_bleu(stripped, nearest)}
 
     def vocabulary(self) -> list[str]:
         slots = [*NOUNS, *ADJECTIVES, *PLACES, *PREPOSITIONS, *NUMBERS, *CONJUNCTIONS, *PRONOUNS]
@@ -169,7 +178,11 @@ def _clause(rng: random.Random, *, may_be_pronoun: bool) -> tuple[list[str], lis
         place, preposition = rng.choice(PLACES), rng.choice(PREPOSITIONS)
         source += [SOURCE[place], SOURCE[f"{preposition}-case"]]
         target += [preposition, "the", place]
-    source += [SOURCE[verb[0][0]], *([SOURCE[tense]] if tense in SOURCE else []), *([SOURCE["not"]] if negated else [])]
+    source += [
+        SOURCE[verb[0][0]],
+        *([SOURCE[tense]] if tense in SOURCE else []),
+        *([SOURCE["not"]] if negated else []),
+    ]
     orders = [" ".join(target)]
     if rng.random() < 0.6:
         time = rng.choice(TIMES[tense])
@@ -194,7 +207,7 @@ def _noun_phrase(rng: random.Random) -> NounPhrase:
     return NounPhrase(source, [form, *adjectives, names], plural)
 
 
-def _verb(verb: list[tuple[str, str]], tense: str, negated: bool, plural: bool) -> Sequences:
+def _verb(verb: list[tuple[str, str]], tense: str, negated: bool, plural: bool) -> list[str]:
     bare, past = ("|".join(forms) for forms in zip(*verb, strict=True))
     if negated:
         return [{"past": "did", "present": "do" if plural else "does", "future": "will"}[tense], "not", bare]

@@ -1,0 +1,119 @@
+"""Tasks whose examples are rows of a dataset: from the Hugging Face Hub, or from a folder with the same columns."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from skd_plugin.tasks.base import Example, Task, TaskError, check_split, split_of
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+Row = Mapping[str, Any]
+
+
+class DatasetTask(Task):
+    """What such tasks share; a subclass names its dataset and says what of a row is the reference and the label.
+
+    Args:
+        path: a folder that holds `train` and `test` as .json, .jsonl or .parquet; None takes the Hub's.
+        template: form of the prompt, with the names of columns in braces; None is the task's own.
+    """
+
+    dataset: ClassVar[str]  # name on the Hub
+    subset: ClassVar[str | None] = None
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}  # ours -> the dataset's
+    cut_by_hash: ClassVar[bool] = False  # the dataset has one split: a hash of the prompt makes two of it
+    template: str
+
+    def __init__(self, path: str | None = None, template: str | None = None) -> None:
+        self._path = path
+        self.template = template or self.template
+
+    def target(self, row: Row) -> tuple[str, str] | None:
+        """Reference and label of a row; None where the row is of no use."""
+        raise NotImplementedError
+
+    def merge(self, known: Example, again: Example) -> Example:
+        """Of two rows with the same prompt. The first one stays, unless a subclass knows better."""
+        return known
+
+    def examples(self, split: str, count: int | None, seed: int = 0) -> list[Example]:
+        """In an order drawn by `seed`, so that the first 100 of 1,000 are those of 100."""
+        check_split(split)
+        found: dict[str, Example] = {}
+        for row in self.rows(split):
+            self._check_columns(row)
+            prompt, target = self.template.format(**row), self.target(row)
+            if target is None or (self.cut_by_hash and split_of(prompt) != split):
+                continue
+            example = Example(prompt, *target)
+            found[prompt] = self.merge(found[prompt], example) if prompt in found else example
+        examples = list(found.values())
+        if count is not None and count > len(examples):
+            raise TaskError(
+                f"task {self.name} has {len(examples)} {split} prompts, but {count} are asked for; ask for fewer, or "
+                "for 'full'"
+            )
+        random.Random(f"{self.name}/{split}/{seed}").shuffle(examples)
+        return examples[:count]
+
+    def rows(self, split: str) -> Iterable[Row]:
+        """Rows of the dataset's split.
+
+        Raises:
+            TaskError: there is no such split, no such file, or the Hub cannot be reached.
+        """
+        if self.cut_by_hash:
+            split = "train"
+        if self._path is not None:
+            return _local_rows(Path(self._path), split)
+        if split not in self.splits:
+            raise TaskError(
+                f"task {self.name} has no {split} prompts: {self.dataset} has {', '.join(self.splits)} only"
+            )
+        return _hub_rows(self.dataset, self.subset, self.splits[split])
+
+    def _check_columns(self, row: Row) -> None:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        for name in wanted:
+            if name not in row:
+                where = self._path or self.dataset
+                raise TaskError(
+                    f"{where} has no column '{name}' for the prompt of {self.name}; it has {', '.join(row)}"
+                )
+
+
+def column(row: Row, name: str) -> Any:
+    """Value of a column that a task needs.
+
+    Raises:
+        TaskError: there is none.
+    """
+    if name not in row:
+        raise TaskError(f"a row has no column '{name}'; it has {', '.join(row)}")
+    return row[name]
+
+
+def _local_rows(folder: Path, split: str) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    found = [folder / f"{split}{ending}" for ending in FORMATS if (folder / f"{split}{ending}").is_file()]
+    if not found:
+        raise TaskError(f"skd.task.path: {folder} has no {split}.json, {split}.jsonl or {split}.parquet")
+    return load_dataset(FORMATS[found[0].suffix], data_files=str(found[0]), split="train")
+
+
+def _hub_rows(name: str, subset: str | None, split: str) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # offline, gated, moved, or a script that is not supported
+        reason = str(error).strip().splitlines()[0]
+        raise TaskError(
+            f"{name} cannot be loaded from the Hub: {reason}. Log in if it is gated, or put its files into a folder and "
+            "name that as skd.task.path"
+        ) from error

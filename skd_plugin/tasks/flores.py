@@ -1,0 +1,52 @@
+"""Flores-200 (NLLB Team 2022, arXiv 2207.04672), Assamese to English: the paper's low-resource translation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from skd_plugin.tasks import scorers
+from skd_plugin.tasks.dataset import DatasetTask, Row, column
+
+SOURCE, TARGET = "asm_Beng", "eng_Latn"
+
+
+class Flores(DatasetTask):
+    """Trained on `dev` (997 sentences), tested on `devtest` (1,012)."""
+
+    name = "flores"
+    metric = "chrf"
+    max_new_tokens = 256  # SKD's released evaluation
+    packages = ("sacrebleu",)
+    template = (
+        f"Translate Assamese sentence into English. This is the Assamese sentence: {{sentence_{SOURCE}}} Here is the "
+        "English translation:"
+    )
+    dataset = "openlanguagedata/flores_plus"
+    splits = {"train": "dev", "test": "devtest"}
+
+    def rows(self, split: str) -> Iterable[Row]:
+        """The Hub has a subset a language, whose rows belong together by `id`; a folder has both in a row."""
+        if self._path is not None:
+            return super().rows(split)
+        sides = {}
+        for language in (SOURCE, TARGET):
+            self.subset = language
+            sides[language] = {row["id"]: row["text"] for row in super().rows(split)}
+        return [
+            {f"sentence_{SOURCE}": text, f"sentence_{TARGET}": sides[TARGET][key]}
+            for key, text in sides[SOURCE].items()
+            if key in sides[TARGET]
+        ]
+
+    def target(self, row: Row) -> tuple[str, str]:
+        return column(row, f"sentence_{TARGET}"), column(row, f"sentence_{TARGET}")
+
+    def score(self, response: str, label: str) -> float:
+        return scorers.chrf(response.strip(), [label])
+
+    def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+        stripped = [response.strip() for response in responses]
+        return {
+            "corpus_chrf": scorers.corpus_chrf(stripped, labels),
+            "bleu": scorers.corpus_bleu(stripped, labels),
+        }
