@@ -16,7 +16,7 @@ from copy import deepcopy
 import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 
-from skd_plugin.tasks import TASKS
+from skd_plugin.tasks import find_task
 
 SUM = re.compile(r"(\d+) ([+-]) (\d+) =$")
 
@@ -34,7 +34,9 @@ class Calculator(AgentInstanceBase):
             result = f" {int(left) + int(right) if sign == '+' else int(left) - int(right)} ."
             self._written += result
             return {"rewards": torch.tensor(0.0), "environment_feedback": result, "done": False}
-        score = torch.tensor(TASKS[label["task"]]().score(self._written.removesuffix(label["end"]), label["answer"]))
+        score = torch.tensor(
+            find_task(label["task"])().score(self._written.removesuffix(label["end"]), label["answer"])
+        )
         return {"rewards": score, "scores": score, "environment_feedback": "", "done": True}
 
 

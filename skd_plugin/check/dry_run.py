@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 import shutil
 import tempfile
@@ -40,8 +41,16 @@ def one_step(recipe: str, overrides: Sequence[str], run: Run, folder: Path) -> R
     ]
     if run.skd.task is not None:
         shorter += [f"skd.task.train_prompts={prompts}", "skd.task.eval_prompts=1"]
+    if run.skd.tasks:
+        shorter.append("skd.tasks=" + json.dumps([_shortened(task.model_dump(), prompts) for task in run.skd.tasks]))
     short = load_run(recipe, [*overrides, *shorter])
     return replace(short, host={**short.host, "eval.dataset": None})  # a task names one whatever the recipe says
+
+
+def _shortened(task: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """The task with no more prompts than one step needs; "full" stays, as nobody knows how many those are."""
+    limits = {"train_prompts": prompts, "eval_prompts": 1}
+    return task | {name: min(task[name], limit) for name, limit in limits.items() if task[name] != "full"}
 
 
 def _host_defaults() -> dict[str, Any]:

@@ -132,6 +132,15 @@ def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None
     )
 
 
+def host_prompts(rows: list[dict[str, Any]], options: dict[str, Any], tokenizer: Any) -> list[str]:
+    """Prompts of a dataset's rows, in the form that the host gives them."""
+    from openrlhf.datasets.prompts_dataset import preprocess_data
+
+    chat = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
+    template, key = options["data.input_template"], options["data.input_key"]
+    return [preprocess_data(row, template, key, apply_chat_template=chat)[0] for row in rows]
+
+
 def check_prompts(prompts: list[str], tokenizer: Any, max_prompt_len: int) -> None:
     """Raises RecipeError for the first prompt that the host would cut or SKD could not start from."""
     for number, prompt in enumerate(prompts, start=1):

@@ -87,6 +87,8 @@ def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _resolve_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {key: _resolve_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(item, folder) for item in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     return value

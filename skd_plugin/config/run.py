@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from skd_plugin.compat.versions import check_versions
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
-from skd_plugin.config.models import check_output_head, check_pair, check_prompts
+from skd_plugin.config.models import check_output_head, check_pair, check_prompts, host_prompts
 from skd_plugin.config.recipe import RecipeError, flatten, load_recipe, unknown_key
 from skd_plugin.config.schema import VALUE_FORMS, SKDConfig, extremes, field_docs
+from skd_plugin.config.task_data import longest_response, task_options, write_tasks
 
 PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
 
@@ -75,9 +76,9 @@ class Models:
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Ours, or else the host's; None is whatever max_len leaves."""
-        ours = self.skd.rollout.max_new_tokens
-        return ours if ours is not None else self.given.get("rollout.max_new_tokens")
+        """Ours, or else the host's, or else what the tasks need; None is whatever max_len leaves."""
+        given = self.skd.rollout.max_new_tokens, self.given.get("rollout.max_new_tokens"), longest_response(self.skd)
+        return next((limit for limit in given if limit is not None), None)
 
 
 def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
@@ -117,8 +118,8 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     skd = models.skd
     host = models.given | _run_folder_options(skd)
     host["rollout.max_new_tokens"] = models.max_new_tokens
-    if skd.task is not None:
-        host |= _task_options(skd, host)
+    if skd.all_tasks:
+        host |= task_options(skd, host)
     _default_reward(host)
     complete = {**models.defaults, **host}
     host_rules.check(complete, uses_rewards=skd.objective.uses_rewards)
@@ -131,12 +132,13 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         host_rules.check_full_vocabulary(complete)
         check_output_head(skd.teacher.model_name_or_path, "teacher")
         check_output_head(models.student, "student")
-    if skd.task is None:
+    _check_chat_template(complete, models.tokenizer)
+    if not skd.all_tasks:
         _check_dataset(complete, models.tokenizer, needs_references=skd.rollout.needs_references)
-    elif skd.task.train_prompts < complete["rollout.batch_size"]:
-        raise RecipeError(_too_few_prompts(skd.task.train_prompts, complete))
     else:
-        _write_task(skd, models.tokenizer, models.max_len - (models.max_new_tokens or 1))
+        count = write_tasks(skd, complete, models.tokenizer, models.max_len - (models.max_new_tokens or 1))
+        if count < complete["rollout.batch_size"]:
+            raise RecipeError(_too_few_prompts(count, complete))
     return Run(skd, host, models.cpu)
 
 
@@ -183,54 +185,6 @@ def _run_folder_options(skd: SKDConfig) -> dict[str, Any]:
     }
 
 
-def _task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
-    """The host's data and reward options for a task of ours. A reward of the user's own takes the checker's place."""
-    from skd_plugin.tasks import TASKS, reward
-
-    assert skd.task is not None
-    if skd.task.name not in TASKS:
-        raise RecipeError(f"skd.task.name: {unknown_key(skd.task.name, TASKS)}; there are {', '.join(sorted(TASKS))}")
-    for name in ("data.prompt_dataset", "eval.dataset"):
-        if host.get(name):
-            raise RecipeError(f"openrlhf.{name} is given, but skd.task makes the prompts; leave one of them out")
-    folder = Path(skd.run_dir) / "data"
-    options = {
-        "data.prompt_dataset": str(folder / "train.jsonl"),
-        "data.input_key": "input",
-        "data.label_key": "label",
-        "eval.dataset": str(folder / "test.jsonl"),
-        "reward.remote_url": host.get("reward.remote_url") or reward.__file__,
-    }
-    if host.get("train.agent_func_path"):
-        del options["reward.remote_url"]  # the agent says what its response is worth
-    if host.get("reward.model_name_or_path"):
-        del options["reward.remote_url"], options["eval.dataset"]  # the host evaluates by reward functions only
-    return options
-
-
-def _write_task(skd: SKDConfig, tokenizer: Any, max_prompt_len: int) -> None:
-    """The task's prompts into the run folder, after all of them have been found to fit."""
-    from skd_plugin.tasks import TASKS, reward
-
-    assert skd.task is not None
-    task = TASKS[skd.task.name]()
-    counts = {"train": skd.task.train_prompts, "test": skd.task.eval_prompts}
-    splits = {split: task.examples(split, count, skd.task.seed) for split, count in counts.items()}
-    check_prompts([e.prompt for examples in splits.values() for e in examples], tokenizer, max_prompt_len)
-    folder = Path(skd.run_dir) / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, examples in splits.items():
-        lines = (
-            {
-                "input": e.prompt,
-                "label": reward.make_label(task.name, e.label, tokenizer.eos_token, e.reference),
-                "datasource": task.name,
-            }
-            for e in examples
-        )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def _too_few_prompts(count: int, options: dict[str, Any]) -> str:
     return (
         f"there are {count} prompts, but a step needs openrlhf.rollout.batch_size = {options['rollout.batch_size']}; "
@@ -238,21 +192,21 @@ def _too_few_prompts(count: int, options: dict[str, Any]) -> str:
     )
 
 
-def _check_dataset(options: dict[str, Any], tokenizer: Any, *, needs_references: bool) -> None:
-    """Prompt lengths of a local dataset, made the way the host makes its prompts."""
+def _check_chat_template(options: dict[str, Any], tokenizer: Any) -> None:
     if options["data.apply_chat_template"] and not tokenizer.chat_template:
         raise RecipeError(
             "openrlhf.data.apply_chat_template is true, but the student's tokenizer has no chat template; set it to "
             "false, or give openrlhf.data.input_template"
         )
+
+
+def _check_dataset(options: dict[str, Any], tokenizer: Any, *, needs_references: bool) -> None:
+    """Prompt lengths of a local dataset, made the way the host makes its prompts."""
     path = Path(str(options["data.prompt_dataset"]))
     if path.suffix not in (".json", ".jsonl"):
         return  # a hub name or another format: the host loads it
     if not path.is_file():
         raise RecipeError(f"openrlhf.data.prompt_dataset: there is no file {path}")
-    from openrlhf.datasets.prompts_dataset import preprocess_data
-
-    template = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
     key = options["data.input_key"]
     rows = [json.loads(line) for line in path.read_text().splitlines()[:PROMPTS_CHECKED] if line.strip()]
     if len(rows) < options["rollout.batch_size"]:
@@ -263,9 +217,7 @@ def _check_dataset(options: dict[str, Any], tokenizer: Any, *, needs_references:
             raise RecipeError(
                 f"{path} has no column '{key}'{where} (openrlhf.data.input_key); it has {', '.join(row)}"
             )
-    prompts = [
-        preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0] for row in rows
-    ]
+    prompts = host_prompts(rows, options, tokenizer)
     if needs_references:
         _check_references(rows, options["data.label_key"], path)
     check_prompts(prompts, tokenizer, options["data.max_len"] - (options["rollout.max_new_tokens"] or 1))

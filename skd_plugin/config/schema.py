@@ -62,7 +62,9 @@ class TargetAcceptanceConfig(Section):
         return (self.start,)
 
 
-VALUE_FORMS = ("number", "schedule", "controller")  # of an option that may move; pydantic names them in its errors
+# The alternatives of an option's type, by the names that pydantic gives them in its errors: of one that may move, and
+# of a number of prompts.
+VALUE_FORMS = ("number", "schedule", "controller", "constrained-int", "int", "literal['full']")
 
 
 def _form(value: Any) -> str | None:
@@ -305,9 +307,21 @@ class ObjectiveConfig(Section):
 
 
 class TaskConfig(Section):
-    name: str = Field(description="a task of skd_plugin.tasks; it makes the prompts and checks the answers")
-    train_prompts: int = Field(8192, ge=1)
-    eval_prompts: int = Field(128, ge=1)
+    name: str = Field(
+        description="a task of skd_plugin.tasks, or the path of a .py file with one; it makes the prompts and checks "
+        "the answers"
+    )
+    path: str | None = Field(
+        None, description="of a task that reads a dataset: a folder with train and test as .json, .jsonl or .parquet"
+    )
+    template: str | None = Field(None, description="of such a task: form of its prompt, with columns in braces")
+    train_prompts: Annotated[int, Field(ge=0)] | Literal["full"] = Field(
+        8192, description="a number, or full: all that the dataset has; 0: for evaluation only"
+    )
+    eval_prompts: Annotated[int, Field(ge=0)] | Literal["full"] = Field(128, description="likewise, of held-out ones")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of one task among several; default: its number of train_prompts"
+    )
     seed: int = 0
 
 
@@ -322,12 +336,34 @@ class SKDConfig(Section):
     loss: LossConfig = LossConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     task: TaskConfig | None = None
+    tasks: tuple[TaskConfig, ...] = Field((), description="several tasks in one run, in place of skd.task")
+    mix_temperature: float = Field(
+        1.0, gt=0, description="of several tasks: shares proportional to weight^(1/temperature); more is more even"
+    )
     eval: EvalConfig = EvalConfig()
     run_dir: str = Field("runs/skd", description="everything a run leaves behind is in this folder")
     resume: bool = Field(True, description="go on with an unfinished run of the same recipe in the run folder")
     traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
+
+    @property
+    def all_tasks(self) -> tuple[TaskConfig, ...]:
+        """Those of the run, whichever way they are given."""
+        return self.tasks or ((self.task,) if self.task else ())
+
+    @model_validator(mode="after")
+    def _one_task_or_several(self) -> SKDConfig:
+        if self.task and self.tasks:
+            raise ValueError("skd.task and skd.tasks are both given; move the one into the list of the others")
+        effects = {"mix_temperature": len(self.tasks) > 1}
+        _refuse_idle(self, effects, "it is for several tasks (skd.tasks)")
+        for config in self.all_tasks:
+            alone = len(self.all_tasks) == 1
+            if config.weight is not None and (alone or config.train_prompts == 0):
+                reason = "it is the only task" if alone else "its train_prompts is 0"
+                raise ValueError(f"the weight of task {config.name} has no effect: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _policy_gradient_of_the_policy(self) -> SKDConfig:

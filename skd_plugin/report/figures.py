@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from skd_plugin.report.folder import RunFolder
@@ -45,11 +45,16 @@ FIGURES = [
 EVALUATIONS = {
     "accuracy": Figure("", "Accuracy", "held-out prompts, student alone", percent=True, better="high"),
     "teacher_accuracy": Figure("", "Accuracy of the teacher", "held-out prompts", percent=True),
+    "chrf": Figure("", "chrF", "held-out prompts, student alone", percent=True, better="high"),
+    "teacher_chrf": Figure("", "chrF of the teacher", "held-out prompts", percent=True),
+    "rouge_l": Figure("", "ROUGE-L", "held-out prompts, student alone", percent=True, better="high"),
+    "teacher_rouge_l": Figure("", "ROUGE-L of the teacher", "held-out prompts", percent=True),
     "kl": Figure("", "Held-out KL", "KL(p‖q) along the student's own responses, nats a token", better="low"),
     "response_len": Figure("", "Held-out length", "tokens"),
     "teacher_response_len": Figure("", "Response length of the teacher", "tokens, held-out prompts"),
 }
-FIRST = ("accuracy", "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy")
+SCORES = ("accuracy", "chrf", "rouge_l")  # of which a task has one
+FIRST = (*SCORES, "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy")
 
 
 def figures_of(runs: list[RunFolder]) -> list[Figure]:
@@ -62,7 +67,9 @@ def figures_of(runs: list[RunFolder]) -> list[Figure]:
     known.sort(
         key=lambda figure: order.index(last_part(figure.name)) if last_part(figure.name) in order else len(order)
     )
-    known += [figure for figure in FIGURES if figure.name in names]
+    for figure in FIGURES:
+        known += [figure] if figure.name in names else []
+        known += [_of_a_task(figure, name) for name in sorted(names) if name.startswith(f"{figure.name}/")]
     others = sorted(names - {figure.name for figure in known})
     return known + [Figure(name, name) for name in others]
 
@@ -85,6 +92,11 @@ def teacher_line(name: str) -> str | None:
 
 def last_part(name: str) -> str:
     return name.rpartition("/")[2]
+
+
+def _of_a_task(figure: Figure, name: str) -> Figure:
+    """`skd/accept_rate/<task>`: what a step of several tasks has for each."""
+    return replace(figure, name=name, title=f"{figure.title} ({last_part(name)})")
 
 
 def _evaluation(name: str, several_tasks: bool) -> Figure:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_plugin.config.recipe import RecipeError
-from skd_plugin.report.figures import Figure, evaluated, figures_of, teacher_line
+from skd_plugin.report.figures import SCORES, Figure, evaluated, figures_of, teacher_line
 from skd_plugin.report.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _draw(axes: Axes, figure: Figure, runs: list[RunFolder]) -> None:
     axes.set(title=figure.title, xlabel="step", ylabel=figure.about or figure.name)
     if figure.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    if evaluated(figure.name) == "accuracy":
+    if evaluated(figure.name) in SCORES:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.report.figures import Figure, figures_of, last_part, teacher_line
+from skd_plugin.report.figures import SCORES, Figure, figures_of, last_part, teacher_line
 from skd_plugin.report.folder import RunFolder, Series
 
 SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
@@ -83,7 +83,7 @@ def tiles(run: RunFolder) -> list[Tile]:
     """The few numbers that one wants to know of a run; one whose metric is missing is left out."""
     found = []
     for figure in figures_of([run]):
-        if figure.name.startswith("eval/") and last_part(figure.name) in ("accuracy", "kl"):
+        if figure.name.startswith("eval/") and last_part(figure.name) in (*SCORES, "kl"):
             values = run.curves[figure.name][1]
             teacher = run.curves.get(teacher_line(figure.name))
             note = f"from {number(values[0], figure)}" if len(values) > 1 else ""

@@ -6,6 +6,7 @@ import random
 import string
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from skd_plugin.tasks.base import Example, Task, TaskError, check_split, split_of
@@ -24,7 +25,7 @@ class DatasetTask(Task):
 
     dataset: ClassVar[str]  # name on the Hub
     subset: ClassVar[str | None] = None
-    splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}  # ours -> the dataset's
+    splits: ClassVar[Mapping[str, str]] = MappingProxyType({"train": "train", "test": "test"})  # ours -> the dataset's
     cut_by_hash: ClassVar[bool] = False  # the dataset has one split: a hash of the prompt makes two of it
     template: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
 from skd_plugin.tasks import scorers
 from skd_plugin.tasks.dataset import DatasetTask, Row, column
@@ -22,7 +23,7 @@ class Flores(DatasetTask):
         "English translation:"
     )
     dataset = "openlanguagedata/flores_plus"
-    splits = {"train": "dev", "test": "devtest"}
+    splits = MappingProxyType({"train": "dev", "test": "devtest"})
 
     def rows(self, split: str) -> Iterable[Row]:
         """The Hub has a subset a language, whose rows belong together by `id`; a folder has both in a row."""

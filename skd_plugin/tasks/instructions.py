@@ -21,9 +21,10 @@ from skd_plugin.tasks.generated import GeneratedTask, closed_vocabulary
 STEPS = (1, 3)  # operations of an instruction, inclusive
 LENGTH = (4, 6)  # words of a list, inclusive
 WORDS = (
-    "ant bag bed bell bird boat book box bread bus cake cap car cat chair clock cloud corn crab cup desk dog door drum "
-    "duck egg fan fish flag fork frog gate gift glass hat hill house ink jam jar key kite lamp leaf lion map milk moon "
-    "mouse nest nut owl pan pear pen pig pot rain ring road rope sand seed ship shoe sock song spoon star stone sun tree"
+    "ant bag bed bell bird boat book box bread bus cake cap car cat chair clock cloud corn crab cup desk dog "
+    "door drum duck egg fan fish flag fork frog gate gift glass hat hill house ink jam jar key kite lamp "
+    "leaf lion map milk moon mouse nest nut owl pan pear pen pig pot rain ring road rope sand seed ship shoe "
+    "sock song spoon star stone sun tree"
 ).split()
 FINAL = ("the answer is", "so the answer is")
 

@@ -6,6 +6,7 @@ UltraInteract (Yuan et al. 2024, arXiv 2404.02078) has the form of the prompt in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from skd_plugin.tasks import answers
 from skd_plugin.tasks.base import mean
@@ -39,7 +40,7 @@ class UltraInteract(BoxedTask):
     name = "ultrainteract"
     template = "{instruction}"
     dataset = "openbmb/UltraInteract_sft"
-    splits = {"train": "train"}
+    splits = MappingProxyType({"train": "train"})
     cut_by_hash = True
 
     def target(self, row: Row) -> tuple[str, str] | None:
@@ -54,7 +55,7 @@ class Math500(BoxedTask):
     name = "math500"
     template = PROMPT + "{problem}"
     dataset = "HuggingFaceH4/MATH-500"
-    splits = {"test": "test"}
+    splits = MappingProxyType({"test": "test"})
 
     def target(self, row: Row) -> tuple[str, str]:
         return column(row, "solution"), column(row, "answer")
@@ -66,7 +67,7 @@ class GSMPlus(BoxedTask):
     name = "gsm_plus"
     template = PROMPT + "{question}"
     dataset = "qintongli/GSM-Plus"
-    splits = {"test": "test"}
+    splits = MappingProxyType({"test": "test"})
 
     def target(self, row: Row) -> tuple[str, str] | None:
         answer = str(column(row, "answer")).strip()
@@ -79,7 +80,7 @@ class ASDiv(BoxedTask):
     name = "asdiv"
     template = PROMPT + "{body} {question}"
     dataset = "EleutherAI/asdiv"
-    splits = {"test": "validation"}
+    splits = MappingProxyType({"test": "validation"})
 
     def target(self, row: Row) -> tuple[str, str]:
         answer = column(row, "answer").split("(")[0].strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from skd_plugin.tasks import TASKS
+from skd_plugin.tasks import Task, find_task
 
 
 def make_label(task: str, answer: str, end_token: str, reference: str) -> str:
@@ -28,6 +28,20 @@ def reference_of(label: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
+def task_of(label: Any) -> Task | None:
+    """The task whose label it is; None for a label that is not ours."""
+    try:
+        record = json.loads(label)
+    except (json.JSONDecodeError, TypeError):
+        return None
+    return find_task(record["task"])() if isinstance(record, dict) and {"task", "answer"} <= record.keys() else None
+
+
+def answer_of(label: str) -> str:
+    """What the task's checker compares with, of a label that is ours."""
+    return json.loads(label)["answer"]
+
+
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, float]:
     """Score of one response; the host asks for one at a time.
 
@@ -37,5 +51,5 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> di
     (query,), (prompt,), (label,) = queries, prompts, labels
     wanted = json.loads(label)
     response = query[len(prompt) :].removesuffix(wanted["end"])
-    score = TASKS[wanted["task"]]().score(response, wanted["answer"])
+    score = find_task(wanted["task"])().score(response, wanted["answer"])
     return {"rewards": score, "scores": score}

@@ -1,8 +1,8 @@
 """Dialogues of two people and summaries of what came of them.
 
-    summarise : tom : hi ann . ann : hi tom . tom : shall we go to the park on monday ? ann : monday is bad , what about
-    friday ? tom : fine , friday then .
-    -> tom and ann will go to the park on friday .
+    summarise : tom : hi ann . ann : hi tom . tom : shall we go to the park on monday ? ann : monday is bad , what
+    about friday ? tom : fine , friday then . ann : let us meet at two .
+    -> tom and ann will go to the park on friday at two .
 
 An offline twin of DialogSum. A dialogue is made of a few events with small talk between them; a summary has a sentence
 for each event, in order, in any of several wordings. What was proposed and then changed must not be in it.
@@ -161,8 +161,8 @@ class Summary(GeneratedTask):
         chosen = []
         for place, wordings in enumerate(events):
             sentence = said[place] if place < len(said) else ""
-            exact = [wording for wording in wordings if wording == sentence]
-            chosen += exact or [max(wordings, key=lambda text: scorers.rouge(sentence, [text])["rouge_l"])]  # noqa: B023
+            scores = [(wording == sentence, scorers.rouge(sentence, [wording])["rouge_l"]) for wording in wordings]
+            chosen.append(wordings[scores.index(max(scores))])
         return " ".join(f"{wording} ." for wording in chosen)
 
     def vocabulary(self) -> list[str]:

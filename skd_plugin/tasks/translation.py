@@ -32,18 +32,18 @@ NOUNS = (
     "basket apple pear"
 ).split()
 ADJECTIVES = (
-    "big|large small|little old young clever|smart brave|bold sad|unhappy happy|glad rich|wealthy poor quick|fast slow "
-    "strange|odd quiet|silent angry|cross strong|sturdy white red green black"
+    "big|large small|little old young clever|smart brave|bold sad|unhappy happy|glad rich|wealthy poor "
+    "quick|fast slow strange|odd quiet|silent angry|cross strong|sturdy white red green black"
 ).split()
 # present (plural) and past; the singular adds "s" to each
 VERBS = [
     [tuple(word.split("/")) for word in concept.split("|")]
     for concept in (
         "see/saw|spot/spotted find/found|discover/discovered help/helped|aid/aided follow/followed|trail/trailed "
-        "like/liked|enjoy/enjoyed hide/hid|conceal/concealed buy/bought sell/sold steal/stole draw/drew|sketch/sketched "
-        "bring/brought take/took lose/lost forget/forgot remember/remembered|recall/recalled need/needed|want/wanted "
-        "greet/greeted|welcome/welcomed call/called|summon/summoned clean/cleaned break/broke|smash/smashed "
-        "fear/feared|dread/dreaded hear/heard pull/pulled|drag/dragged push/pushed|shove/shoved"
+        "like/liked|enjoy/enjoyed hide/hid|conceal/concealed buy/bought sell/sold steal/stole "
+        "draw/drew|sketch/sketched bring/brought take/took lose/lost forget/forgot remember/remembered|recall/recalled "
+        "need/needed|want/wanted greet/greeted|welcome/welcomed call/called|summon/summoned clean/cleaned "
+        "break/broke|smash/smashed fear/feared|dread/dreaded hear/heard pull/pulled|drag/dragged push/pushed|shove/shoved"
     ).split()
 ]
 PLACES = (

@@ -83,8 +83,8 @@ def summary_table(folder: Path, wall_s: float) -> Table:
     for heading in ("", "before", "after", "teacher"):
         table.add_column(heading, justify="left" if not heading else "right")
     for key in student[0] if student else ():
-        if key.endswith(("accuracy", "kl")):
-            show = _percent if key.endswith("accuracy") else _short
+        if key != "step" and not key.endswith("response_len"):
+            show = _short if key.endswith("/kl") else _percent  # a task's figures are all in [0, 1]
             after = student[-1].get(key) if len(student) > 1 else None
             name = key.removeprefix("eval/").replace("/kl", "/KL to teacher, nats")
             table.add_row(name, show(student[0][key]), show(after), show(teacher.get(key)))
@@ -109,7 +109,7 @@ def _evaluation(record: dict[str, Any]) -> list[tuple[str, str]]:
         task, name = key.removeprefix("eval/").rsplit("/", 1)
         who = "teacher" if name.startswith("teacher_") else "student"
         name = name.removeprefix("teacher_")
-        shown.append((f"{who} {task} {name}", _percent(value) if name == "accuracy" else _short(value)))
+        shown.append((f"{who} {task} {name}", _short(value) if name == "kl" else _percent(value)))
     return shown
 
 

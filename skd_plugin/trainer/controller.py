@@ -15,8 +15,11 @@ from skd_plugin.compat.ray_class import plain_class
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
+from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.actor import TRACE_KEY
 from skd_plugin.rollout.rule import RulePlan, SamplingRule
+from skd_plugin.tasks import reward
+from skd_plugin.trainer import by_task
 from skd_plugin.trainer.metrics import JsonLines, mean_kl, objective_metrics, rollout_metrics
 from skd_plugin.trainer.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.trainer.status import Status
@@ -65,6 +68,10 @@ class SKDTrainer(HostTrainer):
         self.metrics = JsonLines(Path(self.skd.run_dir) / "metrics.jsonl")
         self.traces = JsonLines(Path(self.skd.run_dir) / "traces.jsonl")
         self._scored = strategy.args.reward.remote_url != [NO_REWARD]
+        self._by_checker = strategy.args.reward.remote_url == [reward.__file__]
+        self._task_of = by_task.sources(
+            self.prompts_dataloader.dataset, self.eval_dataloader.dataset if self.eval_dataloader else None
+        )
         self._evaluated_step: int | None = None
         self._rollout_figures: dict[str, float] = {}
 
@@ -117,7 +124,9 @@ class SKDTrainer(HostTrainer):
         started = time.monotonic()
         traces = [sample.info[TRACE_KEY][0] for sample in rollout_samples]
         self._rollout_figures = (
-            rollout_metrics(traces, self.skd.rollout.draft_len) | self.samples_generator.rule.figures()
+            rollout_metrics(traces, self.skd.rollout.draft_len)
+            | by_task.rollout_by_task(traces, self._tasks_of(rollout_samples), self.skd.rollout.draft_len)
+            | self.samples_generator.rule.figures()
         )
         for sample in _spread(rollout_samples, self.skd.traces_per_step):
             self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
@@ -167,18 +176,33 @@ class SKDTrainer(HostTrainer):
         samples = self.samples_generator.generate_eval_samples(
             rule=rule, **{**self.generate_kwargs, "n_samples_per_prompt": num_samples}
         )
-        task = self.skd.task.name if self.skd.task else "heldout"
         logs: dict[str, float] = {}
-        if samples[0].rewards is not None:
-            host_logs = compute_eval_metrics(self.eval_dataloader, samples, num_samples)
-            logs = dict(host_logs) if not prefix else {}
-            scores = torch.cat([sample.rewards for sample in samples]).float()
-            logs[f"eval/{task}/{prefix}accuracy"] = scores.mean().item()
-        traces = [sample.info[TRACE_KEY][0] for sample in samples]
-        if not prefix:
-            logs[f"eval/{task}/kl"] = mean_kl(traces)
-        logs[f"eval/{task}/{prefix}response_len"] = sum(map(len, traces)) / len(traces)
+        if samples[0].rewards is not None and not prefix:
+            logs |= compute_eval_metrics(self.eval_dataloader, samples, num_samples)
+        for task, group in by_task.grouped(samples, self._tasks_of(samples)).items():
+            figures = self._task_figures(group, with_kl=not prefix)
+            logs |= {f"eval/{task}/{prefix}{name}": value for name, value in figures.items()}
         return logs
+
+    def _tasks_of(self, samples: list[Experience]) -> list[str]:
+        return [self._task_of.get(sample.prompts[0], by_task.HELD_OUT) for sample in samples]
+
+    def _task_figures(self, samples: list[Experience], *, with_kl: bool) -> dict[str, float]:
+        """Of the held-out responses of one task."""
+        traces = [sample.info[TRACE_KEY][0] for sample in samples]
+        figures: dict[str, float] = {}
+        if samples[0].rewards is not None:
+            rewards = torch.cat([sample.rewards for sample in samples]).float().tolist()
+            responses = [self._text(trace) for trace in traces]
+            labels = [sample.labels[0] for sample in samples]
+            figures |= by_task.scores(rewards, responses, labels, by_checker=self._by_checker)
+        if with_kl:
+            figures["kl"] = mean_kl(traces)
+        figures["response_len"] = sum(map(len, traces)) / len(traces)
+        return figures
+
+    def _text(self, trace: Trace) -> str:
+        return self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True)
 
     def _log_eval(self, global_step: int, logs: dict[str, float]) -> dict[str, float]:
         for logger in (self.wandb_logger, self.tensorboard_logger):
@@ -195,5 +219,5 @@ class SKDTrainer(HostTrainer):
         return {
             **trace.to_json(ids[:first], finish),
             "prompt": sample.prompts[0],
-            "response": self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True),
+            "response": self._text(trace),
         }
