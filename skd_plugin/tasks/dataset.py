@@ -72,9 +72,8 @@ class DatasetTask(Task):
         if self._path is not None:
             return _local_rows(Path(self._path), split)
         if split not in self.splits:
-            raise TaskError(
-                f"task {self.name} has no {split} prompts: {self.dataset} has {', '.join(self.splits)} only"
-            )
+            raise TaskError(f"task {self.name} has no {split} prompts: it is for {' and '.join(self.splits)} only")
+
         return _hub_rows(self.dataset, self.subset, self.splits[split])
 
     def _check_columns(self, row: Row) -> None:
@@ -82,9 +81,7 @@ class DatasetTask(Task):
         for name in wanted:
             if name not in row:
                 where = self._path or self.dataset
-                raise TaskError(
-                    f"{where} has no column '{name}' for the prompt of {self.name}; it has {', '.join(row)}"
-                )
+                raise TaskError(f"{where} has no column '{name}' of {self.name}'s prompt; it has {', '.join(row)}")
 
 
 def column(row: Row, name: str) -> Any:
@@ -115,6 +112,6 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterable[Row]:
     except (OSError, ValueError, RuntimeError) as error:  # offline, gated, moved, or a script that is not supported
         reason = str(error).strip().splitlines()[0]
         raise TaskError(
-            f"{name} cannot be loaded from the Hub: {reason}. Log in if it is gated, or put its files into a folder and "
-            "name that as skd.task.path"
+            f"{name} cannot be loaded from the Hub: {reason}. Log in if it is gated, or put its files into a folder "
+            "and name that as skd.task.path"
         ) from error

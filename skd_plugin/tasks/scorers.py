@@ -31,7 +31,7 @@ def chrf(response: str, references: Sequence[str]) -> float:
 
 def corpus_chrf(responses: Sequence[str], references: Sequence[str]) -> float:
     """chrF2 of a corpus: n-gram counts are summed before they are divided."""
-    return min(_chrf().corpus_score(list(responses), [list(references)], force=True).score / 100, 1.0)
+    return min(_chrf().corpus_score(list(responses), [list(references)]).score / 100, 1.0)
 
 
 def corpus_bleu(responses: Sequence[str], references: Sequence[str]) -> float:

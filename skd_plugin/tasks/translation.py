@@ -41,9 +41,10 @@ VERBS = [
     for concept in (
         "see/saw|spot/spotted find/found|discover/discovered help/helped|aid/aided follow/followed|trail/trailed "
         "like/liked|enjoy/enjoyed hide/hid|conceal/concealed buy/bought sell/sold steal/stole "
-        "draw/drew|sketch/sketched bring/brought take/took lose/lost forget/forgot remember/remembered|recall/recalled "
-        "need/needed|want/wanted greet/greeted|welcome/welcomed call/called|summon/summoned clean/cleaned "
-        "break/broke|smash/smashed fear/feared|dread/dreaded hear/heard pull/pulled|drag/dragged push/pushed|shove/shoved"
+        "draw/drew|sketch/sketched bring/brought take/took lose/lost forget/forgot "
+        "remember/remembered|recall/recalled need/needed|want/wanted greet/greeted|welcome/welcomed "
+        "call/called|summon/summoned clean/cleaned break/broke|smash/smashed fear/feared|dread/dreaded "
+        "hear/heard pull/pulled|drag/dragged push/pushed|shove/shoved"
     ).split()
 ]
 PLACES = (

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from skd_plugin.tasks import TASKS, Task, arithmetic
+from skd_plugin.tasks import TASKS, Task, arithmetic, find_task
 from skd_plugin.tasks.arithmetic import MAX_VALUE, NUM_STEPS, Arithmetic, vocabulary
 from skd_plugin.tasks.reward import make_label, reference_of, reward_func
 
@@ -21,10 +21,9 @@ def task() -> Arithmetic:
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_task_has_the_protocol(name: str) -> None:
     made: Task = TASKS[name]()
-    assert made.name == name and isinstance(made.metric, str)
-    examples = made.examples("train", 20, seed=3)
-    assert len(examples) == 20 and len({e.prompt for e in examples}) == 20
-    assert all(made.score(e.reference, e.label) == 1.0 for e in examples)
+    assert made.name == name and made.metric in ("accuracy", "chrf", "rouge_l")
+    assert made.max_new_tokens >= 1 and isinstance(made.packages, tuple)
+    assert find_task(name) is TASKS[name]
 
 
 def test_same_arguments_same_examples(task: Arithmetic) -> None:

@@ -1,0 +1,243 @@
+"""Tasks in a recipe: what is written for the host, in which proportions, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skd_plugin.check.dry_run import one_step
+from skd_plugin.config import RecipeError, Run, load_run
+from skd_plugin.config.run import load_models, parse_skd
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.task_data import longest_response, task_options, write_tasks
+from skd_plugin.tasks import TASKS, TaskError, find_task
+from skd_plugin.tasks.mixing import parts, shares
+from skd_plugin.tasks.reward import reward_func, task_of
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+HOST = {"data.apply_chat_template": False, "data.input_template": None, "data.input_key": "input"}
+SMALL = [
+    "openrlhf.rollout.batch_size=2", "openrlhf.rollout.micro_batch_size=1",
+    "openrlhf.train.batch_size=2", "openrlhf.train.micro_batch_size=1",
+]  # fmt: skip
+OWN_TASK = """
+import random
+from skd_plugin.tasks import Example, Task
+
+class Echo(Task):
+    name, metric, max_new_tokens = "echo", "accuracy", 7
+
+    def examples(self, split, count, seed=0):
+        rng = random.Random(f"{split}/{seed}")
+        return [Example(f"tom has {split == 'test'} {n} coins .", " 1", str(n)) for n in range(count)]
+
+    def score(self, response, label):
+        return float(response.strip() == label)
+
+TASK = Echo
+"""
+
+
+class Words:
+    """A tokenizer with a token a word."""
+
+    eos_token = "</s>"
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=text.split())
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
+        return "<user> " * 20 + chat[0]["content"]
+
+
+def config(tmp_path: Path, **sections: Any) -> SKDConfig:
+    return parse_skd({"teacher": {"model_name_or_path": "t"}, "run_dir": str(tmp_path), **sections})
+
+
+def lines(tmp_path: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "data" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def written(tmp_path: Path, **sections: Any) -> tuple[int, Counter[str], Counter[str]]:
+    count = write_tasks(config(tmp_path, **sections), HOST, Words(), 200)
+    return count, *(Counter(line["datasource"] for line in lines(tmp_path, split)) for split in ("train", "test"))
+
+
+def several(*tasks: str, **common: Any) -> list[dict[str, Any]]:
+    return [{"name": name, "train_prompts": 60, "eval_prompts": 5} | common for name in tasks]
+
+
+# --- proportions ---
+
+
+def test_shares_by_hand() -> None:
+    assert shares([1, 3]) == [0.25, 0.75]
+    assert shares([100, 1, 0], 2.0) == pytest.approx([10 / 11, 1 / 11, 0])
+    assert shares([100, 1], 1e9) == pytest.approx([0.5, 0.5])
+
+
+def test_parts_are_whole_and_add_up() -> None:
+    assert parts(10, [0.26, 0.74]) == [3, 7] and sorted(parts(10, [1 / 3, 1 / 3, 1 / 3])) == [3, 3, 4]
+    rng = random.Random(0)
+    for _ in range(200):
+        of = shares([rng.random() for _ in range(rng.randint(1, 6))])
+        total = rng.randint(0, 1000)
+        cut = parts(total, of)
+        assert sum(cut) == total and all(abs(n - total * share) < 1 for n, share in zip(cut, of, strict=True))
+
+
+def test_without_weights_every_prompt_is_there_once(tmp_path: Path) -> None:
+    tasks = several("arithmetic", "instructions") + several("summary", train_prompts=30)
+    count, train, test = written(tmp_path, tasks=tasks)
+    assert count == 150 and train == {"arithmetic": 60, "instructions": 60, "summary": 30}
+    assert test == {"arithmetic": 5, "instructions": 5, "summary": 5}
+    rows = lines(tmp_path, "train")
+    assert len({row["input"] for row in rows}) == 150
+    assert len({row["datasource"] for row in rows[:30]}) == 3, "the tasks are not mixed"
+
+
+def test_weights_and_temperature(tmp_path: Path) -> None:
+    """The size of the whole stays; a task that needs more prompts than it has repeats them, evenly."""
+    tasks = [t | {"weight": w} for t, w in zip(several("arithmetic", "instructions"), (1, 4), strict=True)]
+    _, train, _ = written(tmp_path, tasks=tasks)
+    assert train == {"arithmetic": 24, "instructions": 96}
+    repeated = Counter(row["input"] for row in lines(tmp_path, "train") if row["datasource"] == "instructions")
+    assert len(repeated) == 60 and set(repeated.values()) == {1, 2}
+    _, train, _ = written(tmp_path, tasks=tasks, mix_temperature=2.0)
+    assert train == {"arithmetic": 40, "instructions": 80}
+
+
+def test_one_task_is_a_list_of_one(tmp_path: Path) -> None:
+    (task,) = several("arithmetic")
+    written(tmp_path / "a", task=task)
+    written(tmp_path / "b", tasks=[task])
+    assert lines(tmp_path / "a", "train") == lines(tmp_path / "b", "train")
+    assert [row["input"] for row in lines(tmp_path / "a", "train")] == [
+        e.prompt for e in TASKS["arithmetic"]().examples("train", 60)
+    ]
+
+
+def test_a_task_for_evaluation_only(tmp_path: Path) -> None:
+    data = tmp_path / "gsm"
+    data.mkdir()
+    (data / "test.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "#### 2"}\n')
+    tasks = several("arithmetic")
+    tasks += [
+        {"name": "gsm8k", "path": str(data), "train_prompts": 0, "eval_prompts": "full", "template": "say {question}"}
+    ]
+    _, train, test = written(tmp_path, tasks=tasks)
+    assert train == {"arithmetic": 60} and test == {"arithmetic": 5, "gsm8k": 2}
+    assert {row["input"] for row in lines(tmp_path, "test")} >= {"say a", "say b"}
+
+
+def test_labels_lead_to_the_checker_of_their_task(tmp_path: Path) -> None:
+    written(tmp_path, tasks=several("arithmetic", "translation"))
+    for row in lines(tmp_path, "test"):
+        reference = json.loads(row["label"])["reference"]
+        assert reward_func([row["input"] + reference + "</s>"], [row["input"]], [row["label"]])["rewards"] == 1.0
+        assert task_of(row["label"]).name == row["datasource"]
+
+
+def test_a_run_without_held_out_prompts_is_not_evaluated(tmp_path: Path) -> None:
+    host = task_options(config(tmp_path, tasks=several("arithmetic", eval_prompts=0)), {})
+    assert "eval.dataset" not in host and "data.prompt_dataset" in host
+    assert "eval.dataset" in task_options(config(tmp_path, tasks=several("arithmetic")), {})
+
+
+def test_longest_response_of_the_tasks(tmp_path: Path) -> None:
+    assert longest_response(config(tmp_path, tasks=several("translation", "arithmetic"))) == 96
+    assert longest_response(config(tmp_path)) is None
+
+
+def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
+    skd = config(tmp_path, tasks=several("arithmetic"))
+    assert write_tasks(skd, HOST, Words(), 35) == 60
+    with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens"):
+        write_tasks(skd, HOST | {"data.apply_chat_template": True}, Words(), 35)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"tasks": several("arithmetics")}, r"unknown key 'arithmetics'; did you mean 'arithmetic'"),
+        ({"tasks": several("arithmetic", "arithmetic")}, r"skd\.tasks: arithmetic is there twice"),
+        ({"task": several("arithmetic")[0], "tasks": several("summary")}, r"skd\.task and skd\.tasks are both given"),
+        ({"tasks": several("arithmetic", weight=2)}, r"weight of task arithmetic has no effect: it is the only task"),
+        ({"tasks": [*several("summary"), *several("gsm8k", train_prompts=0, weight=1)]}, "its train_prompts is 0"),
+        ({"task": several("arithmetic")[0], "mix_temperature": 2}, "mix_temperature = 2.0 has no effect"),
+        ({"tasks": several("arithmetic", weight=0)}, r"skd\.tasks\.0\.weight: input should be greater than 0; got 0"),
+        ({"tasks": several("arithmetic", train_prompts=-1)}, r"skd\.tasks\.0\.train_prompts: .*; got -1"),
+        ({"tasks": several("arithmetic", train_prompts="all")}, r"skd\.tasks\.0\.train_prompts: .*; got 'all'"),
+        ({"tasks": several("arithmetic", wieght=1)}, r"unknown key 'skd\.tasks\.0\.wieght'"),
+        ({"tasks": several("arithmetic", train_prompts="full")}, "skd.task: task arithmetic has no end of prompts"),
+        ({"tasks": several("arithmetic", train_prompts=0)}, "every train_prompts is 0"),
+        ({"tasks": several("arithmetic", path="x")}, r"skd\.task\.path is for tasks that read a dataset"),
+        ({"tasks": several("gsm8k", path="nowhere")}, r"skd\.task: skd\.task\.path: nowhere has no train\.json"),
+        ({"tasks": several("./nothing.py")}, r"skd\.task\.name: there is no task file .*nothing\.py"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        write_tasks(config(tmp_path, **sections), HOST, Words(), 200)
+
+
+def test_a_scorer_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TASKS["translation"], "packages", ("no_such_scorer",))
+    with pytest.raises(RecipeError, match=r"scored by no_such_scorer, which is not installed; .*\[tasks\]"):
+        written(tmp_path, tasks=several("translation"))
+
+
+def test_file_without_a_task(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("TASK = int\n")
+    with pytest.raises(TaskError, match="TASK must be a class with name, metric, max_new_tokens, examples, score"):
+        find_task(str(tmp_path / "empty.py"))
+
+
+# --- a whole recipe ---
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """The quickstart with tasks in place of its task; a task of one's own, named relative to the recipe."""
+    (tmp_path / "echo.py").write_text(OWN_TASK)
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        f"base: {QUICKSTART}\n"
+        "skd:\n  task: null\n  rollout: {max_new_tokens: null}\n"
+        "  tasks:\n    - {name: arithmetic, train_prompts: 6, eval_prompts: 3, weight: 2}\n"
+        "    - {name: ./echo.py, train_prompts: 6, eval_prompts: 2, weight: 1}\n"
+    )
+    return path
+
+
+def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
+    run = load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}"])
+    assert run.host["rollout.max_new_tokens"] == 96
+    counts = [Counter(line["datasource"] for line in lines(tmp_path / "run", split)) for split in ("train", "test")]
+    assert counts == [{"arithmetic": 8, "echo": 4}, {"arithmetic": 3, "echo": 2}]
+    label = next(row["label"] for row in lines(tmp_path / "run", "test") if row["datasource"] == "echo")
+    assert task_of(label).name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
+    path = run.save()
+    assert Run.load(path) == run and len(Run.load(path).skd.tasks) == 2
+
+
+def test_dry_run_of_several_tasks_is_one_step(recipe: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL, f"skd.run_dir={tmp_path / 'run'}"]
+    short = one_step(str(recipe), overrides, load_run(recipe, overrides), tmp_path / "dry")
+    assert [task.train_prompts for task in short.skd.tasks] == [2, 2]
+    assert len(lines(tmp_path / "dry", "train")) == 4 and short.host["data.max_samples"] == 2
+
+
+def test_limit_of_the_recipe_wins(recipe: Path) -> None:
+    assert load_models(recipe).max_new_tokens == 96
+    assert load_models(recipe, ["openrlhf.rollout.max_new_tokens=50"]).max_new_tokens == 50
+    assert load_models(recipe, ["skd.rollout.max_new_tokens=40"]).max_new_tokens == 40
