@@ -241,3 +241,23 @@ def test_limit_of_the_recipe_wins(recipe: Path) -> None:
     assert load_models(recipe).max_new_tokens == 96
     assert load_models(recipe, ["openrlhf.rollout.max_new_tokens=50"]).max_new_tokens == 50
     assert load_models(recipe, ["skd.rollout.max_new_tokens=40"]).max_new_tokens == 40
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    """docs/tasks.md, word for word: the file, the recipe's section, the score."""
+    text = (QUICKSTART.parents[1] / "docs" / "tasks.md").read_text().split("## A task of your own")[1]
+    code, section = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
+    (tmp_path / "capitals.py").write_text(code)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {QUICKSTART}\n{section}  rollout: {{max_new_tokens: null}}\n")
+    run = load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}"])
+    assert run.host["rollout.max_new_tokens"] == 8
+    assert len(lines(tmp_path / "run", "train")) == 4
+    (row,) = lines(tmp_path / "run", "test")
+    assert row["input"] == "the capital of peru is" and row["datasource"] == "capitals"
+    for answer, score in (("lima", 1.0), ("paris", 0.0)):
+        query = f"{row['input']} {answer}</s>"
+        assert reward_func([query], [row["input"]], [row["label"]])["rewards"] == score
+    assert task_of(row["label"]).metrics(["it is lima"], ["lima"]) == {"mentioned": 1.0}
+    with pytest.raises(RecipeError, match="capitals has 4 train prompts, but 5 are asked for"):
+        load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}", "skd.task.train_prompts=5"])

@@ -1,0 +1,154 @@
+"""Make a teacher and an under-trained student of one generated task, or of several at once.
+
+    python scripts/make_task_models.py arithmetic recipes/models/arithmetic
+    python scripts/make_task_models.py translation summary OUT --student-steps 400
+
+Plain next-token training on generated examples, from the seeds below; about half an hour on two cores for the teacher
+of one task. Writes `teacher/` and `student/` (bfloat16 safetensors, the tokenizer beside them). The student is stopped
+far too early on purpose: it is there to be distilled into. With `arithmetic` alone this is how the pair in
+recipes/models was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+
+from skd_plugin.tasks import GENERATED
+from skd_plugin.tasks.generated import GeneratedTask
+
+CONTEXT = 256
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+SHAPES = {
+    "teacher": dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6),
+    "student": dict(hidden_size=160, intermediate_size=384, num_hidden_layers=2, num_attention_heads=5),
+}
+SEEDS = {"teacher": 1, "student": 2}
+STEPS = {"teacher": 3000, "student": 800}
+LEARNING_RATE = 2e-3
+SCHEDULE = {"teacher": "cosine", "student": "constant_with_warmup"}
+BATCH_SIZE = 48
+
+
+def make_tokenizer(tasks: Sequence[GeneratedTask]) -> PreTrainedTokenizerFast:
+    """Words of all the tasks, in their order; a word that two of them have is one token."""
+    tokens = list(dict.fromkeys(token for task in tasks for token in task.vocabulary()))
+    vocab = {token: index for index, token in enumerate((*SPECIAL, *tokens))}
+    signs = [token[1:] for token in tokens if len(token) == 2 and token[0] == " " and not token[1:].isalnum()]
+    signs = sorted(signs, key="-".__eq__)  # a hyphen that is last in its class is a hyphen
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    pattern = rf" ?[a-z]+| ?[0-9]| ?[{''.join(signs)}]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(SEEDS[name])
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        num_key_value_heads=SHAPES[name]["num_attention_heads"],
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPES[name],
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch(
+    tasks: Sequence[GeneratedTask], tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = BATCH_SIZE
+) -> dict[str, torch.Tensor]:
+    """Examples of each task in turn, int64 [size, L]; labels are -100 over prompts and padding."""
+    shares = [size // len(tasks) + (place < size % len(tasks)) for place in range(len(tasks))]
+    examples = [
+        example
+        for task, count in zip(tasks, shares, strict=True)
+        for example in task.examples("train", count, seed=rng.getrandbits(32))
+    ]
+    prompts = [tokenizer(e.prompt).input_ids for e in examples]
+    answers = [[*tokenizer(e.reference).input_ids, tokenizer.eos_token_id] for e in examples]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((size, length), tokenizer.pad_token_id)
+    labels = torch.full((size, length), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        total = len(prompt) + len(answer)
+        ids[row, :total] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : total] = torch.tensor(answer)
+    return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
+
+
+@torch.no_grad()
+def measure(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: GeneratedTask, count: int = 200
+) -> dict[str, float]:
+    """Figures of greedy responses to held-out prompts, the task's own score first."""
+    examples = task.examples("test", count)
+    inputs = tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True, padding_side="left")
+    inputs.pop("token_type_ids", None)
+    output = model.eval().generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
+    texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    model.train()
+    labels = [e.label for e in examples]
+    mean = sum(task.score(text, label) for text, label in zip(texts, labels, strict=True)) / count
+    return {task.metric: mean, **task.metrics(texts, labels)}
+
+
+def report(name: str, step: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tasks: Sequence) -> None:
+    for task in tasks:
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in measure(model, tokenizer, task).items())
+        print(f"{name} {step} {task.name}: {figures}", flush=True)
+
+
+def train(name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int) -> None:
+    tokenizer = make_tokenizer(tasks)
+    rng, model = random.Random(SEEDS[name]), make_model(name, tokenizer)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        loss = model(**batch(tasks, tokenizer, rng)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"{name} step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if step % 500 == 0 and step < steps:
+            report(name, f"step {step}", model, tokenizer, tasks)
+    model = model.to(torch.bfloat16)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out / name)
+    tokenizer.save_pretrained(out / name)
+    report(name, "after rounding to bfloat16", model.float(), tokenizer, tasks)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    known = {task.name: task for task in GENERATED}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=known, metavar="TASK", help=", ".join(known))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", choices=tuple(SHAPES))
+    for name in SHAPES:
+        parser.add_argument(f"--{name}-steps", type=int, default=STEPS[name], help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name in SHAPES if args.only is None else (args.only,):
+        train(name, [known[task]() for task in args.tasks], args.out, getattr(args, f"{name}_steps"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The pieces of scripts/make_task_models.py; the training itself is not run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from skd_plugin.tasks import GENERATED
+from skd_plugin.tasks.generated import GeneratedTask
+
+ROOT = Path(__file__).parents[2]
+TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_task_models", ROOT / "scripts" / "make_task_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[GeneratedTask]:
+    return [kind() for kind in GENERATED]
+
+
+def test_tokenizer_of_the_committed_pair(script: ModuleType, tasks: list[GeneratedTask], tmp_path: Path) -> None:
+    script.make_tokenizer(tasks[:1]).save_pretrained(tmp_path)
+    made, known = (
+        json.loads((folder / "tokenizer.json").read_text())
+        for folder in (tmp_path, ROOT / "recipes" / "models" / "arithmetic" / "teacher")
+    )
+    for part in ("model", "pre_tokenizer", "decoder", "added_tokens"):
+        assert made[part] == known[part], part
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
+def test_every_text_is_tokens_and_back(
+    script: ModuleType, tasks: list[GeneratedTask], places: tuple[int, ...]
+) -> None:
+    tokenizer = script.make_tokenizer([tasks[place] for place in places])
+    for place in places:
+        for example in tasks[place].examples("train", 50) + tasks[place].examples("test", 20):
+            for text in (example.prompt, example.reference):
+                ids = tokenizer(text).input_ids
+                assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
+            total = len(tokenizer(example.prompt + example.reference).input_ids) + 1
+            assert len(tokenizer(example.reference).input_ids) + 1 <= tasks[place].max_new_tokens
+            assert total < script.CONTEXT - 20, "no room for the drafts of a block"
+
+
+def test_batch_trains_responses_and_nothing_else(script: ModuleType, tasks: list[GeneratedTask]) -> None:
+    tokenizer = script.make_tokenizer(tasks)
+    made = script.batch(tasks, tokenizer, random.Random(0), size=10)
+    texts = tokenizer.batch_decode(made["input_ids"], skip_special_tokens=True)
+    firsts = [text.split()[0] for text in texts]
+    assert [firsts.count(word) for word in ("translate", "summarise", "words")] == [3, 2, 2]
+    for ids, labels, mask in zip(made["input_ids"], made["labels"], made["attention_mask"], strict=True):
+        trained = labels != -100
+        first, last = int(trained.nonzero()[0]), int(trained.nonzero()[-1])
+        assert trained[first : last + 1].all() and torch.equal(labels[trained], ids[trained])
+        assert ids[last] == tokenizer.eos_token_id and int(mask.sum()) == last + 1
+    again = script.batch(tasks, tokenizer, random.Random(0), size=10)
+    assert torch.equal(made["input_ids"], again["input_ids"])
+
+
+def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask], monkeypatch: Any) -> None:
+    """A model that writes nothing but the end token."""
+    monkeypatch.setitem(script.SHAPES, "student", TINY)
+    tokenizer = script.make_tokenizer(tasks)
+    model = script.make_model("student", tokenizer)
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, input_ids, **_: torch.cat([input_ids, torch.full((4, 1), 2)], dim=1)
+    )
+    for task in tasks:
+        figures = script.measure(model, tokenizer, task, count=4)
+        assert next(iter(figures)) == task.metric and set(figures.values()) == {0.0}
+
+
+def test_both_models_are_written(script: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    for name in script.SHAPES:
+        monkeypatch.setitem(script.SHAPES, name, TINY)
+    monkeypatch.setattr(script, "measure", lambda *_: {"chrf": 0.0})
+    script.main(["translation", "instructions", str(tmp_path), "--teacher-steps", "1", "--student-steps", "1"])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("teacher", "student"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert "<unk>" not in tokenizer.tokenize("translate : words :")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_token_id
