@@ -1,9 +1,11 @@
 """COMET of translations that `skd rollout` has sampled.
 
-    skd rollout RECIPE --prompts runs/X/data/sources.jsonl --samples 1 --out traces.jsonl
+    skd rollout RECIPE openrlhf.actor.model_name_or_path=runs/X/model skd.rollout.method=on_policy \\
+        skd.rollout.student_temperature=0 --prompts prompts.jsonl --out traces.jsonl
     python -m venv comet && comet/bin/pip install 'unbabel-comet>=2.2,<3'
     comet/bin/python scripts/score_comet.py runs/X/data/test.jsonl traces.jsonl
 
+prompts.jsonl has a line {"prompt": "..."} for each test prompt, in the chat template if the models have one.
 unbabel-comet needs transformers below 5, so that it has an environment of its own; this script imports nothing of the
 plugin. The first file is the run's, with the references; prompts of the second are found in it by their text.
 """

@@ -155,7 +155,7 @@ SIGNATURES = [
      "master_address master_port rank_offset world_size group_name backend use_ray", "rollout/weights.py"),
     (f"{WRAP}.update_weight", "name dtype shape empty_cache", "rollout/weights.py"),
     ("openrlhf.datasets.prompts_dataset:preprocess_data",
-     "data input_template input_key label_key apply_chat_template", "config/run.py"),
+     "data input_template input_key label_key apply_chat_template", "config/models.py"),
     ("openrlhf.utils:get_strategy", "args", "trainer/bind.py"),
 ]  # fmt: skip
 
@@ -174,6 +174,7 @@ ATTRIBUTES = [
      "strategy args actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
      "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger samples_generator generate_kwargs "
      "prompts_dataloader eval_dataloader max_steps", "trainer/controller.py"),
+    (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts datasources", "trainer/by_task.py"),
     ((f"{SAMPLES}.__init__",), "vllm_engines", "trainer/samples.py"),
     ((f"{ENGINE}:RolloutRayActor.__init__",), "llm executor", "rollout/actor.py"),
     ((f"{WRAP}.init_process_group",), "_model_update_with_ray _model_update_group", "rollout/weights.py"),
@@ -569,7 +570,7 @@ def test_subclass_fields_would_be_dropped() -> None:
     assert not hasattr(joined, "extra"), "skd_plugin/trainer/samples.py could use a field now"
 
 
-@pytest.mark.parametrize("name", "sequences action_mask attention_mask info rewards truncated prompts".split())
+@pytest.mark.parametrize("name", "sequences action_mask attention_mask info rewards truncated prompts labels".split())
 def test_experience_has_the_field(name: str) -> None:
     fields = {f.name for f in dataclasses.fields(find(f"{EXPERIENCE}:Experience"))}
     assert name in fields, "revisit skd_plugin/trainer/samples.py and trainer/controller.py"
@@ -731,9 +732,22 @@ def test_prompts_are_checked_in_the_form_that_the_host_gives_them() -> None:
     from openrlhf.datasets.prompts_dataset import preprocess_data
 
     row = {"q": "two", "a": "2"}
-    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit config/run.py"
+    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit config/models.py"
     chat = preprocess_data(row, None, "q", apply_chat_template=lambda turns, **_: json.dumps(turns))[0]
     assert json.loads(chat) == [{"role": "user", "content": "two"}]
+
+
+def test_source_of_a_prompt_without_one() -> None:
+    from types import SimpleNamespace
+
+    from openrlhf.datasets import PromptDataset
+
+    from skd_plugin.trainer.by_task import HELD_OUT, sources
+
+    data = SimpleNamespace(input_key="q", label_key=None, apply_chat_template=False)
+    strategy = SimpleNamespace(args=SimpleNamespace(data=data), is_rank_0=lambda: False)
+    rows = [{"q": "one"}, {"q": "two", "datasource": "gsm8k"}]
+    assert sources(PromptDataset(rows, None, strategy)) == {"one": HELD_OUT, "two": "gsm8k"}, "revisit by_task.py"
 
 
 # --- a machine without CUDA (compat/cpu.py) ---

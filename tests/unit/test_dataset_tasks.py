@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from skd_plugin.tasks import DATASETS, TASKS, TaskError
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.dataset import DatasetTask
+from skd_plugin.tasks.reward import make_label
 
 FORM = (
     "Solve the following math problem step-by-step.\nSimplify your answer as much as possible. Present your final "
@@ -158,3 +160,27 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         TaskError, match=r"gsm8k cannot be loaded .*: Couldn't reach the Hub\. Log in .* skd\.task\.path"
     ):
         TASKS["gsm8k"]().examples("test", 1)
+
+
+def test_what_comet_is_given(tmp_path: Path) -> None:
+    """COMET itself cannot be installed here; its input is source, translation and reference of every trace."""
+    script = Path(__file__).parents[2] / "scripts" / "score_comet.py"
+    spec = importlib.util.spec_from_file_location("score_comet", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = write(
+        tmp_path / "d", "test", [{"sentence_asm_Beng": f"a{n}", "sentence_eng_Latn": f"e{n}"} for n in (1, 2)]
+    )
+    rows = [
+        {"input": e.prompt, "label": make_label("flores", e.label, "</s>", e.reference)}
+        for e in TASKS["flores"](str(folder)).examples("test", None)
+    ]
+    write(tmp_path / "run", "test", rows)
+    prompts = sorted(row["input"] for row in rows)
+    write(tmp_path / "run", "train", [{"prompt": f"<user>{p}<end>", "response": " mt\n"} for p in prompts])
+    test, traces = (tmp_path / "run" / f"{split}.jsonl" for split in ("test", "train"))
+    wanted = [{"src": f"a{n}", "mt": "mt", "ref": f"e{n}"} for n in (1, 2)]
+    assert module.triples(test, traces) == wanted
+    write(tmp_path / "run", "train", [{"prompt": "another", "response": ""}])
+    with pytest.raises(SystemExit, match=r"no prompt of .* is in 'another'"):
+        module.triples(test, traces)
