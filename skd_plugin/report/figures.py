@@ -95,7 +95,7 @@ def last_part(name: str) -> str:
 
 
 def _of_a_task(figure: Figure, name: str) -> Figure:
-    """`skd/accept_rate/<task>`: what a step of several tasks has for each."""
+    """`skd/accept_rate/<task>`: what a run of several tasks has for each."""
     return replace(figure, name=name, title=f"{figure.title} ({last_part(name)})")
 
 

@@ -11,7 +11,7 @@ from skd_plugin.trainer.metrics import rollout_metrics
 
 HELD_OUT = "heldout"  # name in the metrics of prompts whose dataset names no source
 UNNAMED = "default"  # what the host calls their source
-PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # figures that a step of several tasks has for each
+PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # figures that a run of several tasks has for each
 
 
 def sources(*datasets: Any) -> dict[str, str]:
@@ -33,11 +33,8 @@ def grouped(items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def rollout_by_task(traces: Sequence[Trace], names: Sequence[str], draft_len: int) -> dict[str, float]:
-    """`skd/accept_rate/<task>` and the like; nothing where all are of one task."""
-    groups = grouped(traces, names)
-    if len(groups) < 2:
-        return {}
-    figures = {name: rollout_metrics(group, draft_len) for name, group in groups.items()}
+    """`skd/accept_rate/<task>` and the like, of the tasks that the step has."""
+    figures = {name: rollout_metrics(group, draft_len) for name, group in grouped(traces, names).items()}
     return {f"{key}/{name}": found[key] for name, found in figures.items() for key in PER_TASK if key in found}
 
 

@@ -72,6 +72,7 @@ class SKDTrainer(HostTrainer):
         self._task_of = by_task.sources(
             self.prompts_dataloader.dataset, self.eval_dataloader.dataset if self.eval_dataloader else None
         )
+        self._several_tasks = len(set(self.prompts_dataloader.dataset.datasources)) > 1
         self._evaluated_step: int | None = None
         self._rollout_figures: dict[str, float] = {}
 
@@ -124,10 +125,11 @@ class SKDTrainer(HostTrainer):
         started = time.monotonic()
         traces = [sample.info[TRACE_KEY][0] for sample in rollout_samples]
         self._rollout_figures = (
-            rollout_metrics(traces, self.skd.rollout.draft_len)
-            | by_task.rollout_by_task(traces, self._tasks_of(rollout_samples), self.skd.rollout.draft_len)
-            | self.samples_generator.rule.figures()
+            rollout_metrics(traces, self.skd.rollout.draft_len) | self.samples_generator.rule.figures()
         )
+        if self._several_tasks:
+            names = self._tasks_of(rollout_samples)
+            self._rollout_figures |= by_task.rollout_by_task(traces, names, self.skd.rollout.draft_len)
         for sample in _spread(rollout_samples, self.skd.traces_per_step):
             self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
         coefficients = self._begin_step(global_step)
