@@ -32,13 +32,9 @@ TASK = Count
 def test_two_tasks_in_one_run(tmp_path: Path) -> None:
     file = tmp_path / "count.py"
     file.write_text(COUNT)
-    finish(
-        tmp_path / "run",
-        *UNMEASURED,
-        "skd.task=null",
-        f"skd.tasks=[{{name: arithmetic, train_prompts: 16, eval_prompts: 6}}, {{name: {file}, train_prompts: 8, eval_prompts: 4}}]",
-        "openrlhf.ckpt.save_steps=-1",
-    )  # fmt: skip
+    tasks = "[{name: arithmetic, train_prompts: 16, eval_prompts: 6}, {name: FILE, train_prompts: 8, eval_prompts: 4}]"
+    given = ["skd.task=null", "skd.tasks=" + tasks.replace("FILE", str(file))]
+    finish(tmp_path / "run", *UNMEASURED, *given, "openrlhf.ckpt.save_steps=-1")
     records = steps(tmp_path / "run")
     assert len(records) == 3
     for record in records:
