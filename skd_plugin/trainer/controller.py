@@ -162,6 +162,9 @@ class SKDTrainer(HostTrainer):
             "lr": status.get("actor_lr"),
         }
         figures["tokens_per_s"] = tokens / figures["time/step"] if figures["time/step"] else None
+        passed = status.get("dynamic_filtering_pass_rate")
+        if passed is not None:  # the host counts samples for prompts, and comes to it behind the training step
+            figures["rl/filter_pass_rate"] = passed / self.args.rollout.n_samples_per_prompt / 100
         # Before the checkpoint is written: a run that is resumed from it has this line.
         self.metrics.append({"step": global_step, **figures})
         states = {**(client_states or {}), RULE_STATE: self.plan.state_dict()}

@@ -53,7 +53,6 @@ POLICY_FIGURES = {  # name in the host's status -> ours
     "return": "rl/return",
     "kl": "rl/kl_to_reference",
     "critic_loss": "rl/critic_loss",
-    "dynamic_filtering_pass_rate": "rl/filter_pass_rate",
 }
 
 
