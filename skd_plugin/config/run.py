@@ -16,8 +16,9 @@ from skd_plugin.compat.versions import check_versions
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
 from skd_plugin.config.models import check_output_head, check_pair, check_prompts, host_prompts
+from skd_plugin.config.movable import VALUE_FORMS, extremes
 from skd_plugin.config.recipe import RecipeError, flatten, load_recipe, unknown_key
-from skd_plugin.config.schema import VALUE_FORMS, SKDConfig, extremes, field_docs
+from skd_plugin.config.schema import SKDConfig, field_docs
 from skd_plugin.config.task_data import longest_response, task_options, write_tasks
 
 PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole

@@ -4,83 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from skd_plugin.core.schedules import scheduled
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
-
-
-def _refuse_idle(section: Section, effects: dict[str, bool], because: str) -> None:
-    """Raises ValueError for an option that is set to another value than its default, and would do nothing."""
-    for name, has_effect in effects.items():
-        value = getattr(section, name)
-        if not has_effect and value != type(section).model_fields[name].default:
-            raise ValueError(f"{name} = {value} has no effect: {because}")
+from skd_plugin.config.movable import TargetAcceptanceConfig, extremes, movable, value_at
+from skd_plugin.config.section import Section, refuse_idle
 
 
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
-
-
-class ScheduleConfig(Section):
-    """A value that moves over training; core.schedules.scheduled is its formula."""
-
-    kind: Literal["linear", "cosine"]
-    start: float = Field(alias="from", ge=0)
-    end: float = Field(alias="to", ge=0)
-    hold: float = Field(0.1, ge=0, lt=1, description="share of training at `from` before the value moves")
-    over: float = Field(1.0, gt=0, le=1, description="share of training at which `to` is reached")
-
-    @model_validator(mode="after")
-    def _moves_after_it_holds(self) -> ScheduleConfig:
-        if self.hold >= self.over:
-            raise ValueError(f"`hold` = {self.hold} must be below `over` = {self.over}: both are shares of training")
-        return self
-
-    def at(self, progress: float) -> float:
-        """The value when this share of training is done."""
-        return scheduled(self.kind, self.start, self.end, self.hold, self.over, progress)
-
-    @property
-    def extremes(self) -> tuple[float, ...]:
-        return self.start, self.end
-
-
-class TargetAcceptanceConfig(Section):
-    """A value that follows the measured rate of acceptance; core.schedules.TargetAcceptance is its law."""
-
-    kind: Literal["target_acceptance"]
-    rate: float = Field(gt=0, lt=1, description="rate of acceptance to hold")
-    start: float = Field(gt=0, description="value of the first step")
-    gain: float = Field(1.0, gt=0, description="change of ln(value) for an error of 1 in the rate")
-
-    @property
-    def extremes(self) -> tuple[float, ...]:
-        return (self.start,)
-
-
-# The alternatives of an option's type, by the names that pydantic gives them in its errors: of one that may move, and
-# of a number of prompts.
-VALUE_FORMS = ("number", "schedule", "controller", "constrained-int", "int", "literal['full']")
-
-
-def _form(value: Any) -> str | None:
-    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", None)
-    if kind is None:
-        return "number"
-    return {"linear": "schedule", "cosine": "schedule", "target_acceptance": "controller"}.get(kind)
-
-
-def movable(number: Any, *, controllable: bool = False) -> Any:
-    """The type of an option that is a number or moves over training: by a schedule, or also by a controller."""
-    forms = Annotated[number, Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")]
-    if controllable:
-        forms |= Annotated[TargetAcceptanceConfig, Tag("controller")]
-    expected = "a mapping here has kind: linear or cosine" + (", or target_acceptance" if controllable else "")
-    return Annotated[forms, Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)]
 
 
 GATED_METHODS = ("skd", "mixed_skd")  # those that put proposals to a gate
@@ -170,7 +101,7 @@ class RolloutConfig(Section):
             "stage_share": self.method == "two_stage",
             "confidence": self.gate == "confident",
         }
-        _refuse_idle(self, effects, f"the method is {self.method}, the gate {self.gate}")
+        refuse_idle(self, effects, f"the method is {self.method}, the gate {self.gate}")
         return self
 
     @model_validator(mode="after")
@@ -199,16 +130,6 @@ class RolloutConfig(Section):
         return self
 
 
-def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[float, ...]:
-    """The values between which an option may move."""
-    return (value,) if isinstance(value, int | float) else value.extremes
-
-
-def value_at(value: float | ScheduleConfig, progress: float) -> float:
-    """Of an option that may follow a schedule, when this share of training is done."""
-    return value.at(progress) if isinstance(value, ScheduleConfig) else value
-
-
 class ReweightConfig(Section):
     by: Literal["none", "confidence", "divergence", "rank"] = Field(
         "none", description="which tokens count more; laws in core/weights.py"
@@ -217,7 +138,7 @@ class ReweightConfig(Section):
 
     @model_validator(mode="after")
     def _floor_has_an_effect(self) -> ReweightConfig:
-        _refuse_idle(self, {"floor": self.by != "none"}, "by is none")
+        refuse_idle(self, {"floor": self.by != "none"}, "by is none")
         return self
 
 
@@ -264,7 +185,7 @@ class LossConfig(Section):
             "alpha": bool(kinds & {"skew_forward_kl", "skew_reverse_kl"}),
             "temperature": kinds != {"cross_entropy"},
         }
-        _refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
+        refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
         if self.accepted_weight == self.replaced_weight == 0:
             raise ValueError("accepted_weight and replaced_weight are both 0: no token would be trained")
         return self
@@ -299,7 +220,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> ObjectiveConfig:
         effects = dict.fromkeys(("replaced_tokens", "teacher_advantage"), self.uses_rewards)
-        _refuse_idle(self, effects, "rl_coef is 0, so there is no policy loss")
+        refuse_idle(self, effects, "rl_coef is 0, so there is no policy loss")
         for share in range(1001):
             if not any(self.coefficients(share / 1000).values()):
                 raise ValueError(f"kd_coef and rl_coef are both 0 when {share / 10:g} % of training is done")
@@ -357,7 +278,7 @@ class SKDConfig(Section):
         if self.task and self.tasks:
             raise ValueError("skd.task and skd.tasks are both given; move the one into the list of the others")
         effects = {"mix_temperature": len(self.tasks) > 1}
-        _refuse_idle(self, effects, "it is for several tasks (skd.tasks)")
+        refuse_idle(self, effects, "it is for several tasks (skd.tasks)")
         for config in self.all_tasks:
             alone = len(self.all_tasks) == 1
             if config.weight is not None and (alone or config.train_prompts == 0):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skd_plugin.config.schema import RolloutConfig, ScheduleConfig, TargetAcceptanceConfig
+from skd_plugin.config.movable import TargetAcceptanceConfig, value_at
+from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.schedules import TargetAcceptance
 from skd_plugin.rollout.requests import RequestParams
 
@@ -181,11 +182,9 @@ class RulePlan:
 
 
 def _value(name: str, setting: Any, progress: float, controlled: Mapping[str, float]) -> float:
-    if isinstance(setting, ScheduleConfig):
-        return setting.at(progress)
     if isinstance(setting, TargetAcceptanceConfig):
         return controlled.get(name, setting.start)
-    return setting
+    return value_at(setting, progress)
 
 
 def _controllers(rollout: RolloutConfig, vocab_size: int) -> dict[str, TargetAcceptance]:

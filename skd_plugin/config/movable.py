@@ -1,0 +1,78 @@
+"""Options whose value may move over training: by a schedule, or after the measured rate of acceptance."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from skd_plugin.config.section import Section
+from skd_plugin.core.schedules import scheduled
+
+
+class ScheduleConfig(Section):
+    """A value that moves over training; core.schedules.scheduled is its formula."""
+
+    kind: Literal["linear", "cosine"]
+    start: float = Field(alias="from", ge=0)
+    end: float = Field(alias="to", ge=0)
+    hold: float = Field(0.1, ge=0, lt=1, description="share of training at `from` before the value moves")
+    over: float = Field(1.0, gt=0, le=1, description="share of training at which `to` is reached")
+
+    @model_validator(mode="after")
+    def _moves_after_it_holds(self) -> ScheduleConfig:
+        if self.hold >= self.over:
+            raise ValueError(f"`hold` = {self.hold} must be below `over` = {self.over}: both are shares of training")
+        return self
+
+    def at(self, progress: float) -> float:
+        """The value when this share of training is done."""
+        return scheduled(self.kind, self.start, self.end, self.hold, self.over, progress)
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        return self.start, self.end
+
+
+class TargetAcceptanceConfig(Section):
+    """A value that follows the measured rate of acceptance; core.schedules.TargetAcceptance is its law."""
+
+    kind: Literal["target_acceptance"]
+    rate: float = Field(gt=0, lt=1, description="rate of acceptance to hold")
+    start: float = Field(gt=0, description="value of the first step")
+    gain: float = Field(1.0, gt=0, description="change of ln(value) for an error of 1 in the rate")
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        return (self.start,)
+
+
+# The alternatives of an option's type, by the names that pydantic gives them in its errors: of one that may move, and
+# of a number of prompts.
+VALUE_FORMS = ("number", "schedule", "controller", "constrained-int", "int", "literal['full']")
+
+
+def _form(value: Any) -> str | None:
+    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", None)
+    if kind is None:
+        return "number"
+    return {"linear": "schedule", "cosine": "schedule", "target_acceptance": "controller"}.get(kind)
+
+
+def movable(number: Any, *, controllable: bool = False) -> Any:
+    """The type of an option that is a number or moves over training: by a schedule, or also by a controller."""
+    forms = Annotated[number, Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")]
+    if controllable:
+        forms |= Annotated[TargetAcceptanceConfig, Tag("controller")]
+    expected = "a mapping here has kind: linear or cosine" + (", or target_acceptance" if controllable else "")
+    return Annotated[forms, Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)]
+
+
+def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[float, ...]:
+    """The values between which an option may move."""
+    return (value,) if isinstance(value, int | float) else value.extremes
+
+
+def value_at(value: float | ScheduleConfig, progress: float) -> float:
+    """Of an option that may follow a schedule, when this share of training is done."""
+    return value.at(progress) if isinstance(value, ScheduleConfig) else value
