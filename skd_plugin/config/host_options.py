@@ -29,12 +29,9 @@ def host_parser() -> argparse.ArgumentParser:
     Raises:
         RuntimeError: the host's script no longer has the form that this reads.
     """
-    body = _main_body()
-    end = next((i for i, node in enumerate(body) if "parse_args" in ast.dump(node)), None)
-    if end is None:
-        raise RuntimeError(f"{HOST_MODULE} no longer calls parse_args under __main__; see skd_plugin/config")
+    declarations, _ = _around_parsing()
     namespace: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=_Parser), "datetime": datetime}
-    exec(compile(ast.Module(body[:end], type_ignores=[]), HOST_MODULE, "exec"), namespace)
+    exec(compile(ast.Module(declarations, type_ignores=[]), HOST_MODULE, "exec"), namespace)
     return namespace["parser"]
 
 
@@ -47,10 +44,10 @@ def check_by_host(arguments: list[str]) -> None:
     from contextlib import redirect_stdout
     from io import StringIO
 
-    body = _main_body()
-    start = next(i for i, node in enumerate(body) if "parse_args" in ast.dump(node))
-    checks = [n for n in body[start + 1 :] if isinstance(n, ast.If | ast.Assert | ast.Assign) and not _is_call(n)]
-    namespace = {"args": _hierarchize(host_parser().parse_args(arguments))}
+    _, rest = _around_parsing()
+    # Neither its imports nor its call of train().
+    checks = [node for node in rest if isinstance(node, ast.If | ast.Assert | ast.Assign)]
+    namespace = {"args": host_parser().parse_args(arguments), "hierarchize": hierarchize}
     try:
         with redirect_stdout(StringIO()):  # its warnings are repeated in the run's log
             exec(compile(ast.Module(checks, type_ignores=[]), HOST_MODULE, "exec"), namespace)
@@ -58,26 +55,29 @@ def check_by_host(arguments: list[str]) -> None:
         raise RecipeError(f"openrlhf: {error}") from error
 
 
-def _is_call(node: ast.stmt) -> bool:
-    """`args = hierarchize(args)` and the call of train(), or of another hub under `use_ms`."""
-    text = ast.unparse(node)
-    return "hierarchize" in text or "train(args)" in text or "use_ms" in text
+def hierarchize(args: argparse.Namespace) -> SimpleNamespace:
+    """The host's function of this name, by its file: an import of it would bring DeepSpeed with it."""
+    root = importlib.util.find_spec("openrlhf")
+    if root is None or root.origin is None:
+        raise RuntimeError("openrlhf is not installed; run scripts/install.sh")
+    spec = importlib.util.spec_from_file_location("openrlhf_config", Path(root.origin).parent / "utils" / "config.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.hierarchize(args)
 
 
-def _hierarchize(args: argparse.Namespace) -> SimpleNamespace:
-    """Dotted names as nested namespaces, as the host's validation reads them."""
-    root: dict[str, Any] = {}
-    for key, value in vars(args).items():
-        *parents, last = key.split(".")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+def _around_parsing() -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """The statements of the host's script before it parses its arguments, and those behind.
 
-    def build(node: Any) -> Any:
-        return SimpleNamespace(**{k: build(v) for k, v in node.items()}) if isinstance(node, dict) else node
-
-    return build(root)
+    Raises:
+        RuntimeError: the host's script no longer has the form that this reads.
+    """
+    body = _main_body()
+    place = next((i for i, node in enumerate(body) if "parse_args" in ast.dump(node)), None)
+    if place is None:
+        raise RuntimeError(f"{HOST_MODULE} no longer calls parse_args under __main__; see skd_plugin/config")
+    return body[:place], body[place + 1 :]
 
 
 def _main_body() -> list[ast.stmt]:

@@ -29,7 +29,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils import get_strategy, get_tokenizer
 
 from skd_plugin.config import load_run
-from skd_plugin.config.host_options import _hierarchize, host_parser
+from skd_plugin.config.host_options import hierarchize, host_parser
 from skd_plugin.core.accept import ACCEPTED, NOTHING
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.actor import TRACE_KEY
@@ -52,7 +52,7 @@ def make_args(run_dir: Path, options: dict[str, Any]) -> SimpleNamespace:
             "openrlhf.train.micro_batch_size=2", "openrlhf.train.max_epochs=2", *overrides,
         ],
     )  # fmt: skip
-    args = _hierarchize(host_parser().parse_args(run.host_argv()))
+    args = hierarchize(host_parser().parse_args(run.host_argv()))
     args.actor.eps_clip_low_high = (args.actor.eps_clip, args.actor.eps_clip)
     args.ds.param_dtype = "fp32"
     args.skd = run.skd

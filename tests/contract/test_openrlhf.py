@@ -822,3 +822,26 @@ def test_device_mesh_of_cuda_is_one_of_the_cpu() -> None:
     source = inspect.getsource(importlib.import_module("openrlhf.utils.deepspeed.deepspeed"))
     assert "init_device_mesh(" in source, "revisit _cuda_means_cpu in skd_plugin/compat/cpu.py"
     assert torch.distributed.device_mesh.init_device_mesh.__module__ == "skd_plugin.compat.cpu"
+
+
+# --- going on from a checkpoint (terminal/resume.py) ---
+
+
+def test_file_that_ends_a_checkpoint() -> None:
+    """Written behind the barrier of all ranks, so that a checkpoint with it is whole."""
+    from openrlhf.utils.deepspeed import DeepspeedStrategy
+
+    from skd_plugin.terminal.resume import METRIC_FILE
+
+    assert DeepspeedStrategy.CKPT_METRIC_FILENAME == METRIC_FILE, "revisit skd_plugin/terminal/resume.py"
+    source = inspect.getsource(DeepspeedStrategy.save_ckpt)
+    assert source.index("model.save_checkpoint(") < source.index("self._write_ckpt_metric(")
+
+
+def test_nested_options_are_made_by_the_hosts_function() -> None:
+    from openrlhf.utils.config import hierarchize as theirs
+
+    from skd_plugin.config.host_options import hierarchize as ours
+
+    flat = argparse.Namespace(**{"a.b": 1, "a.c.d": [2], "e": None})
+    assert ours(flat) == theirs(flat), "revisit skd_plugin/config/host_options.py"
