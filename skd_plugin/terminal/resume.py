@@ -7,14 +7,13 @@ actor's checkpoint without the critic's, and a `latest` file that names any of t
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from skd_plugin.config.run import Run
-from skd_plugin.trainer.status import Status
+from skd_plugin.trainer.status import Status, replace_text
 
 METRIC_FILE = "metric.json"  # the host writes it into a checkpoint when all ranks have written theirs
 GROUPS = ("_actor", "_critic")  # folders of checkpoints, by the host's names
@@ -33,17 +32,21 @@ def look_at(run: Run) -> Earlier:
     """Whether the run in the folder can be gone on with; changes nothing."""
     if not (run.folder / "metrics.jsonl").exists():
         return Earlier()
-    if run.host.get("ckpt.load_enable"):  # the user says so, whatever has changed
-        return Earlier(True, last_step(run))
-    if Status(run.folder).read().get("stage") == "done":
-        return Earlier(True, reason="it is finished")
-    if not run.skd.resume:
-        return Earlier(True, reason="skd.resume is false")
-    changed = _changed_options(run)
-    if changed:
-        return Earlier(True, reason=f"its recipe was another one ({', '.join(changed)})")
+    reason = "" if run.host.get("ckpt.load_enable") else _why_not(run)  # the user may say so, whatever has changed
+    if reason:
+        return Earlier(True, reason=reason)
     step = last_step(run)
     return Earlier(True, step, "" if step else "it had no checkpoint yet")
+
+
+def _why_not(run: Run) -> str:
+    """Why this run is another one than that in the folder; empty where it is not."""
+    if Status(run.folder).read().get("stage") == "done":
+        return "it is finished"
+    if not run.skd.resume:
+        return "skd.resume is false"
+    changed = _changed_options(run)
+    return f"its recipe was another one ({', '.join(changed)})" if changed else ""
 
 
 def prepare(run: Run, step: int) -> Run:
@@ -53,7 +56,7 @@ def prepare(run: Run, step: int) -> Run:
             if number > step or not _is_complete(group / tag):
                 shutil.rmtree(group / tag)
         newest = max(_tags(group).items(), key=lambda item: (item[1], item[0]))[0]
-        _replace(group / "latest", newest)
+        replace_text(group / "latest", newest)
     for name in ("metrics.jsonl", "traces.jsonl"):
         _cut_behind(run.folder / name, step)
     return Run(run.skd, {**run.host, "ckpt.load_enable": True}, run.cpu)
@@ -83,7 +86,7 @@ def _tags(group: Path) -> dict[str, int]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    return any(path.name.endswith(METRIC_FILE) for path in checkpoint.iterdir())
+    return (checkpoint / METRIC_FILE).exists()
 
 
 def _changed_options(run: Run) -> list[str]:
@@ -102,10 +105,4 @@ def _cut_behind(path: Path, step: int) -> None:
         return
     whole = path.read_text().rpartition("\n")[0].splitlines()
     kept = [line for line in whole if json.loads(line)["step"] <= step]
-    _replace(path, "".join(line + "\n" for line in kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
+    replace_text(path, "".join(line + "\n" for line in kept))

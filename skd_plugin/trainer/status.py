@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file in one move, so that a reader never finds half of it."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 class Status:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
@@ -16,8 +23,5 @@ class Status:
         return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def stage(self, name: str, **facts: Any) -> None:
-        """Replaces the file in one move, so that a reader never finds half of it."""
         content = {**self.read(), "stage": name, **facts}
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text(json.dumps(content))
-        os.replace(draft, self._path)
+        replace_text(self._path, json.dumps(content))
