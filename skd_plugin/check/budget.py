@@ -17,10 +17,10 @@ from skd_plugin.check.memory import (
     trainer_memory,
 )
 from skd_plugin.config import SKDConfig
+from skd_plugin.rollout.engine import CPU_CACHE_BYTES
 
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
 CPU_BATCHED_TOKENS = 2048
-CPU_CACHE = 1 << 30  # kv_cache_memory_bytes of rollout.engine.engine_arguments
 UNKNOWN = (AttributeError, ValueError, ImportError)  # of an architecture with other names, or code of its own
 NARROW = {"bfloat16", "float16", "half", "auto"}
 
@@ -167,7 +167,7 @@ def _offloaded(budget: Budget, options: dict[str, Any]) -> Finding:
 def _cpu(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int) -> Finding:
     """All of a run shares one memory."""
     trainers = gpus_needed(options)[0]
-    cache = skd.vllm.get("kv_cache_memory_bytes", CPU_CACHE)
+    cache = skd.vllm.get("kv_cache_memory_bytes", CPU_CACHE_BYTES)
     engine = budget.engine.teacher + budget.engine.student + budget.engine.activations + budget.engine.sampler + cache
     need = options["vllm.num_engines"] * engine + trainers * budget.trainer.total
     found = (

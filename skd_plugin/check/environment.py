@@ -11,10 +11,10 @@ import torch
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.memory import GIB
 from skd_plugin.check.subject import on_a_cluster
+from skd_plugin.compat.cpu import LOGICAL_GPUS
 from skd_plugin.compat.versions import SUPPORTED, installed_version
 
 PYTHON = "3.11."  # openrlhf's wheel is built for it
-LOGICAL_GPUS = 8  # that `skd train` declares to Ray on a machine without GPU (trainer/bind.py)
 
 
 def check_versions() -> list[Finding]:

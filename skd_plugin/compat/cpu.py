@@ -23,6 +23,8 @@ ENV = {  # of every process of a run on CPU
     "VLLM_TARGET_DEVICE": "cpu",
 }
 
+LOGICAL_GPUS = 8  # declared to Ray: the host reserves one for each actor
+
 
 def install() -> None:
     """Idempotent; does nothing where CUDA is present."""

@@ -18,6 +18,7 @@ from skd_plugin.rollout.requests import RequestParams
 from skd_plugin.rollout.rule import SamplingRule
 
 WORKER_CLS = "skd_plugin.rollout.worker.SKDWorker"
+CPU_CACHE_BYTES = 1 << 30  # key-value cache of an engine on a CPU
 SCHEDULER_CLS = "skd_plugin.rollout.scheduler.SKDScheduler"
 
 
@@ -77,7 +78,7 @@ def engine_arguments(
         enable_prefix_caching=True,
     )
     if cpu:
-        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30)
+        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return arguments | others
 

@@ -97,6 +97,5 @@ def ray_options(run: Run) -> dict[str, Any]:
     if run.cpu:
         env |= cpu.ENV
         options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.compat.cpu.install"
-        # Logical: the host reserves a GPU for each actor.
-        options |= {"address": "local", "num_gpus": 8, "num_cpus": 16, "include_dashboard": False}
+        options |= {"address": "local", "num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
     return options
