@@ -159,7 +159,7 @@ def categories(
     is left beside it, its category or the rest is empty on both sides: -inf, with no gradient. For K = V there is
     neither, and the result is [N, K].
     """
-    logits_NV = _soften(student_logits_NV, temperature)
+    logits_NV = _divided(student_logits_NV, temperature)
     top_k, vocab = targets.teacher_ids_NK.shape[1], logits_NV.shape[1]
     outside_N = (targets.teacher_ids_NK != targets.token_N[:, None]).all(1)
     empty_N2 = torch.stack([~outside_N, outside_N & (vocab == top_k + 1)], 1)
@@ -170,7 +170,7 @@ def categories(
     return (log_p, log_q) if top_k < vocab else (log_p[:, :top_k], log_q[:, :top_k])
 
 
-def _soften(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+def _divided(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
     """At least float32; no copy of [N, V] where there is nothing to do."""
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return logits_NV if temperature == 1 else logits_NV / temperature
@@ -226,7 +226,7 @@ def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Te
     """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
     temperature, so q is at temperature 1.
     """
-    logits_NV = _soften(student_logits_NV, 1.0)
+    logits_NV = _divided(student_logits_NV, 1.0)
     return logits_NV.logsumexp(-1) - logits_NV.gather(1, targets.token_N[:, None]).squeeze(1)
 
 
