@@ -30,10 +30,10 @@ from openrlhf.utils import get_strategy, get_tokenizer
 
 from skd_plugin.config import load_run
 from skd_plugin.config.host_options import hierarchize, host_parser
-from skd_plugin.core.accept import ACCEPTED, NOTHING
 from skd_plugin.core.trace import Trace
 from skd_plugin.rollout.actor import TRACE_KEY
 from tests.contract.test_parity import ESTIMATORS, STEPS, VARIANTS
+from tests.traces import trace_of
 
 ROOT = Path(__file__).parents[2]
 STUDENT = ROOT / "recipes" / "models" / "arithmetic" / "student"
@@ -86,17 +86,11 @@ def rollouts(actor: Actor, maker: RemoteExperienceMaker, args: SimpleNamespace, 
 
 
 def make_trace(ids: torch.Tensor, generator: torch.Generator) -> Trace:
-    count = len(ids)
-    fields = {name: torch.zeros(count) for name in Trace.__dataclass_fields__}
-    teacher = torch.randn(count, 60, generator=generator).log_softmax(-1)
+    teacher = torch.randn(len(ids), 60, generator=generator).log_softmax(-1)
     top_logp, top_ids = teacher.topk(4, dim=-1)
-    fields |= {
-        "response_ids": ids.to(torch.int32), "source": torch.full((count,), ACCEPTED, dtype=torch.uint8),
-        "rejected_ids": torch.full((count,), NOTHING, dtype=torch.int32),
-        "teacher_topk_ids": top_ids.to(torch.int32), "teacher_topk_logp": top_logp,
-        "teacher_tail_logp": teacher.scatter(1, top_ids, float("-inf")).logsumexp(-1),
-    }  # fmt: skip
-    return Trace(**fields)
+    tail_logp = teacher.scatter(1, top_ids, float("-inf")).logsumexp(-1)
+    teachers = dict(teacher_topk_ids=top_ids.to(torch.int32), teacher_topk_logp=top_logp, teacher_tail_logp=tail_logp)
+    return trace_of(ids, **teachers)
 
 
 def train(kind: str, options: dict[str, Any], run_dir: Path) -> dict[str, Any]:

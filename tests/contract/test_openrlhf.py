@@ -22,6 +22,7 @@ from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import HOST_MODULE, host_arguments, host_parser
 from skd_plugin.core.trace import Trace
 from tests.contract.source import assert_parameters, assert_unchanged, attributes_set, imports_inside, tree_of
+from tests.traces import trace_of
 
 HOST = "OpenRLHF 0.11.2"
 
@@ -366,22 +367,7 @@ class _Tokenizer:
 
 
 def make_trace(ids: list[int]) -> Trace:
-    count = len(ids)
-    return Trace(
-        response_ids=torch.tensor(ids, dtype=torch.int32),
-        source=torch.zeros(count, dtype=torch.uint8),
-        rejected_ids=torch.full((count,), -1, dtype=torch.int32),
-        draft_rank=torch.zeros(count, dtype=torch.int32),
-        student_logp=torch.zeros(count),
-        teacher_logp=torch.zeros(count),
-        kl=torch.zeros(count),
-        student_entropy=torch.zeros(count),
-        teacher_entropy=torch.zeros(count),
-        teacher_topk_ids=torch.zeros(count, 1, dtype=torch.int32),
-        teacher_topk_logp=torch.zeros(count, 1),
-        teacher_tail_logp=torch.zeros(count),
-        teacher_rest_tempered=torch.zeros(count),
-    )
+    return trace_of(torch.tensor(ids, dtype=torch.int32))
 
 
 class _Engine:

@@ -10,6 +10,7 @@ import torch
 from skd_plugin.core.accept import FLAGGED, REPLACED
 from skd_plugin.core.losses import make_divergence, make_token_loss, top_k_loss
 from skd_plugin.core.trace import Trace
+from tests.traces import trace_of
 
 VOCAB, TEACHER_ENTRIES = 20, 5
 LOSSES = {kind: top_k_loss(make_divergence(kind, beta=0.5, alpha=0.1)) for kind in ("forward_kl", "reverse_kl")}
@@ -40,17 +41,9 @@ def make_trace(response: list[int], generator: torch.Generator) -> Trace:
     logp, ids = teacher.topk(TEACHER_ENTRIES, dim=-1)
     token = torch.tensor(response)[:, None]
     tail = teacher.scatter(1, ids, float("-inf"))
-    unused = torch.zeros(count)
-    return Trace(
-        response_ids=torch.tensor(response, dtype=torch.int32),
-        source=unused.to(torch.uint8),
-        rejected_ids=unused.to(torch.int32),
-        draft_rank=unused.to(torch.int32),
-        student_logp=unused,
+    return trace_of(
+        token.squeeze(1),
         teacher_logp=teacher.gather(1, token).squeeze(1),
-        kl=unused,
-        student_entropy=unused,
-        teacher_entropy=unused,
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=logp,
         teacher_tail_logp=tail.logsumexp(-1),

@@ -10,6 +10,7 @@ import torch
 from skd_plugin.core.losses import make_token_loss, top_k_loss, whole_vocabulary_loss
 from skd_plugin.core.trace import Trace
 from tests.conftest import VOCAB
+from tests.traces import trace_of
 
 LENGTHS = [(3, 4), (2, 1), (5, 6)]
 PLAIN = dict(
@@ -82,21 +83,15 @@ def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor)
     """With all V teacher entries; what the losses do not read is empty of meaning."""
     logp = torch.nn.functional.linear(hidden, head).log_softmax(-1)
     top_logp, ids = logp.sort(dim=-1, descending=True)
-    unused = torch.zeros(len(response))
-    return Trace(
-        response_ids=response.to(torch.int32),
+    nothing = torch.full((len(response),), float("-inf"))
+    return trace_of(
+        response,
         source=(torch.arange(len(response)) % 2).to(torch.uint8),  # kept and replaced
-        rejected_ids=unused.to(torch.int32),
-        draft_rank=unused.to(torch.int32),
-        student_logp=unused,
         teacher_logp=logp.gather(1, response[:, None]).squeeze(1),
-        kl=unused,
-        student_entropy=unused,
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=top_logp,
-        teacher_tail_logp=torch.full((len(response),), float("-inf")),
-        teacher_rest_tempered=torch.full((len(response),), float("-inf")),
-        teacher_entropy=unused,
+        teacher_tail_logp=nothing,
+        teacher_rest_tempered=nothing,
         teacher_hidden=hidden,
     )
 

@@ -12,28 +12,14 @@ from hypothesis import strategies as st
 from skd_plugin.core.accept import NOTHING
 from skd_plugin.core.trace import Trace
 from skd_plugin.core.weights import LAWS, make_weigher
+from tests.traces import trace_of
 
 VOCAB = 50
 
 
 def make_trace(entropy: list[float], kl: list[float], rank: list[int]) -> Trace:
-    nothing = torch.zeros(len(kl))
-    ints = nothing.to(torch.int32)
-    return Trace(
-        response_ids=ints,
-        source=nothing.to(torch.uint8),
-        rejected_ids=ints,
-        draft_rank=torch.tensor(rank, dtype=torch.int32),
-        student_logp=nothing,
-        teacher_logp=nothing,
-        kl=torch.tensor(kl),
-        student_entropy=nothing,
-        teacher_entropy=torch.tensor(entropy),
-        teacher_topk_ids=ints[:, None],
-        teacher_topk_logp=nothing[:, None],
-        teacher_tail_logp=nothing,
-        teacher_rest_tempered=nothing,
-    )
+    known = {"draft_rank": torch.tensor(rank, dtype=torch.int32), "kl": torch.tensor(kl)}
+    return trace_of(torch.zeros(len(kl)), teacher_entropy=torch.tensor(entropy), **known)
 
 
 def test_laws_are_their_formulas() -> None:
