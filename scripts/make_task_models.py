@@ -21,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from skd_plugin.tasks import GENERATED
+from skd_plugin.tasks import GENERATED, Example
 from skd_plugin.tasks.generated import GeneratedTask
 
 CONTEXT = 256
@@ -68,26 +68,41 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
     return LlamaForCausalLM(config)
 
 
-def batch(
+def batches(
     tasks: Sequence[GeneratedTask], tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = BATCH_SIZE
-) -> dict[str, torch.Tensor]:
-    """Examples of each task in turn, int64 [size, L]; labels are -100 over prompts and padding."""
+) -> list[dict[str, torch.Tensor]]:
+    """A batch of `size` examples, one part a task, int64 [size / tasks, L]: their lengths differ too much to be padded
+    to one L. Labels are -100 over prompts and padding.
+    """
     shares = [size // len(tasks) + (place < size % len(tasks)) for place in range(len(tasks))]
-    examples = [
-        example
+    return [
+        padded(task.examples("train", count, seed=rng.getrandbits(32)), tokenizer)
         for task, count in zip(tasks, shares, strict=True)
-        for example in task.examples("train", count, seed=rng.getrandbits(32))
     ]
+
+
+def padded(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     prompts = [tokenizer(e.prompt).input_ids for e in examples]
     answers = [[*tokenizer(e.reference).input_ids, tokenizer.eos_token_id] for e in examples]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((size, length), tokenizer.pad_token_id)
-    labels = torch.full((size, length), -100)
+    ids = torch.full((len(examples), length), tokenizer.pad_token_id)
+    labels = torch.full((len(examples), length), -100)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         total = len(prompt) + len(answer)
         ids[row, :total] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : total] = torch.tensor(answer)
     return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
+
+
+def backward(model: LlamaForCausalLM, parts: Sequence[dict[str, torch.Tensor]]) -> float:
+    """Gradients of the mean over the tokens of all parts; returns it, nats."""
+    counts = [int((part["labels"] != -100).sum()) for part in parts]
+    total = 0.0
+    for part, count in zip(parts, counts, strict=True):
+        loss = model(**part).loss * (count / sum(counts))
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 @torch.no_grad()
@@ -120,14 +135,13 @@ def train(name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int) -> N
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        loss = model(**batch(tasks, tokenizer, rng)).loss
-        loss.backward()
+        loss = backward(model, batches(tasks, tokenizer, rng))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"{name} step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{name} step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % 500 == 0 and step < steps:
             report(name, f"step {step}", model, tokenizer, tasks)
     model = model.to(torch.bfloat16)

@@ -59,17 +59,35 @@ def test_every_text_is_tokens_and_back(
 
 def test_batch_trains_responses_and_nothing_else(script: ModuleType, tasks: list[GeneratedTask]) -> None:
     tokenizer = script.make_tokenizer(tasks)
-    made = script.batch(tasks, tokenizer, random.Random(0), size=10)
-    texts = tokenizer.batch_decode(made["input_ids"], skip_special_tokens=True)
-    firsts = [text.split()[0] for text in texts]
-    assert [firsts.count(word) for word in ("translate", "summarise", "words")] == [3, 2, 2]
-    for ids, labels, mask in zip(made["input_ids"], made["labels"], made["attention_mask"], strict=True):
-        trained = labels != -100
-        first, last = int(trained.nonzero()[0]), int(trained.nonzero()[-1])
-        assert trained[first : last + 1].all() and torch.equal(labels[trained], ids[trained])
-        assert ids[last] == tokenizer.eos_token_id and int(mask.sum()) == last + 1
-    again = script.batch(tasks, tokenizer, random.Random(0), size=10)
-    assert torch.equal(made["input_ids"], again["input_ids"])
+    made = script.batches(tasks, tokenizer, random.Random(0), size=10)
+    firsts = [[text.split()[0] for text in tokenizer.batch_decode(part["input_ids"])] for part in made]
+    assert [len(part) for part in firsts] == [3, 3, 2, 2]
+    assert [set(part) for part in firsts[1:]] == [{"translate"}, {"summarise"}, {"words"}]
+    for part in made:
+        for ids, labels, mask in zip(part["input_ids"], part["labels"], part["attention_mask"], strict=True):
+            trained = labels != -100
+            first, last = int(trained.nonzero()[0]), int(trained.nonzero()[-1])
+            assert trained[first : last + 1].all() and torch.equal(labels[trained], ids[trained])
+            assert ids[last] == tokenizer.eos_token_id and int(mask.sum()) == last + 1
+    again = script.batches(tasks, tokenizer, random.Random(0), size=10)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, again, strict=True))
+
+
+def test_gradients_are_those_of_the_mean_over_all_tokens(
+    script: ModuleType, tasks: list[GeneratedTask], monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(script.SHAPES, "student", TINY)
+    tokenizer = script.make_tokenizer(tasks)
+    parts, model = script.batches(tasks, tokenizer, random.Random(0), size=8), script.make_model("student", tokenizer)
+    mean = script.backward(model, parts)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    sums = [model(**part).loss * (part["labels"] != -100).sum() for part in parts]
+    expected = sum(sums) / sum((part["labels"] != -100).sum() for part in parts)
+    expected.backward()
+    assert mean == pytest.approx(expected.item())
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask], monkeypatch: Any) -> None:
