@@ -1,0 +1,97 @@
+"""What holds for every batch: requests drawn by hypothesis, in the real engine, with block lengths 1 and 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skd_plugin.core.accept import ACCEPTED, NOTHING, REFERENCE, REPLACED, RESAMPLED
+from skd_plugin.rollout.rule import SamplingRule
+from tests.conftest import EOS, MAX_LEN, VOCAB
+
+pytestmark = pytest.mark.engine
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz +="
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    top_k: int
+    gate: str
+    limit: int
+    seed: int
+    reference: str | None  # given texts end where the test wants them to end
+
+    @property
+    def rule(self) -> SamplingRule:
+        if self.reference is not None:
+            return SamplingRule(top_k=VOCAB, reference_share=1.0)
+        return SamplingRule(top_k=self.top_k, gate=self.gate)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    """Prompts with end tokens at any place, end tokens of responses anywhere in a block, limits that cut a block."""
+    prompt = draw(st.lists(st.integers(1, VOCAB - 1), min_size=2, max_size=40))
+    return Request(
+        prompt=prompt,
+        top_k=draw(st.sampled_from([1, 2, 5, 31, VOCAB])),
+        gate=draw(st.sampled_from(["top_k", "ask_again"])),
+        limit=draw(st.integers(1, MAX_LEN - len(prompt))),
+        seed=draw(st.integers(0, 2**31)),
+        reference=draw(st.none() | st.text(LETTERS, min_size=1, max_size=12)),
+    )
+
+
+def generate(engine, batch: list[Request]) -> list:
+    return engine.generate(
+        [r.prompt for r in batch],
+        [r.rule for r in batch],
+        [r.limit for r in batch],
+        seeds=[r.seed for r in batch],
+        texts=[r.reference for r in batch],
+    )
+
+
+def check(request: Request, sample) -> None:
+    trace, ids = sample.trace, sample.trace.response_ids.tolist()
+    assert sample.prompt_ids == request.prompt and 1 <= len(ids) <= request.limit
+    assert EOS not in ids[:-1], "something follows the end token"
+    assert sample.finish == ("stop" if ids[-1] == EOS else "length")
+    assert sample.finish == "stop" or len(ids) == request.limit
+    if request.reference is not None:
+        expected = [LETTERS.index(char) + 3 for char in request.reference] + [EOS]
+        assert ids == expected[: request.limit] and set(trace.source.tolist()) == {REFERENCE}
+        return
+    named = {ACCEPTED, REPLACED} if request.gate == "top_k" else {ACCEPTED, REPLACED, RESAMPLED}
+    assert set(trace.source.tolist()) <= named
+    kept = trace.source == ACCEPTED
+    assert (trace.rejected_ids[kept] == NOTHING).all() and (trace.rejected_ids[~kept] != NOTHING).all()
+    assert ((trace.draft_rank < request.top_k) == kept).all()
+    assert (trace.kl > -1e-5).all() and (trace.teacher_logp <= 0).all() and (trace.student_logp <= 0).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(batch=st.lists(requests(), min_size=1, max_size=12))
+def test_every_batch(engine, batch):
+    """Each response ends once and rightly, and is the same token by token whatever the block length is."""
+    by_length = [generate(engine(draft_len), batch) for draft_len in (1, 4)]
+    for request, short, long in zip(batch, *by_length, strict=True):
+        check(request, short)
+        check(request, long)
+        for name in ("response_ids", "source", "rejected_ids"):
+            assert getattr(short.trace, name).tolist() == getattr(long.trace, name).tolist(), name
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(batch=st.lists(requests(), min_size=2, max_size=8))
+def test_every_batch_is_its_requests_one_at_a_time(engine, batch):
+    together = generate(engine(4), batch)
+    for request, sample in zip(batch, together, strict=True):
+        alone = generate(engine(4), [request])[0]
+        assert alone.trace.response_ids.tolist() == sample.trace.response_ids.tolist()
+        assert alone.trace.source.tolist() == sample.trace.source.tolist()
