@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Ways of distilling beside each other, with the same seeds, prompts and number of updates; results/README.md is made so:
+#   bash scripts/compare.sh [PLAN.yaml] [--out results] [--runs runs/compare] [--jobs N]
+# The same command goes on with what is not done yet.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh
+exec .venv/bin/python scripts/compare "$@"

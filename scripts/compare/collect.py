@@ -1,0 +1,80 @@
+"""Figures of finished runs, a row a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from plan import Plan, Run
+
+from skd_plugin.config.run import Run as Config
+
+Row = dict[str, Any]
+
+
+def runs_table(plan: Plan, folder: Path) -> list[Row]:
+    """Of the runs that have come to their end."""
+    return [row_of(run, plan, folder / run.name) for run in plan.runs() if (folder / run.name / "model").is_dir()]
+
+
+def row_of(run: Run, plan: Plan, folder: Path) -> Row:
+    """Seconds are those of roll-outs and updates, without start, evaluations and checkpoints.
+
+    Teacher tokens are the positions of responses at which the teacher computed a distribution, student tokens the
+    proposals; both are counted while sampling. A block of draft_len proposals takes draft_len + 1 positions.
+    """
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = Config.load(folder / "config.yaml")
+    steps = [record for record in records if "skd/kd_coef" in record]
+    evaluations = [record for record in records if f"eval/{run.task}/kl" in record]
+    last, first = evaluations[-1], evaluations[0]
+    draft_len, batch = config.skd.rollout.draft_len, config.host["rollout.batch_size"]
+    tokens = [batch * record["skd/response_len"] for record in steps]
+    drafts = [
+        count * (1 - record["skd/undrafted_frac"]) / (1 - record["skd/draft_waste"])
+        for count, record in zip(tokens, steps, strict=True)
+    ]
+    score = f"eval/{run.task}/{plan.tasks[run.task].metric}"
+    teacher = [r[f"eval/{run.task}/teacher_{plan.tasks[run.task].metric}"] for r in records if _measures_teacher(r)]
+    return {
+        "task": run.task,
+        "start": run.start,
+        "method": run.method,
+        "seed": run.seed,
+        "score": last[score],
+        "kl": last[f"eval/{run.task}/kl"],
+        "response_len": last[f"eval/{run.task}/response_len"],
+        "score_at_start": first[score] if first["step"] == 0 else None,
+        "kl_at_start": first[f"eval/{run.task}/kl"] if first["step"] == 0 else None,
+        "teacher_score": teacher[0] if teacher else None,
+        "updates": len(steps),
+        "tokens": round(sum(tokens)),
+        "teacher_tokens": round(sum(drafts) * (draft_len + 1) / draft_len),
+        "student_tokens": round(sum(drafts)),
+        "rollout_s": round(sum(record["time/rollout"] for record in steps), 2),
+        "train_s": round(sum(record["time/train"] for record in steps), 2),
+        "accepted_first": steps[0]["skd/accept_rate"],
+        "accepted_last": steps[-1]["skd/accept_rate"],
+    }
+
+
+def _measures_teacher(record: Row) -> bool:
+    return any("/teacher_" in key for key in record)
+
+
+def chosen(table: list[Row], cell: str, method: str) -> list[Row]:
+    """Rows of a cell and a method, by seed."""
+    task, start = cell.split("/")
+    rows = [r for r in table if (r["task"], r["start"], r["method"]) == (task, start, method)]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    if not rows:
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

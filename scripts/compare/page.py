@@ -1,0 +1,89 @@
+"""results/README.md: the tables, with what a reader must know to read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from collect import Row, chosen
+from interval import Interval
+from plan import Plan
+
+COST = ("tokens", "teacher_tokens", "student_tokens")
+
+
+def write_page(plan: Plan, table: list[Row], path: Path) -> None:
+    """The text between the tables is below the mark in the page that is there already, and is kept."""
+    kept = path.read_text().partition(MARK)[0] if path.exists() else "# Results\n\n"
+    path.write_text(kept + MARK + "\n\n" + "\n".join(_sections(plan, table)))
+
+
+MARK = "<!-- Below: written by scripts/compare.sh -->"
+
+
+def _sections(plan: Plan, table: list[Row]) -> list[str]:
+    lines = ["![score by method](comparison.png)", ""]
+    for cell in plan.comparison.cells:
+        lines += [f"## {cell.replace('/', ', ')} start", "", *_comparison(plan, table, cell), ""]
+    if plan.sweep.cells:
+        lines += [f"## {plan.sweep.title}", "", "![sweep](sweep.png)", ""]
+        for cell in plan.sweep.cells:
+            lines += [*_sweep(plan, table, cell), ""]
+    lines += ["## Acceptance over training", "", "![adaptivity](adaptivity.png)", ""]
+    return [*lines, "## Cost", "", "![cost](cost.png)", ""]
+
+
+def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
+    metric = plan.tasks[cell.split("/")[0]].metric
+    against = {row["seed"]: row for row in chosen(table, cell, plan.comparison.against)}
+    name = plan.methods[plan.comparison.against].label
+    everything = [row for method in plan.comparison.methods for row in chosen(table, cell, method)]
+    lines = [
+        f"| | {metric} | minus {name}, same seed | KL | text tokens | teacher tokens | student tokens | sampling | "
+        "training |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for label, key in (("teacher", "teacher_score"), ("student at the start", "score_at_start")):
+        values = [row[key] for row in everything if row[key] is not None]
+        kl = [row["kl_at_start"] for row in everything if row["kl_at_start"] is not None and key == "score_at_start"]
+        if values:
+            lines.append(f"| {label} | {_percent(values)} | | {_plain(kl) if kl else ''} | | | | | |")
+    for method in plan.comparison.methods:
+        rows = chosen(table, cell, method)
+        if not rows:
+            continue
+        paired = [row["score"] - against[row["seed"]]["score"] for row in rows if row["seed"] in against]
+        difference = "" if method == plan.comparison.against or not paired else _percent(paired, signed=True)
+        cost = " | ".join(f"{Interval.of([row[key] for row in rows]).mean / 1000:.0f} k" for key in COST)
+        seconds = " | ".join(f"{Interval.of([r[key] for r in rows]).mean:.0f} s" for key in ("rollout_s", "train_s"))
+        scores = _percent([row["score"] for row in rows])
+        lines.append(
+            f"| {plan.methods[method].label} | {scores} | {difference} | {_plain([row['kl'] for row in rows])} | "
+            f"{cost} | {seconds} |"
+        )
+    return lines
+
+
+def _sweep(plan: Plan, table: list[Row], cell: str) -> list[str]:
+    metric = plan.tasks[cell.split("/")[0]].metric
+    lines = [
+        f"| {cell.replace('/', ', ')}: {plan.sweep.title} | {metric} | KL | accepted, first update | last update |",
+        "|---|---|---|---|---|",
+    ]
+    for value, method in plan.sweep.methods.items():
+        rows = chosen(table, cell, method)
+        if rows:
+            accepted = " | ".join(_percent([row[f"accepted_{when}"] for row in rows]) for when in ("first", "last"))
+            scores, kl = _percent([row["score"] for row in rows]), _plain([row["kl"] for row in rows])
+            lines.append(f"| {value} | {scores} | {kl} | {accepted} |")
+    return lines
+
+
+def _percent(values: list[float], *, signed: bool = False) -> str:
+    interval = Interval.of([100 * value for value in values])
+    half = "" if interval.half is None else f" ± {interval.half:.1f}"
+    return f"{interval.mean:{'+' if signed else ''}.1f}{half} %"
+
+
+def _plain(values: list[float]) -> str:
+    interval = Interval.of(values)
+    return f"{interval.mean:.4f}" + ("" if interval.half is None else f" ± {interval.half:.4f}")

@@ -1,0 +1,166 @@
+"""scripts/compare: the plan, what is done, the rows and the page. The runs themselves are those of `skd train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "compare"))
+
+import collect  # noqa: E402
+import execute  # noqa: E402
+import figures  # noqa: E402
+import page  # noqa: E402
+from interval import Interval  # noqa: E402
+from plan import ROOT as REPOSITORY  # noqa: E402
+from plan import load_plan  # noqa: E402
+
+from skd_plugin.config import RecipeError, load_run  # noqa: E402
+
+PLAN = ROOT / "recipes" / "compare" / "plan.yaml"
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return load_plan(PLAN)
+
+
+def test_runs_of_the_committed_plan(plan):
+    """Each once; a seed's runs share its prompts; the ends of the sweep are the runs of the comparison."""
+    runs = plan.runs()
+    assert REPOSITORY == ROOT and len({run.name for run in runs}) == len(runs)
+    in_cells = len(plan.seeds) * len(plan.comparison.cells) * len(plan.comparison.methods)
+    extra = set(plan.sweep.methods.values()) - set(plan.comparison.methods)
+    assert len(runs) == in_cells + len(plan.seeds) * len(plan.sweep.cells) * len(extra)
+    for run in runs:
+        assert {f"{key}={run.seed}" for key in ("skd.task.seed", "skd.rollout.seed", "openrlhf.train.seed")} <= set(
+            run.overrides
+        )
+
+
+@pytest.mark.parametrize("cell", ["arithmetic/cold", "arithmetic/warm", "translation/cold", "translation/warm"])
+def test_every_method_is_a_recipe(plan, cell, tmp_path):
+    methods = dict.fromkeys([*plan.comparison.methods, *plan.sweep.methods.values()])
+    loads = {
+        m: load_run(r.recipe, [*r.overrides, f"skd.run_dir={tmp_path}"])
+        for m in methods
+        if (r := plan.run(cell, m, 1))
+    }
+    assert loads["on_policy"].skd.rollout.method == "on_policy" and loads["k5"].skd.rollout.top_k == 5
+    assert loads["sft"].skd.loss.kind == "cross_entropy"
+    assert len({run.host["rollout.batch_size"] for run in loads.values()}) == 1
+
+
+def test_measured_once_and_followed_once(plan):
+    measured = [run for run in plan.runs() if "skd.eval.at_start=true" in run.overrides]
+    assert len(measured) == len(plan.comparison.cells) * len(plan.seeds)
+    followed = [run for run in plan.runs() if "openrlhf.ckpt.save_hf=true" in run.overrides]
+    assert [(run.method, run.seed) for run in followed] == [(plan.adaptivity.method, plan.seeds[0])] * len(
+        plan.adaptivity.cells
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "colour"),
+        ({"sweep": {"title": "K", "methods": {"1": "k9"}, "cells": []}}, "no method k9"),
+        ({"adaptivity": {"method": "skd", "cells": ["x/y"], "every": 1, "prompts": 1}}, "no cell x/y"),
+    ],
+)
+def test_a_wrong_plan_is_refused(tmp_path, change, message):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(yaml.safe_load(PLAN.read_text()) | change))
+    with pytest.raises(RecipeError, match=message):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_unknown_cell_on_the_command_line(plan):
+    with pytest.raises(RecipeError, match="no arithmetic/hot"):
+        plan.only(["arithmetic/hot"], None)
+    assert {run.seed for run in plan.only(["arithmetic/warm"], [7]).runs()} == {7}
+
+
+def test_done_is_what_was_run_with_these_arguments(plan, tmp_path):
+    run = plan.runs()[0]
+    assert not execute.is_done(run, tmp_path)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / execute.ARGUMENTS).write_text(json.dumps(execute.arguments(run)))
+    assert execute.is_done(run, tmp_path)
+    other = plan.model_copy(update={"methods": {**plan.methods, run.method: plan.methods["k5"]}}).runs()[0]
+    assert other.name == run.name and not execute.is_done(other, tmp_path)
+
+
+def test_cores_are_dealt_out(monkeypatch):
+    monkeypatch.setattr(execute.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert execute.core_shares(2) == [{0, 2}, {1, 3}]
+    assert execute.core_shares(6)[4:] == [{0}, {1}]
+
+
+def finished(folder: Path, run, score: float) -> None:
+    """The files of a run with two updates, in the form that `skd train` writes."""
+    place = folder / run.name
+    (place / "model").mkdir(parents=True)
+    config = load_run(run.recipe, [*run.overrides, f"skd.run_dir={place}"])
+    config.save()
+    metric = {"arithmetic": "accuracy", "translation": "chrf"}[run.task]
+    step = {"skd/kd_coef": 1.0, "skd/response_len": 10.0, "skd/undrafted_frac": 0.0, "skd/draft_waste": 0.5}
+    step |= {"time/rollout": 1.0, "time/train": 0.5, "skd/accept_rate": 0.9}
+    evaluation = {f"eval/{run.task}/kl": 0.1, f"eval/{run.task}/response_len": 9.0}
+    records = [
+        {"step": 0, f"eval/{run.task}/teacher_{metric}": 0.99},
+        {"step": 0, f"eval/{run.task}/{metric}": 0.1, **evaluation},
+        {"step": 1, **step},
+        {"step": 2, **step},
+        {"step": 2, f"eval/{run.task}/{metric}": score, **evaluation},
+    ]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def table(plan, tmp_path):
+    for place, run in enumerate(plan.runs()):
+        if run.task == "arithmetic":
+            finished(tmp_path, run, 0.5 + 0.001 * place)
+    return collect.runs_table(plan, tmp_path)
+
+
+def test_a_row_counts_what_was_computed(plan, table):
+    row = collect.chosen(table, "arithmetic/cold", "skd")[0]
+    assert (row["updates"], row["tokens"]) == (2, 640)
+    # Half of the proposals were thrown away: 1,280 of them, in 640 blocks of two, three positions each.
+    assert (row["student_tokens"], row["teacher_tokens"]) == (1280, 1920)
+    assert (row["rollout_s"], row["train_s"], row["teacher_score"], row["score_at_start"]) == (2.0, 1.0, 0.99, 0.1)
+
+
+def test_page_and_figures(plan, table, tmp_path):
+    """Cells without a run are shown as empty; the text above the mark stays."""
+    written = tmp_path / "README.md"
+    written.write_text("# Results\n\nMine.\n\n" + page.MARK + "\n\nearlier")
+    page.write_page(plan, table, written)
+    text = written.read_text()
+    assert text.startswith("# Results\n\nMine.\n\n") and "earlier" not in text
+    assert text.count("| SKD | ") == 2 and "| teacher | 99.0 ± 0.0 % |" in text
+    collect.write_csv(tmp_path / "runs.csv", table)
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(table) + 1
+    rows = [{"task": "arithmetic", "start": "cold", "step": s, "accepted": 0.5, "kl": 0.1} for s in (0, 1)]
+    for draw, content in (
+        (figures.draw_comparison, table),
+        (figures.draw_cost, table),
+        (figures.draw_sweep, table),
+        (figures.draw_adaptivity, rows),
+    ):
+        path = tmp_path / f"{draw.__name__}.png"
+        draw(plan, content, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_interval_is_students_t():
+    """Three values, two degrees of freedom: t = 4.3027, s = 1, so the half width is 4.3027 / sqrt(3)."""
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0 and interval.half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert Interval.of([1.0]).half is None
