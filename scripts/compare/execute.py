@@ -3,64 +3,86 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 from plan import Run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-ARGUMENTS = "compare.json"  # beside a run folder: what the run was made with
+from skd_plugin.cli import main
+from skd_plugin.trainer.launch import end_with_the_parent
+
+POLL_S = 0.5
+ARGUMENTS = "compare.json"  # in a run folder: what the run was made with
 
 
 def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
     """Returns the runs that failed; the others are finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in runs if not is_done(run, folder)]
+    waiting = deque(run for run in runs if not is_done(run, folder))
     console = Console(highlight=False)
     console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done already; folders in {folder}")
-    shares: SimpleQueue[set[int]] = SimpleQueue()
-    for share in core_shares(jobs):
-        shares.put(share)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+    free, going, failed = core_shares(jobs), [], []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    # Drawn from here only: a thread that holds a lock would take it with it into a fork.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
         bar = progress.add_task("runs", total=len(waiting))
+        while waiting or going:
+            while waiting and free:
+                going.append(Going.start(waiting.popleft(), folder, free.pop(0)))
+            time.sleep(POLL_S)
+            for one in [one for one in going if not one.process.is_alive()]:
+                going.remove(one)
+                free.append(one.cores)
+                succeeded = one.end(folder)
+                failed += [] if succeeded else [one.run]
+                outcome = "done" if succeeded else f"[red]failed[/red], see {folder / one.run.name}.log"
+                progress.console.print(f"{one.run.name}: {outcome} ({time.monotonic() - one.started:.0f} s)")
+                progress.advance(bar)
+            progress.refresh()
+    return failed
 
-        def work(run: Run) -> bool:
-            cores, started = shares.get(), time.monotonic()
-            succeeded = train(run, folder, cores)
-            shares.put(cores)
-            outcome = "done" if succeeded else f"[red]failed[/red], see {folder / run.name}.log"
-            progress.console.print(f"{run.name}: {outcome} ({time.monotonic() - started:.0f} s)")
-            progress.advance(bar)
-            return succeeded
 
-        with ThreadPoolExecutor(jobs) as pool:
-            outcomes = list(pool.map(work, waiting))
-    return [run for run, succeeded in zip(waiting, outcomes, strict=True) if not succeeded]
+@dataclass
+class Going:
+    """`skd train` in a fork of this process, which has its imports behind it."""
 
+    run: Run
+    cores: set[int]
+    process: multiprocessing.Process
+    started: float
 
-def train(run: Run, folder: Path, cores: set[int]) -> bool:
-    place = folder / run.name
-    command = [sys.executable, "-m", "skd_plugin.cli", "train", str(run.recipe), *run.overrides]
-    with (folder / f"{run.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, f"skd.run_dir={place}"],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
+    @classmethod
+    def start(cls, run: Run, folder: Path, cores: set[int]) -> Going:
+        command = ["train", str(run.recipe), *run.overrides, f"skd.run_dir={folder / run.name}"]
+        process = multiprocessing.get_context("fork").Process(
+            target=_command, args=(command, folder / f"{run.name}.log", cores)
         )
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, cores)  # before it starts anything; children inherit it
-        status = process.wait()
-    if status == 0:
-        (place / ARGUMENTS).write_text(json.dumps(arguments(run)))
-    return status == 0
+        process.start()
+        return cls(run, cores, process, time.monotonic())
+
+    def end(self, folder: Path) -> bool:
+        self.process.join()
+        if self.process.exitcode == 0:
+            (folder / self.run.name / ARGUMENTS).write_text(json.dumps(arguments(self.run)))
+        return self.process.exitcode == 0
+
+
+def _command(arguments: list[str], log: Path, cores: set[int]) -> None:
+    end_with_the_parent()
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # what this process starts inherits it
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.exit(main(arguments))
 
 
 def is_done(run: Run, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from skd_plugin.trainer.status import Status
 
 
 def main(config_path: str) -> None:
-    _end_with_the_parent()
+    end_with_the_parent()
     run = Run.load(config_path)
     status = Status(run.folder)
     sys.excepthook = _report_to(status)
@@ -45,7 +45,7 @@ def main(config_path: str) -> None:
     ray.shutdown()
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """Should `skd` itself be killed, this process is told to end, and Ray's processes end with it (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
