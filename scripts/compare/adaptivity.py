@@ -15,6 +15,8 @@ Row = dict[str, Any]
 
 
 def measure_adaptivity(plan: Plan, folder: Path) -> list[Row]:
+    if plan.adaptivity is None:
+        return []
     seed, rows = plan.seeds[0], []
     for cell in plan.adaptivity.cells:
         run = plan.run(cell, plan.adaptivity.method, seed)

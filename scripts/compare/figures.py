@@ -74,9 +74,9 @@ def draw_cost(plan: Plan, table: list[Row], path: Path) -> None:
 
 
 def draw_sweep(plan: Plan, table: list[Row], path: Path) -> None:
-    cells, points = plan.sweep.cells, list(plan.sweep.methods.items())
-    if not cells:
+    if plan.sweep is None or not plan.sweep.cells:
         return
+    cells, points = plan.sweep.cells, list(plan.sweep.methods.items())
     figure, grid = _canvas(len(cells), height=3.2, width=4.4)
     for axes, cell in zip(grid, cells, strict=True):
         twin = axes.twinx()

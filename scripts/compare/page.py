@@ -24,11 +24,12 @@ def _sections(plan: Plan, table: list[Row]) -> list[str]:
     lines = ["![score by method](comparison.png)", ""]
     for cell in plan.comparison.cells:
         lines += [f"## {cell.replace('/', ', ')} start", "", *_comparison(plan, table, cell), ""]
-    if plan.sweep.cells:
+    if plan.sweep is not None and plan.sweep.cells:
         lines += [f"## {plan.sweep.title}", "", "![sweep](sweep.png)", ""]
         for cell in plan.sweep.cells:
             lines += [*_sweep(plan, table, cell), ""]
-    lines += ["## Acceptance over training", "", "![adaptivity](adaptivity.png)", ""]
+    if plan.adaptivity is not None and plan.adaptivity.cells:
+        lines += ["## Acceptance over training", "", "![adaptivity](adaptivity.png)", ""]
     return [*lines, "## Cost", "", "![cost](cost.png)", ""]
 
 

@@ -70,8 +70,8 @@ class Plan(Strict):
     tasks: dict[str, TaskPlan]
     methods: dict[str, Method]
     comparison: Comparison
-    sweep: Sweep
-    adaptivity: Adaptivity
+    sweep: Sweep | None = None
+    adaptivity: Adaptivity | None = None
 
     def only(self, cells: list[str] | None, seeds: list[int] | None) -> Plan:
         """Raises RecipeError: a cell that the plan has not."""
@@ -81,7 +81,8 @@ class Plan(Strict):
                 raise RecipeError(f"--cells: there is no {cell} in the plan; it has {', '.join(known)}")
         parts = {
             name: part.model_copy(update={"cells": [c for c in part.cells if cells is None or c in cells]})
-            for name, part in (("comparison", self.comparison), ("sweep", self.sweep), ("adaptivity", self.adaptivity))
+            for name in ("comparison", "sweep", "adaptivity")
+            if (part := getattr(self, name)) is not None
         }
         return self.model_copy(update={**parts, "seeds": seeds or self.seeds})
 
@@ -91,7 +92,7 @@ class Plan(Strict):
 
     def _runs(self) -> Iterator[Run]:
         for seed in self.seeds:
-            for part in (self.comparison, self.sweep):
+            for part in filter(None, (self.comparison, self.sweep)):
                 methods = part.methods if isinstance(part.methods, list) else part.methods.values()
                 for cell in part.cells:
                     yield from (self.run(cell, method, seed) for method in methods)
@@ -122,7 +123,7 @@ class Plan(Strict):
 
     def is_followed(self, cell: str, method: str, seed: int) -> bool:
         part = self.adaptivity
-        return cell in part.cells and method == part.method and seed == self.seeds[0]
+        return part is not None and cell in part.cells and method == part.method and seed == self.seeds[0]
 
 
 def load_plan(path: Path) -> Plan:
@@ -139,10 +140,12 @@ def load_plan(path: Path) -> Plan:
         task.recipe = (path.parent / task.recipe).resolve()
         task.starts = {name: (path.parent / student).resolve() for name, student in task.starts.items()}
     cells = [f"{name}/{start}" for name, task in plan.tasks.items() for start in task.starts]
-    for part in (plan.comparison, plan.sweep, plan.adaptivity):
-        _all_known(part.cells, cells, "cell", path)
-    named = [*plan.comparison.methods, *plan.sweep.methods.values(), plan.adaptivity.method, plan.comparison.against]
+    named = [*plan.comparison.methods, plan.comparison.against]
+    named += plan.sweep.methods.values() if plan.sweep else []
+    named += [plan.adaptivity.method] if plan.adaptivity else []
     _all_known(named, list(plan.methods), "method", path)
+    for part in filter(None, (plan.comparison, plan.sweep, plan.adaptivity)):
+        _all_known(part.cells, cells, "cell", path)
     return plan
 
 
