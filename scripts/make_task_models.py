@@ -68,13 +68,31 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
     return LlamaForCausalLM(config)
 
 
+@torch.no_grad()
+def take_over(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """The weights of a model of the same shape; of embedding and head, the rows of the tokens that both know."""
+    known = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    own = tokenizer.get_vocab()
+    rows = [(own[t], i) for t, i in PreTrainedTokenizerFast.from_pretrained(folder).get_vocab().items() if t in own]
+    to, source = (torch.tensor(column) for column in zip(*rows, strict=True))
+    theirs = known.state_dict()
+    for name, weight in model.state_dict().items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weight[to] = theirs[name][source]
+        else:
+            weight.copy_(theirs[name])
+
+
+def even_shares(tasks: int, size: int) -> list[int]:
+    return [size // tasks + (place < size % tasks) for place in range(tasks)]
+
+
 def batches(
-    tasks: Sequence[GeneratedTask], tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = BATCH_SIZE
+    tasks: Sequence[GeneratedTask], tokenizer: PreTrainedTokenizerFast, rng: random.Random, shares: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """A batch of `size` examples, one part a task, int64 [size / tasks, L]: their lengths differ too much to be padded
-    to one L. Labels are -100 over prompts and padding.
+    """A batch, one part a task with its share of the examples, int64 [share, L]: their lengths differ too much to be
+    padded to one L. Labels are -100 over prompts and padding.
     """
-    shares = [size // len(tasks) + (place < size % len(tasks)) for place in range(len(tasks))]
     return [
         padded(task.examples("train", count, seed=rng.getrandbits(32)), tokenizer)
         for task, count in zip(tasks, shares, strict=True)
@@ -127,15 +145,19 @@ def report(name: str, step: str, model: LlamaForCausalLM, tokenizer: PreTrainedT
         print(f"{name} {step} {task.name}: {figures}", flush=True)
 
 
-def train(name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int) -> None:
+def train(
+    name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int, shares: Sequence[int], first: Path | None = None
+) -> None:
     tokenizer = make_tokenizer(tasks)
     rng, model = random.Random(SEEDS[name]), make_model(name, tokenizer)
+    if first is not None:
+        take_over(model, tokenizer, first)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        loss = backward(model, batches(tasks, tokenizer, rng))
+        loss = backward(model, batches(tasks, tokenizer, rng, shares))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -159,9 +181,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=tuple(SHAPES))
     for name in SHAPES:
         parser.add_argument(f"--{name}-steps", type=int, default=STEPS[name], help="default: %(default)s")
+    parser.add_argument(
+        "--shares", type=int, nargs="+", help=f"examples of each task in a batch; default: {BATCH_SIZE}"
+    )
+    parser.add_argument("--teacher-from", type=Path, metavar="MODEL", help="begin with the weights of this teacher")
     args = parser.parse_args(argv)
+    shares = args.shares or even_shares(len(args.tasks), BATCH_SIZE)
+    if len(shares) != len(args.tasks):
+        parser.error(f"--shares has {len(shares)} numbers for {len(args.tasks)} tasks")
     for name in SHAPES if args.only is None else (args.only,):
-        train(name, [known[task]() for task in args.tasks], args.out, getattr(args, f"{name}_steps"))
+        first = args.teacher_from if name == "teacher" else None
+        train(name, [known[task]() for task in args.tasks], args.out, getattr(args, f"{name}_steps"), shares, first)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_every_text_is_tokens_and_back(
 
 def test_batch_trains_responses_and_nothing_else(script: ModuleType, tasks: list[GeneratedTask]) -> None:
     tokenizer = script.make_tokenizer(tasks)
-    made = script.batches(tasks, tokenizer, random.Random(0), size=10)
+    made = script.batches(tasks, tokenizer, random.Random(0), script.even_shares(4, 10))
     firsts = [[text.split()[0] for text in tokenizer.batch_decode(part["input_ids"])] for part in made]
     assert [len(part) for part in firsts] == [3, 3, 2, 2]
     assert [set(part) for part in firsts[1:]] == [{"translate"}, {"summarise"}, {"words"}]
@@ -69,7 +69,7 @@ def test_batch_trains_responses_and_nothing_else(script: ModuleType, tasks: list
             first, last = int(trained.nonzero()[0]), int(trained.nonzero()[-1])
             assert trained[first : last + 1].all() and torch.equal(labels[trained], ids[trained])
             assert ids[last] == tokenizer.eos_token_id and int(mask.sum()) == last + 1
-    again = script.batches(tasks, tokenizer, random.Random(0), size=10)
+    again = script.batches(tasks, tokenizer, random.Random(0), script.even_shares(4, 10))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, again, strict=True))
 
 
@@ -78,7 +78,10 @@ def test_gradients_are_those_of_the_mean_over_all_tokens(
 ) -> None:
     monkeypatch.setitem(script.SHAPES, "student", TINY)
     tokenizer = script.make_tokenizer(tasks)
-    parts, model = script.batches(tasks, tokenizer, random.Random(0), size=8), script.make_model("student", tokenizer)
+    parts, model = (
+        script.batches(tasks, tokenizer, random.Random(0), [2, 2, 2, 2]),
+        script.make_model("student", tokenizer),
+    )
     mean = script.backward(model, parts)
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -88,6 +91,22 @@ def test_gradients_are_those_of_the_mean_over_all_tokens(
     assert mean == pytest.approx(expected.item())
     for gradient, parameter in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_a_known_task_is_taken_over(script: ModuleType, tasks: list[GeneratedTask], tmp_path: Path) -> None:
+    """With more words behind the known ones, the same logits of the known ones."""
+    small, large = script.make_tokenizer(tasks[:1]), script.make_tokenizer(tasks)
+    first, model = script.make_model("teacher", small), script.make_model("teacher", large)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.01)
+    first.save_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    script.take_over(model, large, tmp_path)
+    text = tasks[0].examples("train", 1)[0].prompt
+    own, known = (m(**t(text, return_tensors="pt")).logits[0] for m, t in ((model, large), (first, small)))
+    places = [large.get_vocab()[token] for token in sorted(small.get_vocab(), key=small.get_vocab().get)]
+    torch.testing.assert_close(own[:, places], known[:, : len(places)])
 
 
 def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask], monkeypatch: Any) -> None:
