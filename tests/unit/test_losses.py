@@ -542,6 +542,6 @@ def test_no_token_at_all(kind):
 
 def test_unknown_loss():
     with pytest.raises(KeyError):
-        make_divergence("hellinger", beta=0.5, alpha=0.1)
+        make_divergence("no_such_kind", beta=0.5, alpha=0.1)
     with pytest.raises(KeyError):
-        token_loss("forward_kl", replaced_kind="hellinger")
+        token_loss("forward_kl", replaced_kind="no_such_kind")
