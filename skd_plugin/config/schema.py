@@ -46,12 +46,12 @@ class RolloutConfig(Section):
     top_k_decay_len: int | None = Field(None, ge=1, description="response tokens over which K falls to 1")
     reference_compat: bool = Field(False, description="rank and temperatures as in SKD's released code")
     draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
-    student_temperature: float = Field(1.0, ge=0)
-    student_top_p: float = Field(1.0, gt=0, le=1)
+    student_temperature: float = Field(1.0, ge=0, description="of the proposals; 0 is greedy")
+    student_top_p: float = Field(1.0, gt=0, le=1, description="of the proposals: nucleus")
     teacher_temperature: float = Field(1.0, ge=0, description="of the replacement tokens")
-    teacher_top_p: float = Field(1.0, gt=0, le=1)
+    teacher_top_p: float = Field(1.0, gt=0, le=1, description="of the replacement tokens: nucleus")
     max_new_tokens: int | None = Field(None, ge=1, description="longest response; default: what max_len leaves")
-    seed: int = 0
+    seed: int = Field(0, description="same seed, same prompt: same tokens, whatever else is in the batch")
 
     @property
     def needs_references(self) -> bool:
@@ -243,7 +243,7 @@ class TaskConfig(Section):
     weight: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="of one task among several; default: its number of train_prompts"
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the choice of prompts")
 
 
 class EvalConfig(Section):
