@@ -34,8 +34,14 @@ rate of acceptance.
 SECTIONS: dict[str, tuple[str, str]] = {
     "Teacher": ("skd.teacher.", ""),
     "Rollout: where the text comes from": ("skd.rollout.", "Laws, sources and examples: [rollout.md](rollout.md)."),
-    "Loss": ("skd.loss.", "Formulas and recipe lines: [losses.md](losses.md), [full_vocabulary.md](full_vocabulary.md)."),
-    "Objective: rewards beside the teacher": ("skd.objective.", "Recipes, curves and the reasons: [rlhf.md](rlhf.md)."),
+    "Loss": (
+        "skd.loss.",
+        "Formulas and recipe lines: [losses.md](losses.md), [full_vocabulary.md](full_vocabulary.md).",
+    ),
+    "Objective: rewards beside the teacher": (
+        "skd.objective.",
+        "Recipes, curves and the reasons: [rlhf.md](rlhf.md).",
+    ),
     "Task": ("skd.task.", "[tasks.md](tasks.md). Each entry of `skd.tasks` has the same options."),
     "Evaluation": ("skd.eval.", "Later evaluations come every `openrlhf.eval.steps` steps."),
     "The run": ("skd.", ""),
@@ -87,7 +93,14 @@ def _values(kind: Any, limits: list[Any]) -> str:
         forms = [form for form in get_args(kind) if form is not types.NoneType]
         words = [_values(form, limits) for form in forms if not _moves(form)]
         return ", ".join([*words, *(["moves"] if any(map(_moves, forms)) else [])])
-    names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", dict: "mapping", tuple: "list"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "`true`, `false`",
+        dict: "mapping",
+        tuple: "list",
+    }
     return " ".join([names[get_origin(kind) or kind], *_limits(limits)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ class Prompt(NamedTuple):
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
     from skd_plugin.config.run import load_models
     from skd_plugin.rollout.engine import SKDEngine, engine_arguments
     from skd_plugin.rollout.rule import SamplingRule
