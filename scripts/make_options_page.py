@@ -21,13 +21,13 @@ Every option of the `skd:` section of a recipe. This page is made from `skd_plug
 `python scripts/make_options_page.py`; do not edit it by hand.
 
 Give an option in a recipe (nested, `skd: {rollout: {top_k: 10}}`), as `skd.rollout.top_k=10` behind the recipe on the
-command line, or as the flag `--skd.rollout.top_k 10`. An option that would do nothing is refused. OpenRLHF's own options
-are the section `openrlhf:`; `skd train --help` lists both, and
+command line, or as the flag `--skd.rollout.top_k 10`. An option that would do nothing is refused. OpenRLHF's own
+options are the section `openrlhf:`; `skd train --help` lists both, and
 [host_rules.py](../skd_plugin/config/host_rules.py) holds what a distillation run sets or refuses among them.
 
 *Moves* marks a value that may also be a mapping: `linear` or `cosine` is a
-[schedule](rollout.md#values-that-move-over-training); `target_acceptance`, of `top_k` and `threshold` only, follows the
-rate of acceptance.
+[schedule](rollout.md#values-that-move-over-training); `target_acceptance`, of `top_k` and `threshold` only, follows
+the rate of acceptance.
 """
 
 # Heading -> prefix of the options below it, and the page that explains them.
@@ -36,11 +36,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "Rollout: where the text comes from": ("skd.rollout.", "Laws, sources and examples: [rollout.md](rollout.md)."),
     "Loss": (
         "skd.loss.",
-        "Formulas and recipe lines: [losses.md](losses.md), [full_vocabulary.md](full_vocabulary.md).",
+        "Formulas and recipes: [losses.md](losses.md), [full_vocabulary.md](full_vocabulary.md).",
     ),
     "Objective: rewards beside the teacher": (
         "skd.objective.",
-        "Recipes, curves and the reasons: [rlhf.md](rlhf.md).",
+        "Recipes, curves, reasons: [rlhf.md](rlhf.md).",
     ),
     "Task": ("skd.task.", "[tasks.md](tasks.md). Each entry of `skd.tasks` has the same options."),
     "Evaluation": ("skd.eval.", "Later evaluations come every `openrlhf.eval.steps` steps."),
@@ -101,7 +101,7 @@ def _values(kind: Any, limits: list[Any]) -> str:
         dict: "mapping",
         tuple: "list",
     }
-    return " ".join([names[get_origin(kind) or kind], *_limits(limits)])
+    return " ".join([names.get(get_origin(kind) or kind, "list"), *_limits(limits)])
 
 
 def _plain(kind: Any, limits: list[Any]) -> tuple[Any, list[Any]]:
