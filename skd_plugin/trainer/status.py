@@ -23,5 +23,6 @@ class Status:
         return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def stage(self, name: str, **facts: Any) -> None:
-        content = {**self.read(), "stage": name, **facts}
+        kept = {key: value for key, value in self.read().items() if key != "error"}  # of an earlier attempt
+        content = {**kept, "stage": name, **facts}
         replace_text(self._path, json.dumps(content))

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -36,6 +37,7 @@ from skd_plugin.check.trial import Figures, figures
 from skd_plugin.compat import versions
 from skd_plugin.config import SKDConfig
 from skd_plugin.config.host_options import host_parser
+from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
 from skd_plugin.core.trace import Trace
 from skd_plugin.trainer.status import Status
@@ -280,6 +282,14 @@ def test_sampling_in_words():
     assert "proposes 1 token a block; one stays if it is among the teacher's 7" in rule(top_k=7, draft_len=1)
     assert "nucleus of mass 0.9" in rule(gate="top_p", threshold=0.9)
     assert "every one stays" in rule(method="on_policy") and "every token is the teacher's" in rule(method="teacher")
+    assert "every response is the dataset's reference" in rule(method="supervised")
+    assert "0.25 of training" in rule(method="two_stage", stage_share=0.25)
+    assert "answered by references: the student proposes" in rule(method="mixed_skd")
+    assert "most probable, or else is drawn again" in rule(gate="ask_again")
+    assert "teacher's 25 to 3 most" in rule(top_k={"kind": "linear", "from": 25, "to": 3})
+    assert "at first, then what keeps 90%" in rule(
+        gate="floor", threshold={"kind": "target_acceptance", "rate": 0.9, "start": 0.1}
+    )
     assert "student T 0.5 top-p 1, teacher T 1 top-p 0.25" in rule(student_temperature=0.5, teacher_top_p=0.25)
 
 
@@ -288,6 +298,12 @@ def test_parts_that_are_not_ours():
     assert sampler.check_parts(parts).level == "ok"
     found = sampler.check_parts(parts | {"sampler": "RejectionSampler"})
     assert found.level == "failed" and "RejectionSampler" in found.found
+
+
+def test_every_method_and_gate_has_its_words():
+    fields = RolloutConfig.model_fields
+    assert set(sampler.GATES) == set(get_args(fields["gate"].annotation))
+    assert set(sampler.METHODS) | {"skd"} == set(get_args(fields["method"].annotation))
 
 
 # --- the self-test's verdict ---

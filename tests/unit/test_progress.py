@@ -167,3 +167,10 @@ def test_status_keeps_its_facts(tmp_path: Path) -> None:
     status.stage("failed", error="boom")
     assert Status(tmp_path).read() == {"stage": "failed", "max_steps": 10, "error": "boom"}
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_the_error_of_an_earlier_attempt_is_forgotten(tmp_path):
+    status = Status(tmp_path)
+    status.stage("stopped", error="stopped by the user")
+    status.stage("training", max_steps=3)
+    assert status.read() == {"stage": "training", "max_steps": 3}
