@@ -61,6 +61,8 @@ def make_budget(
         micro_batch=options["train.micro_batch_size"],
         max_len=options["data.max_len"],
         checkpointing=options["actor.gradient_checkpointing_enable"],
+        chunk=skd.loss.chunk if skd.loss.vocabulary == "full" else None,
+        teacher_hidden=teacher.hidden,
     )
     return Budget(engine, trainer, requests)
 

@@ -161,22 +161,30 @@ def trainer_memory(
     micro_batch: int,
     max_len: int,
     checkpointing: bool,
+    chunk: int | None = None,
+    teacher_hidden: int = 0,
 ) -> TrainerMemory:
     """DeepSpeed's ZeRO (arXiv 1910.02054, section 3) with AdamW.
 
     In bfloat16: 2 P weights, 2 P gradients, 12 P optimizer (float32 weights and two moments); in float32: 4 P, 4 P and
     8 P. Stage 1 splits the optimizer over d, stage 2 also the gradients, stage 3 also the weights.
+
+    Args:
+        chunk: tokens whose logits are in memory at once, of a loss over the full vocabulary; else those of all tokens
+            are. Such a loss also needs the teacher's output head and the gradient of the student's, in float32.
+        teacher_hidden: hidden size of the teacher, of such a loss.
     """
     p, width = student.parameters, 2 if mixed_precision else 4
     optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)
     step_gradients = 4 * p // (ranks if zero_stage >= 1 else 1) if mixed_precision else 0  # float32, while it steps
     tokens = micro_batch * max_len
+    heads = student.vocabulary * (4 * student.hidden + width * teacher_hidden) if chunk else 0
     return TrainerMemory(
         weights=width * p // (ranks if zero_stage == 3 else 1),
         gradients=width * p // (ranks if zero_stage >= 2 else 1),
         optimizer=0 if adam_offload else optimizer + step_gradients,
         buffers=_buffers(p, width, zero_stage, overlap_comm) + (RUNTIME if mixed_precision else 0),
-        logits=tokens * student.vocabulary * LOGIT_BYTES,
+        logits=min(tokens, chunk or tokens) * student.vocabulary * LOGIT_BYTES + heads,
         activations=tokens * _activation_bytes(student, width, checkpointing),
         host=optimizer + step_gradients if adam_offload else 0,
     )

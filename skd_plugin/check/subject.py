@@ -47,7 +47,7 @@ def read_subject(recipe: str, overrides: Sequence[str], folder: Path) -> Subject
     try:
         skd = parse_skd(content.get("skd") or {})
         run_dir = Path(skd.run_dir).resolve()
-        options = _given_options(content, skd)
+        options = given_options(content, skd)
         run = load_run(recipe, [*overrides, f"skd.run_dir={folder}"])
     except RecipeError as wrong:
         error = str(wrong)
@@ -62,8 +62,8 @@ def on_cpu(skd: SKDConfig | None) -> bool:
     return not torch.cuda.is_available() if skd is None or skd.device == "auto" else skd.device == "cpu"
 
 
-def _given_options(content: dict[str, Any], skd: SKDConfig) -> dict[str, Any]:
-    """The best that is known of the host's options before they are checked."""
+def given_options(content: dict[str, Any], skd: SKDConfig) -> dict[str, Any]:
+    """The host's options as a recipe and the defaults give them: the best that is known before they are checked."""
     defaults = {action.dest: action.default for action in host_parser()._actions if action.option_strings}
     return {**defaults, **host_rules.complete(content.get("openrlhf") or {}, cpu=on_cpu(skd))}
 

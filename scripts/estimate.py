@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Memory and time of the GPU recipes by the cost models of skd_plugin/check, as the tables of docs/gpus.md.
+
+    python scripts/estimate.py                                   # of every command in recipes/gpu-*.yaml
+    python scripts/estimate.py RECIPE.yaml [key=value ...]       # of one recipe
+    python scripts/estimate.py --acceptance 0.8 --length 0.3     # other assumptions
+
+ESTIMATES: no GPU has run any of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from skd_plugin.check.budget import Budget, make_budget
+from skd_plugin.check.environment import gpus_needed
+from skd_plugin.check.memory import ModelSize, in_gib, model_size
+from skd_plugin.check.subject import given_options
+from skd_plugin.check.time_model import (
+    GPUS,
+    Gpu,
+    StepTime,
+    block_seconds,
+    rollout_seconds,
+    sequences_at_once,
+    sync_seconds,
+    tokens_per_block,
+    training_seconds,
+)
+from skd_plugin.config import SKDConfig, load_recipe
+from skd_plugin.config.run import parse_skd
+from skd_plugin.config.task_data import longest_response
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCEPTANCE = 0.95  # of the proposals at K = 25; skd/accept_rate of a run says what it is
+LENGTH = 0.5  # of the longest response allowed; skd/response_len says what it is
+
+
+def _published(kind: str, hidden: int, layers: int, heads: int, kv: int, inner: int, rows: int, **others: Any) -> Any:
+    """A model's configuration by the figures of its config.json on the Hub, without asking the Hub."""
+    return AutoConfig.for_model(
+        kind,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=inner,
+        vocab_size=rows,
+        **others,
+    )
+
+
+TIED = dict(tie_word_embeddings=True)
+LONG, LONGER = dict(max_position_embeddings=40960), dict(max_position_embeddings=131072)
+PUBLISHED = {
+    "google/gemma-2b-it": _published("gemma", 2048, 18, 8, 1, 16384, 256000, head_dim=256, **TIED),
+    "google/gemma-7b-it": _published("gemma", 3072, 28, 16, 16, 24576, 256000, head_dim=256, **TIED),
+    "Qwen/Qwen2-0.5B-Instruct": _published("qwen2", 896, 24, 14, 2, 4864, 151936, **TIED),
+    "Qwen/Qwen2-7B-Instruct": _published("qwen2", 3584, 28, 28, 4, 18944, 152064, tie_word_embeddings=False),
+    "Qwen/Qwen3-0.6B": _published("qwen3", 1024, 28, 16, 8, 3072, 151936, head_dim=128, **TIED, **LONG),
+    "Qwen/Qwen3-1.7B": _published("qwen3", 2048, 28, 16, 8, 6144, 151936, head_dim=128, **TIED, **LONG),
+    "Qwen/Qwen3-4B": _published("qwen3", 2560, 36, 32, 8, 9728, 151936, head_dim=128, **TIED, **LONG),
+    "Qwen/Qwen3-8B": _published(
+        "qwen3", 4096, 36, 32, 8, 12288, 151936, head_dim=128, tie_word_embeddings=False, **LONG
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": _published("llama", 2048, 16, 32, 8, 8192, 128256, **TIED, **LONGER),
+    "meta-llama/Llama-3.1-8B-Instruct": _published("llama", 4096, 32, 32, 8, 14336, 128256, **LONGER),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A command of a recipe, read as far as it goes without the models."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    skd: SKDConfig
+    options: dict[str, Any]  # all of OpenRLHF's, dotted
+    teacher: ModelSize
+    student: ModelSize
+
+    @property
+    def name(self) -> str:
+        task = [o.partition("=")[2] for o in self.overrides if o.startswith("skd.task.name=")]
+        return " ".join([Path(self.recipe).stem.removeprefix("gpu-"), *task])
+
+    @property
+    def prompt_len(self) -> int:
+        return self.options["data.max_len"] - self.response_limit
+
+    @property
+    def response_limit(self) -> int:
+        return self.skd.rollout.max_new_tokens or longest_response(self.skd) or self.options["data.max_len"] // 2
+
+    @property
+    def responses(self) -> int:
+        """Of a step."""
+        return self.options["rollout.batch_size"] * self.options["rollout.n_samples_per_prompt"]
+
+    @property
+    def steps(self) -> int:
+        prompts = sum(int(task.train_prompts) for task in self.skd.all_tasks)  # a recipe of ours names a number
+        return prompts // self.options["rollout.batch_size"] * self.options["train.num_episodes"]
+
+    @property
+    def nodes(self) -> int:
+        return self.options["actor.num_nodes"]
+
+    def budget(self, gpu: Gpu) -> Budget:
+        return make_budget(self.teacher, self.student, self.skd, self.options, cpu=False, device=gpu.memory)
+
+
+def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
+    content = load_recipe(recipe, overrides)
+    skd = parse_skd(content["skd"])
+    options = given_options(content, skd)
+    models = skd.teacher.model_name_or_path, options["actor.model_name_or_path"]
+    teacher, student = (model_size(PUBLISHED[name]) for name in models)
+    return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
+
+
+def header_commands(recipe: Path) -> list[list[str]]:
+    """The commands in a recipe's header, each as its words."""
+    lines = re.findall(r"^#\s+((?:bash|sbatch) .*)$", recipe.read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def all_plans() -> list[Plan]:
+    """Of every command of the GPU recipes, each recipe with the same options once."""
+    found: dict[tuple[str, ...], Plan] = {}
+    for recipe in sorted((ROOT / "recipes").glob("gpu-*.yaml")):
+        for words in header_commands(recipe):
+            overrides = tuple(words[words.index(f"recipes/{recipe.name}") + 1 :])
+            found.setdefault((recipe.name, *overrides), read_plan(recipe, overrides))
+    return list(found.values())
+
+
+def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTime:
+    options, budget = plan.options, plan.budget(gpu)
+    response_len = round(plan.response_limit * length)
+    return StepTime(
+        rollout=rollout_seconds(
+            plan.teacher,
+            plan.student,
+            gpu,
+            requests=budget.requests,
+            at_once=sequences_at_once(budget.engine),
+            prompt_len=plan.prompt_len,
+            response_len=response_len,
+            draft_len=plan.skd.rollout.draft_len,
+            acceptance=acceptance,
+            split=options["vllm.tensor_parallel_size"],
+        ),
+        train=training_seconds(
+            plan.student,
+            gpu,
+            sequences=plan.responses,
+            sequence_len=plan.prompt_len + response_len,
+            updates=plan.responses // options["train.batch_size"] * options["train.max_epochs"],
+            ranks=gpus_needed(options)[0],
+            nodes=plan.nodes,
+            micro_batch=options["train.micro_batch_size"],
+            checkpointing=options["actor.gradient_checkpointing_enable"],
+            behaviour=plan.skd.objective.uses_rewards,
+        ),
+        sync=sync_seconds(plan.student, gpu, nodes=plan.nodes),
+    )
+
+
+def memory_table(plans: Sequence[Plan], gpu: Gpu) -> list[str]:
+    rows = [
+        f"| recipe | GPUs | engine: weights | cache of a step | sampler | of {in_gib(gpu.memory)} | trainer: "
+        "weights, gradients, optimizer, buffers | logits | activations | total |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for plan in plans:
+        budget, (trainers, engines, _) = plan.budget(gpu), gpus_needed(plan.options)
+        engine, trainer = budget.engine, budget.trainer
+        cache = budget.requests * engine.kv_per_sequence
+        states = trainer.total - trainer.logits - trainer.activations
+        sizes = (
+            [engine.teacher + engine.student, cache, engine.sampler, engine.peak]
+            + [states, trainer.logits, trainer.activations, trainer.total]
+        )  # fmt: skip
+        cells = [plan.name, f"{trainers} + {engines}", *(in_gib(size) for size in sizes)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def time_table(plans: Sequence[Plan], acceptance: float, length: float) -> list[str]:
+    names = " | ".join(f"{gpu.name}: s a step | hours" for gpu in GPUS)
+    rows = [f"| recipe | steps | responses, tokens a step | {names} |", "|---|---|---|" + "---|---|" * len(GPUS)]
+    for plan in plans:
+        tokens = plan.responses * round(plan.response_limit * length)
+        cells = [plan.name, f"{plan.steps:,}", f"{plan.responses}, {tokens:,}"]
+        for gpu in GPUS:
+            time = step_time(plan, gpu, acceptance, length)
+            parts = f"{time.rollout:.1f} + {time.train:.1f} + {time.sync:.1f}"
+            cells += [f"{time.total:.1f} ({parts})", f"{time.total * plan.steps / 3600:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def draft_table(plan: Plan, gpu: Gpu, drafts: Sequence[int], rates: Sequence[float]) -> list[str]:
+    """Response tokens a second of one engine, by the length of a block and the rate of acceptance."""
+    requests = plan.budget(gpu).requests
+    context = plan.prompt_len + plan.response_limit * LENGTH / 2
+    rows = [
+        "| acceptance | " + " | ".join(f"`draft_len` {length}" for length in drafts) + " |",
+        "|---" * (1 + len(drafts)) + "|",
+    ]
+    for rate in rates:
+        seconds = {
+            n: block_seconds(plan.teacher, plan.student, gpu, requests=requests, context=context, draft_len=n)
+            for n in drafts
+        }
+        speeds = {n: requests * tokens_per_block(rate, n) / seconds[n] for n in drafts}
+        best = max(speeds, key=speeds.__getitem__)
+        cells = [f"**{speed:,.0f}**" if n == best else f"{speed:,.0f}" for n, speed in speeds.items()]
+        rows.append(f"| {rate:.0%} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path, help="default: every command of the GPU recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--acceptance", type=float, default=ACCEPTANCE, help="default: %(default)s")
+    parser.add_argument("--length", type=float, default=LENGTH, help="of the longest response; default: %(default)s")
+    given = parser.parse_args()
+    plans = [read_plan(given.recipe, given.overrides)] if given.recipe else all_plans()
+    print("ESTIMATES: no GPU has run this.\n")
+    print("\n".join(memory_table(plans, GPUS[0])), end="\n\n")
+    print("\n".join(time_table(plans, given.acceptance, given.length)), end="\n\n")
+    print(f"Response tokens a second of one engine of {plans[-1].name}, {GPUS[1].name}:\n")
+    print("\n".join(draft_table(plans[-1], GPUS[1], (1, 2, 3, 5, 8), (0.3, 0.5, 0.7, 0.9, 0.98))))
+
+
+if __name__ == "__main__":
+    main()
