@@ -136,7 +136,7 @@ def header_commands(recipe: Path) -> list[list[str]]:
 def all_plans() -> list[Plan]:
     """Of every command of the GPU recipes, each recipe with the same options once."""
     found: dict[tuple[str, ...], Plan] = {}
-    for recipe in sorted((ROOT / "recipes").glob("gpu-*.yaml")):
+    for recipe in sorted((ROOT / "recipes").glob("gpu-*.yaml"), key=lambda path: path.stem):
         for words in header_commands(recipe):
             overrides = tuple(words[words.index(f"recipes/{recipe.name}") + 1 :])
             found.setdefault((recipe.name, *overrides), read_plan(recipe, overrides))
@@ -177,8 +177,8 @@ def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTim
 
 def memory_table(plans: Sequence[Plan], gpu: Gpu) -> list[str]:
     rows = [
-        f"| recipe | GPUs | engine: weights | cache of a step | sampler | of {in_gib(gpu.memory)} | trainer: "
-        "weights, gradients, optimizer, buffers | logits | activations | total |",
+        f"| recipe | GPUs: train + sample | engine: weights | cache of a step | sampler | taken of {in_gib(gpu.memory)} "
+        "| trainer: weights, gradients, optimizer, buffers | logits | activations | total |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for plan in plans:
@@ -186,10 +186,8 @@ def memory_table(plans: Sequence[Plan], gpu: Gpu) -> list[str]:
         engine, trainer = budget.engine, budget.trainer
         cache = budget.requests * engine.kv_per_sequence
         states = trainer.total - trainer.logits - trainer.activations
-        sizes = (
-            [engine.teacher + engine.student, cache, engine.sampler, engine.peak]
-            + [states, trainer.logits, trainer.activations, trainer.total]
-        )  # fmt: skip
+        inside = [engine.teacher + engine.student, cache, engine.sampler, engine.peak]
+        sizes = [*inside, states, trainer.logits, trainer.activations, trainer.total]
         cells = [plan.name, f"{trainers} + {engines}", *(in_gib(size) for size in sizes)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -209,10 +207,10 @@ def time_table(plans: Sequence[Plan], acceptance: float, length: float) -> list[
     return rows
 
 
-def draft_table(plan: Plan, gpu: Gpu, drafts: Sequence[int], rates: Sequence[float]) -> list[str]:
+def draft_table(plan: Plan, gpu: Gpu, drafts: Sequence[int], rates: Sequence[float], length: float) -> list[str]:
     """Response tokens a second of one engine, by the length of a block and the rate of acceptance."""
     requests = plan.budget(gpu).requests
-    context = plan.prompt_len + plan.response_limit * LENGTH / 2
+    context = plan.prompt_len + plan.response_limit * length / 2
     rows = [
         "| acceptance | " + " | ".join(f"`draft_len` {length}" for length in drafts) + " |",
         "|---" * (1 + len(drafts)) + "|",
@@ -229,6 +227,12 @@ def draft_table(plan: Plan, gpu: Gpu, drafts: Sequence[int], rates: Sequence[flo
     return rows
 
 
+def tables(plans: Sequence[Plan], acceptance: float = ACCEPTANCE, length: float = LENGTH) -> list[list[str]]:
+    """Memory, time, and the choice of draft_len for the pair of the last plan."""
+    drafts = draft_table(plans[-1], GPUS[1], (1, 2, 3, 5, 8), (0.3, 0.5, 0.7, 0.9, 0.98), length)
+    return [memory_table(plans, GPUS[0]), time_table(plans, acceptance, length), drafts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, help="default: every command of the GPU recipes")
@@ -237,11 +241,11 @@ def main() -> None:
     parser.add_argument("--length", type=float, default=LENGTH, help="of the longest response; default: %(default)s")
     given = parser.parse_args()
     plans = [read_plan(given.recipe, given.overrides)] if given.recipe else all_plans()
-    print("ESTIMATES: no GPU has run this.\n")
-    print("\n".join(memory_table(plans, GPUS[0])), end="\n\n")
-    print("\n".join(time_table(plans, given.acceptance, given.length)), end="\n\n")
-    print(f"Response tokens a second of one engine of {plans[-1].name}, {GPUS[1].name}:\n")
-    print("\n".join(draft_table(plans[-1], GPUS[1], (1, 2, 3, 5, 8), (0.3, 0.5, 0.7, 0.9, 0.98))))
+    memory, time, drafts = tables(plans, given.acceptance, given.length)
+    print("ESTIMATES: no GPU has run this.")
+    print(f"\nA {GPUS[0].name}:\n", *memory, sep="\n")
+    print(f"\n{given.acceptance:.0%} accepted, responses of {given.length:.0%} of the longest:\n", *time, sep="\n")
+    print(f"\nResponse tokens a second of one engine of {plans[-1].name}, {GPUS[1].name}:\n", *drafts, sep="\n")
 
 
 if __name__ == "__main__":

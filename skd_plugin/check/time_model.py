@@ -35,7 +35,9 @@ PREFILL_SHARE = 0.5  # of the FLOPs, in forwards of many tokens
 TRAINING_SHARE = 0.3  # of the FLOPs, in forward and backward of a small model in small micro-batches
 NETWORK = 20e9  # bytes a second between nodes: 200 Gbit/s, less its overhead
 FORWARD_S = 1e-3  # of any forward in the engine, however small: kernels to start, in CUDA graphs
-BLOCK_S = 8e-3  # of a block beside its forwards: scheduler, sampler and traces in Python, without asynchronous scheduling
+BLOCK_S = (
+    8e-3  # of a block beside its forwards: scheduler, sampler and traces in Python, without asynchronous scheduling
+)
 MICRO_BATCH_S = 0.1  # of a micro-batch beside its FLOPs: kernels to start, DeepSpeed's hooks
 UPDATE_S = 0.1  # of the optimizer beside its bytes
 STEP_S = 1.0  # of Ray, the host's loop, prompts and metrics, a step
@@ -103,9 +105,7 @@ def rollout_seconds(
     width = math.ceil(requests / waves)
     blocks = math.ceil(response_len / tokens_per_block(acceptance, draft_len))
     context = prompt_len + response_len / 2
-    block = block_seconds(
-        teacher, student, gpu, requests=width, context=context, draft_len=draft_len, split=split
-    )
+    block = block_seconds(teacher, student, gpu, requests=width, context=context, draft_len=draft_len, split=split)
     prefill = sum(
         forward_seconds(model, gpu, tokens=width * prompt_len, cached=0, tensor_parallel=split)
         for model in (teacher, student)
@@ -126,7 +126,7 @@ def training_seconds(
     checkpointing: bool,
     behaviour: bool,
 ) -> float:
-    """Forward and backward, 6 P FLOPs a token (8 P with checkpointing, 2 P more for the forward that rewards need), and
+    """Forward and backward, 6 P FLOPs a token (8 P with checkpointing, 2 P more for the forward that rewards need);
     for each update of the weights ZeRO's traffic and the optimizer.
 
     Traffic of a rank: gradients out and weights in, 2 P bytes each, over the slowest link. Optimizer: 16 P / d bytes

@@ -28,6 +28,7 @@ from skd_plugin.config.models import (
 from skd_plugin.config.recipe import flatten, set_dotted
 from skd_plugin.config.run import load_models, parse_skd
 from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
+from skd_plugin.config.task_data import task_options
 from skd_plugin.core.losses import DIVERGENCES, make_token_loss
 from skd_plugin.core.weights import LAWS, make_weigher
 from skd_plugin.tasks.reward import reference_of
@@ -819,18 +820,22 @@ def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], wr
         load_models(write("own.yaml", recipe), overrides)
 
 
-@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("*gpu*.yaml")), ids=lambda path: path.stem)
-def test_gpu_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
-    """Every option is known to OpenRLHF's parser or to our schema, and none is one that a run refuses."""
+@pytest.mark.parametrize(
+    "recipe", sorted(path for path in RECIPES.glob("*.yaml") if "base" not in path.stem), ids=lambda path: path.stem
+)
+def test_every_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
+    """Every option is known to OpenRLHF's parser or to our schema, and none is one that a run refuses. Without models
+    and prompts: test_gpu_recipes.py and the tests of the quickstart go on from here."""
     content = load_recipe(recipe)
     skd = parse_skd(content["skd"])
-    assert skd.device == "cuda"
-    given = host_rules.complete(content["openrlhf"], cpu=False)
+    given = host_rules.complete(content["openrlhf"], cpu=skd.device != "cuda")
+    if skd.all_tasks:
+        given |= task_options(skd, given)
     parser = host_parser()
-    host_arguments(given, parser)
+    given.setdefault("reward.remote_url", host_rules.NO_REWARD)
+    check_by_host(host_arguments(given, parser))
     defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
     host_rules.check({**defaults, **given}, uses_rewards=skd.objective.uses_rewards)
-    check_by_host(host_arguments({**given, "reward.remote_url": given.get("reward.remote_url", "skd")}, parser))
 
 
 @pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("quickstart*.yaml")), ids=lambda path: path.stem)

@@ -78,7 +78,9 @@ def test_node_trains_and_hands_the_status_on(root: Path) -> None:
     (root / "skd_status").write_text("7")
     done = launch(root, "node", RECIPE, "skd.vllm={max_num_seqs: 8}", "openrlhf.data.input_template=a|$b")
     assert done.returncode == 7
-    assert calls(root) == [f"skd <train> <{RECIPE}> <skd.vllm={{max_num_seqs: 8}}> <openrlhf.data.input_template=a|$b>"]
+    assert calls(root) == [
+        f"skd <train> <{RECIPE}> <skd.vllm={{max_num_seqs: 8}}> <openrlhf.data.input_template=a|$b>"
+    ]
 
 
 def test_node_checks_first_if_asked(root: Path) -> None:
@@ -101,7 +103,14 @@ def test_job_submits_and_hands_the_status_on(root: Path) -> None:
     assert call == f'ray <job> <submit> <--runtime-env-json={{"pip": []}}> <--> {command}'
 
 
-WORDS = ["skd.vllm={max_num_seqs: 8, b: [1]}", "a.b=[0.9,0.95]", "--train.batch_size", "4", "x=1e-5", "p=/a_b/c-d+e@f%g"]
+WORDS = [
+    "skd.vllm={max_num_seqs: 8, b: [1]}",
+    "a.b=[0.9,0.95]",
+    "--train.batch_size",
+    "4",
+    "x=1e-5",
+    "p=/a_b/c-d+e@f%g",
+]
 
 
 def test_words_of_a_job_arrive_as_they_were_given(root: Path) -> None:

@@ -1,0 +1,178 @@
+"""Every command in the header of a GPU recipe, as far as a machine without GPU and Hub can run it.
+
+`load_run` runs whole: schema, OpenRLHF's parser and its own checks between options, the rules of a distillation run,
+both models' configurations (as published, written to disk), prompts made and measured. NOT covered: real tokenizers
+(that the two of a pair agree, how long real prompts are; stand-ins of single bytes are used), the datasets' contents
+(rows with the columns of the Hub are used), weights, and whatever happens from the start of Ray on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from skd_plugin.check.environment import gpus_needed
+from skd_plugin.check.memory import GIB, in_gib
+from skd_plugin.check.time_model import GPUS
+from skd_plugin.config import load_run
+from skd_plugin.config.host_options import host_parser
+
+ROOT = Path(__file__).parents[2]
+GPUS_OF_A_NODE = 8
+PARAMETERS = {  # as published, to the last one; tied ones counted once
+    "google/gemma-2b-it": 2_506_172_416,
+    "google/gemma-7b-it": 8_537_680_896,
+    "Qwen/Qwen2-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+}
+ROWS: dict[str, dict[str, Any]] = {  # with the columns of the Hub; the number makes each prompt another one
+    "gsm8k": {"question": "How many are {}?", "answer": "So many.\n#### {}"},
+    "flores": {"sentence_asm_Beng": "মই যাওঁ {}", "sentence_eng_Latn": "I go home {}."},
+    "dialogsum": {"dialogue": "#Person1#: Hi {}.\n#Person2#: Hello.", "summary": "They greet {}."},
+    "ultrainteract": {"task": "Math_CoT", "instruction": "Add {} and 1.", "response": "It is \\boxed{{{}}}"},
+}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("estimate", ROOT / "scripts" / "estimate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+estimate = load_script()
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("gpu-*.yaml") if not path.stem.startswith("gpu-base"))
+PLANS = estimate.all_plans()
+plans = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name.replace(" ", "-"))
+
+
+def write_model(folder: Path, config: Any) -> Path:
+    """A folder with the published configuration and a tokenizer of single bytes."""
+    config.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    fast.chat_template = "<bos>user: {{ messages[0]['content'] }}\nmodel:"
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_rows(folder: Path, task: str, count: int) -> Path:
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{k: v.format(f"{split} {n}") for k, v in ROWS[task].items()} for n in range(8 * count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@plans
+def test_command_of_a_recipe_loads(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")  # where its GPUs are
+    (task,) = plan.skd.all_tasks
+    batch = plan.options["rollout.batch_size"]
+    models = plan.skd.teacher.model_name_or_path, plan.options["actor.model_name_or_path"]
+    teacher, student = (
+        write_model(tmp_path / role, estimate.PUBLISHED[name])
+        for role, name in zip(("teacher", "student"), models, strict=True)
+    )
+    stand_ins = [
+        f"skd.teacher.model_name_or_path={teacher}",
+        f"openrlhf.actor.model_name_or_path={student}",
+        f"skd.task.path={write_rows(tmp_path / 'rows', task.name, batch)}",
+        f"skd.task.train_prompts={batch}",
+        f"skd.run_dir={tmp_path / 'run'}",
+    ]
+    run = load_run(ROOT / "recipes" / plan.recipe, [*plan.overrides, *stand_ins])
+    assert not run.cpu and run.skd.device == "cuda"
+    resolved = vars(host_parser().parse_args(run.host_argv()))
+    assert resolved["rollout.max_new_tokens"] == plan.response_limit
+    assert len((tmp_path / "run" / "data" / "train.jsonl").read_text().splitlines()) == batch
+
+
+@plans
+def test_sizes_agree_with_actors_engines_and_gpus(plan: Any) -> None:
+    options = plan.options
+    actors, engine_gpus, others = gpus_needed(options)
+    assert (actors + engine_gpus, others) == (plan.nodes * GPUS_OF_A_NODE, 0)
+    assert plan.responses == options["train.batch_size"], "one update a rollout"
+    assert plan.responses % (actors * options["train.micro_batch_size"]) == 0
+    assert plan.responses % (actors * options["rollout.micro_batch_size"]) == 0
+    assert plan.responses % options["vllm.num_engines"] == 0
+    (task,) = plan.skd.all_tasks
+    assert task.train_prompts % options["rollout.batch_size"] == 0, "the rest of an epoch would be left out"
+
+
+@plans
+def test_it_fits_by_the_cost_model(plan: Any) -> None:
+    for gpu in GPUS:
+        budget = plan.budget(gpu)
+        assert budget.engine.sequences >= budget.requests
+        assert budget.engine.peak < gpu.memory, in_gib(budget.engine.peak)
+        assert budget.trainer.total < 0.8 * gpu.memory, in_gib(budget.trainer.total)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_header_has_its_command(recipe: Path) -> None:
+    commands = estimate.header_commands(recipe)
+    assert commands
+    for words in commands:
+        (script,) = [word for word in words if word.startswith("scripts/")]
+        assert (ROOT / script).is_file() and words.count(f"recipes/{recipe.name}") == 1
+    several = any("launch_node" not in word for words in commands for word in words if word.startswith("scripts/"))
+    assert several == any(plan.nodes > 1 for plan in PLANS if plan.recipe == recipe.name)
+
+
+def test_no_two_commands_share_a_run_folder() -> None:
+    folders = [plan.skd.run_dir for plan in PLANS]
+    assert len(set(folders)) == len(folders)
+
+
+def test_what_is_said_to_be_the_papers() -> None:
+    """K, gamma, temperatures, learning rate, batch, epochs, lengths, seed: the configuration that was released."""
+    paper = [plan for plan in PLANS if "gemma" in plan.recipe or "qwen2-" in plan.recipe]
+    lengths = {"gsm8k": (768, 512, 3), "flores": (512, 256, 10), "dialogsum": (1152, 128, 3)}
+    lengths["ultrainteract"] = (2048, 1024, 3)
+    assert {task.name for plan in paper for task in plan.skd.all_tasks} == set(lengths)
+    for plan in paper:
+        rollout, options = plan.skd.rollout, plan.options
+        assert (rollout.top_k, rollout.draft_len, rollout.seed) == (25, 5, 20)
+        assert (rollout.student_temperature, rollout.student_top_p) == (0.5, 0.5)
+        assert (rollout.teacher_temperature, rollout.teacher_top_p) == (0.2, 0.5)
+        assert (options["actor.adam.lr"], options["train.batch_size"], options["train.seed"]) == (1e-5, 8, 20)
+        assert (options["actor.lr_scheduler"], options["actor.lr_warmup_ratio"]) == ("linear", 0)
+        name = plan.skd.all_tasks[0].name
+        found = options["data.max_len"], plan.response_limit, options["train.num_episodes"]
+        assert found == lengths[name], name
+
+
+def test_published_sizes() -> None:
+    sizes = {name: estimate.model_size(config).parameters for name, config in estimate.PUBLISHED.items()}
+    assert sizes == PARAMETERS
+
+
+def test_page_has_the_tables_that_the_script_prints() -> None:
+    """After a change of a recipe or of the model: python scripts/estimate.py, and paste."""
+    page = (ROOT / "docs" / "gpus.md").read_text()
+    for table in estimate.tables(PLANS):
+        assert "\n".join(table) in page, "\n".join(table)
+
+
+def test_gpus_by_their_data_sheets() -> None:
+    """A100 SXM 80 GB: 312 TFLOPS, 2,039 GB/s; H100 SXM: 989, 3.35 TB/s; H200 SXM: 989, 4.8 TB/s."""
+    assert [(gpu.flops, gpu.bandwidth) for gpu in GPUS] == [(312e12, 2039e9), (989e12, 3350e9), (989e12, 4800e9)]
+    assert all(gpu.memory >= 79 * GIB for gpu in GPUS)
