@@ -41,6 +41,7 @@ from skd_plugin.config.task_data import longest_response
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTANCE = 0.95  # of the proposals at K = 25; skd/accept_rate of a run says what it is
+GPUS_OF_A_NODE = 8
 LENGTH = 0.5  # of the longest response allowed; skd/response_len says what it is
 
 
@@ -166,18 +167,18 @@ def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTim
             sequence_len=plan.prompt_len + response_len,
             updates=plan.responses // options["train.batch_size"] * options["train.max_epochs"],
             ranks=gpus_needed(options)[0],
-            nodes=plan.nodes,
+            across_nodes=gpus_needed(options)[0] > GPUS_OF_A_NODE,  # Ray packs the trainer onto as few as it can
             micro_batch=options["train.micro_batch_size"],
             checkpointing=options["actor.gradient_checkpointing_enable"],
             behaviour=plan.skd.objective.uses_rewards,
         ),
-        sync=sync_seconds(plan.student, gpu, nodes=plan.nodes),
+        sync=sync_seconds(plan.student, gpu, across_nodes=plan.nodes > 1),
     )
 
 
 def memory_table(plans: Sequence[Plan], gpu: Gpu) -> list[str]:
     rows = [
-        f"| recipe | GPUs: train + sample | engine: weights | cache of a step | sampler | taken of {in_gib(gpu.memory)} "
+        f"| recipe | GPUs: train + sample | engine: weights | cache of a step | sampler | of {in_gib(gpu.memory)} "
         "| trainer: weights, gradients, optimizer, buffers | logits | activations | total |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -188,7 +189,8 @@ def memory_table(plans: Sequence[Plan], gpu: Gpu) -> list[str]:
         states = trainer.total - trainer.logits - trainer.activations
         inside = [engine.teacher + engine.student, cache, engine.sampler, engine.peak]
         sizes = [*inside, states, trainer.logits, trainer.activations, trainer.total]
-        cells = [plan.name, f"{trainers} + {engines}", *(in_gib(size) for size in sizes)]
+        places = f"{trainers}, shared" if plan.options["train.colocate_all"] else f"{trainers} + {engines}"
+        cells = [plan.name, places, *(in_gib(size) for size in sizes)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

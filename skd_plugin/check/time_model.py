@@ -121,7 +121,7 @@ def training_seconds(
     sequence_len: int,
     updates: int,
     ranks: int,
-    nodes: int,
+    across_nodes: bool,
     micro_batch: int,
     checkpointing: bool,
     behaviour: bool,
@@ -136,15 +136,15 @@ def training_seconds(
     flops = passes * student.parameters * sequences * sequence_len
     computing = flops / (ranks * gpu.flops * TRAINING_SHARE)
     micro_batches = math.ceil(sequences / (ranks * micro_batch))
-    link = NETWORK if nodes > 1 else gpu.link
+    link = NETWORK if across_nodes else gpu.link
     traffic = 2 * student.weights(2) / link if ranks > 1 else 0.0
     optimizer = 2 * student.weights(16) / ranks / (gpu.bandwidth * BANDWIDTH_SHARE)
     return computing + micro_batches * MICRO_BATCH_S + updates * (traffic + optimizer + UPDATE_S)
 
 
-def sync_seconds(student: ModelSize, gpu: Gpu, *, nodes: int) -> float:
+def sync_seconds(student: ModelSize, gpu: Gpu, *, across_nodes: bool) -> float:
     """The student's weights from rank 0 to all engines in one broadcast: 2 P bytes over the slowest link."""
-    return student.weights(2) / (NETWORK if nodes > 1 else gpu.link)
+    return student.weights(2) / (NETWORK if across_nodes else gpu.link)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from skd_plugin.config import load_run
 from skd_plugin.config.host_options import host_parser
 
 ROOT = Path(__file__).parents[2]
-GPUS_OF_A_NODE = 8
 PARAMETERS = {  # as published, to the last one; tied ones counted once
     "google/gemma-2b-it": 2_506_172_416,
     "google/gemma-7b-it": 8_537_680_896,
@@ -108,7 +107,7 @@ def test_command_of_a_recipe_loads(plan: Any, tmp_path: Path, monkeypatch: pytes
 def test_sizes_agree_with_actors_engines_and_gpus(plan: Any) -> None:
     options = plan.options
     actors, engine_gpus, others = gpus_needed(options)
-    assert (actors + engine_gpus, others) == (plan.nodes * GPUS_OF_A_NODE, 0)
+    assert (actors + engine_gpus, others) == (plan.nodes * estimate.GPUS_OF_A_NODE, 0)
     assert plan.responses == options["train.batch_size"], "one update a rollout"
     assert plan.responses % (actors * options["train.micro_batch_size"]) == 0
     assert plan.responses % (actors * options["rollout.micro_batch_size"]) == 0
