@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 # Trains a recipe on Slurm's nodes, with a Ray cluster of its own. From the repository's root, which all nodes see:
@@ -42,7 +42,7 @@ fi
 
 steps=() # process ids of what runs in the background
 clean_up() {
-    trap - EXIT TERM INT
+    trap - EXIT USR1 TERM INT
     [ ${#steps[@]} -eq 0 ] || kill "${steps[@]}" 2>/dev/null || true # srun ends Ray, and Ray its workers, on every node
     wait
 }
@@ -50,10 +50,11 @@ requeue() {
     echo "launch_slurm.sh: time is over; back into the queue"
     clean_up
     scontrol requeue "$SLURM_JOB_ID"
-    exit 143
+    exit 1
 }
 trap clean_up EXIT
-trap requeue TERM
+trap requeue USR1 # and not TERM: what scancel ends must not come back
+trap 'exit 143' TERM
 trap 'exit 130' INT
 
 "${start_head[@]}" &

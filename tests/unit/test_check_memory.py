@@ -171,6 +171,18 @@ def test_logits_and_activations(sizes):
     assert trainer(sizes[1], checkpointing=True).activations == 2 * 1024 * (24 * 2 * 896 + layer)
 
 
+def test_full_vocabulary_has_logits_of_one_chunk_and_both_heads(sizes):
+    """Float32 gradient of the student's head, and the teacher's head. Measured without the latter, 0.96 GB in float32
+    (docs/full_vocabulary.md); by this 1.01."""
+    found = trainer(sizes[1], chunk=128, teacher_hidden=3584)
+    assert found.logits == 128 * 151936 * LOGIT_BYTES + 151936 * (4 * 896 + 2 * 3584)
+    few = trainer(sizes[1], micro_batch=1, max_len=64, chunk=128, teacher_hidden=0)
+    assert few.logits == 64 * 151936 * LOGIT_BYTES + 151936 * 4 * 896
+    given = options(**{"rollout.batch_size": 64, "train.micro_batch_size": 2, "data.max_len": 1024})
+    full = make_budget(*sizes, skd(loss={"vocabulary": "full"}), given, cpu=False, device=GPU)
+    assert full.trainer.logits == found.logits
+
+
 def test_buckets_and_gathered_weights(sizes):
     assert trainer(sizes[0]).buffers == 2 * (500_000_000 + 500_000_000) + RUNTIME
     assert trainer(sizes[0], overlap_comm=True).buffers == 2 * (1_000_000_000 + 500_000_000) + RUNTIME

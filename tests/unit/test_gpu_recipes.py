@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {  # with the columns of the Hub; the number m
 
 def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("estimate", ROOT / "scripts" / "estimate.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["estimate"] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     return module
 

@@ -171,17 +171,24 @@ def test_slurm_says_that_ray_has_ended(root: Path) -> None:
     assert done.returncode == 1 and "Ray has ended on a node" in done.stderr
 
 
-def test_slurm_goes_back_into_the_queue_when_time_is_over(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "requeued"),
+    [(signal.SIGUSR1, 1, True), (signal.SIGTERM, 143, False)],
+    ids=["time", "scancel"],
+)
+def test_slurm_goes_back_into_the_queue_when_its_time_is_over(
+    root: Path, number: int, status: int, requeued: bool
+) -> None:
     (root / "nodes_up").write_text("2\n")
     (root / "job_hangs").touch()
     run = subprocess.Popen(["bash", "scripts/launch_slurm.sh", RECIPE], cwd=root, env=environment(root))
-    for _ in range(200):
+    for _ in range(400):
         if any(call.startswith("ray") for call in calls(root)):
             break
         time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(20) == 143  # which also waits for the stand-ins of srun: they are ended
-    assert calls(root)[-1] == "scontrol <requeue> <7>"
+    run.send_signal(number)
+    assert run.wait(20) == status  # which also waits for the stand-ins of srun: they are ended
+    assert (calls(root)[-1] == "scontrol <requeue> <7>") == requeued
 
 
 # --- dry runs ---
