@@ -36,6 +36,7 @@ from skd_plugin.check.time_model import (
     training_seconds,
 )
 from skd_plugin.config import SKDConfig, load_recipe
+from skd_plugin.config.models import load_model_config
 from skd_plugin.config.run import parse_skd
 from skd_plugin.config.task_data import longest_response
 
@@ -107,9 +108,12 @@ class Plan:
         return self.options["rollout.batch_size"] * self.options["rollout.n_samples_per_prompt"]
 
     @property
-    def steps(self) -> int:
-        prompts = sum(int(task.train_prompts) for task in self.skd.all_tasks)  # a recipe of ours names a number
-        return prompts // self.options["rollout.batch_size"] * self.options["train.num_episodes"]
+    def steps(self) -> int | None:
+        """None where the recipe does not say how many prompts there are."""
+        counts = [task.train_prompts for task in self.skd.all_tasks]
+        if not counts or "full" in counts:
+            return None
+        return sum(counts) // self.options["rollout.batch_size"] * self.options["train.num_episodes"]
 
     @property
     def nodes(self) -> int:
@@ -123,9 +127,13 @@ def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
     content = load_recipe(recipe, overrides)
     skd = parse_skd(content["skd"])
     options = given_options(content, skd)
-    models = skd.teacher.model_name_or_path, options["actor.model_name_or_path"]
-    teacher, student = (model_size(PUBLISHED[name]) for name in models)
+    teacher = _size(skd.teacher.model_name_or_path, "teacher")
+    student = _size(options["actor.model_name_or_path"], "student")
     return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
+
+
+def _size(name: str, role: str) -> ModelSize:
+    return model_size(PUBLISHED[name] if name in PUBLISHED else load_model_config(name, role))
 
 
 def header_commands(recipe: Path) -> list[list[str]]:
@@ -200,11 +208,12 @@ def time_table(plans: Sequence[Plan], acceptance: float, length: float) -> list[
     rows = [f"| recipe | steps | responses, tokens a step | {names} |", "|---|---|---|" + "---|---|" * len(GPUS)]
     for plan in plans:
         tokens = plan.responses * round(plan.response_limit * length)
-        cells = [plan.name, f"{plan.steps:,}", f"{plan.responses}, {tokens:,}"]
+        cells = [plan.name, "-" if plan.steps is None else f"{plan.steps:,}", f"{plan.responses}, {tokens:,}"]
         for gpu in GPUS:
             time = step_time(plan, gpu, acceptance, length)
             parts = f"{time.rollout:.1f} + {time.train:.1f} + {time.sync:.1f}"
-            cells += [f"{time.total:.1f} ({parts})", f"{time.total * plan.steps / 3600:.1f}"]
+            hours = "-" if plan.steps is None else f"{time.total * plan.steps / 3600:.1f}"
+            cells += [f"{time.total:.1f} ({parts})", hours]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory import GIB, in_gib
 from skd_plugin.check.time_model import GPUS
-from skd_plugin.config import load_run
+from skd_plugin.config import Run, load_run
 from skd_plugin.config.host_options import host_parser
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "gpus.md"
 PARAMETERS = {  # as published, to the last one; tied ones counted once
     "google/gemma-2b-it": 2_506_172_416,
     "google/gemma-7b-it": 8_537_680_896,
@@ -80,28 +82,48 @@ def write_rows(folder: Path, task: str, count: int) -> Path:
     return folder
 
 
-@plans
-def test_command_of_a_recipe_loads(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`load(plan)`: load_run of a command with stand-ins for what is on the Hub; the prompts of one step."""
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")  # where its GPUs are
-    (task,) = plan.skd.all_tasks
-    batch = plan.options["rollout.batch_size"]
-    models = plan.skd.teacher.model_name_or_path, plan.options["actor.model_name_or_path"]
-    teacher, student = (
-        write_model(tmp_path / role, estimate.PUBLISHED[name])
-        for role, name in zip(("teacher", "student"), models, strict=True)
-    )
-    stand_ins = [
-        f"skd.teacher.model_name_or_path={teacher}",
-        f"openrlhf.actor.model_name_or_path={student}",
-        f"skd.task.path={write_rows(tmp_path / 'rows', task.name, batch)}",
-        f"skd.task.train_prompts={batch}",
-        f"skd.run_dir={tmp_path / 'run'}",
-    ]
-    run = load_run(ROOT / "recipes" / plan.recipe, [*plan.overrides, *stand_ins])
+
+    def load_plan(plan: Any) -> Run:
+        (task,) = plan.skd.all_tasks
+        batch = plan.options["rollout.batch_size"]
+        teacher = write_model(tmp_path / "teacher", estimate.PUBLISHED[plan.skd.teacher.model_name_or_path])
+        student = write_model(tmp_path / "student", estimate.PUBLISHED[plan.options["actor.model_name_or_path"]])
+        stand_ins = [
+            f"skd.teacher.model_name_or_path={teacher}",
+            f"openrlhf.actor.model_name_or_path={student}",
+            f"skd.task.path={write_rows(tmp_path / 'rows', task.name, batch)}",
+            f"skd.task.train_prompts={batch}",
+            f"skd.run_dir={tmp_path / 'run'}",
+        ]
+        return load_run(ROOT / "recipes" / plan.recipe, [*plan.overrides, *stand_ins])
+
+    return load_plan
+
+
+@plans
+def test_command_of_a_recipe_loads(plan: Any, load: Any) -> None:
+    run = load(plan)
     assert not run.cpu and run.skd.device == "cuda"
     resolved = vars(host_parser().parse_args(run.host_argv()))
     assert resolved["rollout.max_new_tokens"] == plan.response_limit
-    assert len((tmp_path / "run" / "data" / "train.jsonl").read_text().splitlines()) == batch
+    lines = (run.folder / "data" / "train.jsonl").read_text().splitlines()
+    assert len(lines) == plan.options["rollout.batch_size"]
+
+
+def test_colocated_example_of_the_page(load: Any) -> None:
+    """The host asks in its train() for as many actors as GPUs of engines, too late to be checked by load_run."""
+    (line,) = re.findall(r"^openrlhf\.train\.colocate_all=true .*$", PAGE.read_text(), re.MULTILINE)
+    plan = estimate.read_plan(ROOT / "recipes" / "gpu-qwen3-1.7b-from-8b.yaml", line.split())
+    load(plan)
+    actors, engine_gpus, _ = gpus_needed(plan.options)
+    assert plan.options["train.colocate_all"] and actors == engine_gpus == estimate.GPUS_OF_A_NODE
+    assert plan.responses % (actors * plan.options["train.micro_batch_size"]) == 0
+    budget = plan.budget(GPUS[0])
+    assert budget.engine.peak + budget.trainer.total < GPUS[0].memory
 
 
 @plans
@@ -167,9 +189,18 @@ def test_published_sizes() -> None:
 
 def test_page_has_the_tables_that_the_script_prints() -> None:
     """After a change of a recipe or of the model: python scripts/estimate.py, and paste."""
-    page = (ROOT / "docs" / "gpus.md").read_text()
+    page = PAGE.read_text()
     for table in estimate.tables(PLANS):
         assert "\n".join(table) in page, "\n".join(table)
+
+
+def test_pages_and_scripts_name_recipes_that_exist() -> None:
+    places = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.*"), *ROOT.glob("scripts/*")]
+    texts = [path.read_text() for path in places if path.suffix in (".md", ".yaml", ".sh", ".py")]
+    named = {name for text in texts for name in re.findall(r"recipes/([\w.-]+\.yaml)|`(gpu-[\w.-]+\.yaml)`", text)}
+    found = {first or second for first, second in named} - {"NAME.yaml"}
+    assert {recipe.name for recipe in RECIPES} <= found, "a recipe that no page names"
+    assert all((ROOT / "recipes" / name).is_file() for name in found), found
 
 
 def test_gpus_by_their_data_sheets() -> None:
