@@ -50,8 +50,8 @@ def main(config_path: str) -> None:
 def own_programs_first(path: str) -> str:
     """PATH with this environment's programs in front, as if it were activated.
 
-    DeepSpeed builds its operators with the `ninja` that it finds. Two versions that take turns do not know each other's
-    records, and each builds everything anew: a minute and a half at the start of a run.
+    DeepSpeed builds its operators with the `ninja` that it finds. Two versions that take turns do not know each
+    other's records, and each builds everything anew: a minute and a half at the start of a run.
     """
     return os.pathsep.join([str(Path(sys.executable).parent), *([path] if path else [])])
 
