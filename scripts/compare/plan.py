@@ -56,6 +56,7 @@ class Sweep(Strict):
     title: str
     methods: dict[str, str]  # value -> method
     cells: list[str]
+    seeds: list[int]
 
 
 class Adaptivity(Strict):
@@ -94,7 +95,8 @@ class Plan(Strict):
         for seed in self.seeds:
             for part in filter(None, (self.comparison, self.sweep)):
                 methods = part.methods if isinstance(part.methods, list) else part.methods.values()
-                for cell in part.cells:
+                cells = part.cells if seed in getattr(part, "seeds", self.seeds) else []
+                for cell in cells:
                     yield from (self.run(cell, method, seed) for method in methods)
 
     def run(self, cell: str, method: str, seed: int) -> Run:

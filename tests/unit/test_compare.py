@@ -36,7 +36,7 @@ def test_runs_of_the_committed_plan(plan):
     assert REPOSITORY == ROOT and len({run.name for run in runs}) == len(runs)
     in_cells = len(plan.seeds) * len(plan.comparison.cells) * len(plan.comparison.methods)
     extra = set(plan.sweep.methods.values()) - set(plan.comparison.methods)
-    assert len(runs) == in_cells + len(plan.seeds) * len(plan.sweep.cells) * len(extra)
+    assert len(runs) == in_cells + len(plan.sweep.seeds) * len(plan.sweep.cells) * len(extra)
     for run in runs:
         assert {f"{key}={run.seed}" for key in ("skd.task.seed", "skd.rollout.seed", "openrlhf.train.seed")} <= set(
             run.overrides
@@ -69,7 +69,7 @@ def test_measured_once_and_followed_once(plan):
     ("change", "message"),
     [
         ({"colour": 1}, "colour"),
-        ({"sweep": {"title": "K", "methods": {"1": "k9"}, "cells": []}}, "no method k9"),
+        ({"sweep": {"title": "K", "methods": {"1": "k9"}, "cells": [], "seeds": []}}, "no method k9"),
         ({"adaptivity": {"method": "skd", "cells": ["x/y"], "every": 1, "prompts": 1}}, "no cell x/y"),
     ],
 )
