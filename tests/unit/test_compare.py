@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -101,12 +102,11 @@ def test_cores_are_dealt_out(monkeypatch):
     assert execute.core_shares(6)[4:] == [{0}, {1}]
 
 
-def finished(folder: Path, run, score: float) -> None:
+def finished(folder: Path, run, config: Path, score: float) -> None:
     """The files of a run with two updates, in the form that `skd train` writes."""
     place = folder / run.name
     (place / "model").mkdir(parents=True)
-    config = load_run(run.recipe, [*run.overrides, f"skd.run_dir={place}"])
-    config.save()
+    shutil.copy(config, place)
     metric = {"arithmetic": "accuracy", "translation": "chrf"}[run.task]
     step = {"skd/kd_coef": 1.0, "skd/response_len": 10.0, "skd/undrafted_frac": 0.0, "skd/draft_waste": 0.5}
     step |= {"time/rollout": 1.0, "time/train": 0.5, "skd/accept_rate": 0.9}
@@ -123,9 +123,11 @@ def finished(folder: Path, run, score: float) -> None:
 
 @pytest.fixture
 def table(plan, tmp_path):
+    first = plan.runs()[0]
+    config = load_run(first.recipe, [*first.overrides, f"skd.run_dir={tmp_path / 'first'}"]).save()
     for place, run in enumerate(plan.runs()):
         if run.task == "arithmetic":
-            finished(tmp_path, run, 0.5 + 0.001 * place)
+            finished(tmp_path, run, config, 0.5 + 0.001 * place)
     return collect.runs_table(plan, tmp_path)
 
 
