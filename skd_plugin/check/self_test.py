@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from skd_plugin.check.finding import Finding
-from skd_plugin.check.process import run_quietly
 from skd_plugin.check.sampler import check_parts
 from skd_plugin.check.trial import Figures, Trial
 from skd_plugin.config import SKDConfig
+from skd_plugin.rollout.engine import recipe_arguments
+from skd_plugin.terminal.process import run_quietly
 
 NUM_PROMPTS = 4
 NEW_TOKENS = 48
@@ -37,14 +38,6 @@ NARROW = Tolerance(tie=0.25, loss=1e-2, gap=0.5)  # bfloat16 has 8 significant b
 
 def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
     """`model` in both places, with the engine options of the recipe, so that what is tested is what will run."""
-    vllm = {
-        "tensor_parallel_size": options["vllm.tensor_parallel_size"],
-        "enforce_eager": options["vllm.enforce_eager"],
-        "seed": options["train.seed"],
-        "trust_remote_code": True,
-    }
-    if not cpu:
-        vllm["gpu_memory_utilization"] = options["vllm.gpu_memory_utilization"]
     return Trial(
         model=model,
         student=model,
@@ -53,7 +46,7 @@ def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: lis
         max_len=options["data.max_len"],
         max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
         num_teacher_entries=skd.loss.top_k,
-        vllm_options={**vllm, **skd.vllm},
+        vllm_options={**recipe_arguments(options, cpu=cpu), **skd.vllm},
     )
 
 

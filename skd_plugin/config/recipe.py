@@ -24,15 +24,19 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     Raises:
         RecipeError: missing file, bad YAML, unknown section, a base that names itself, an override without "=".
     """
-    recipe = _load_with_bases(Path(path), seen=())
-    for override in overrides:
-        key, separator, value = override.partition("=")
+    return override(_load_with_bases(Path(path), seen=()), overrides, path)
+
+
+def override(recipe: dict[str, Any], overrides: Iterable[str], path: str | Path) -> dict[str, Any]:
+    """`recipe`, which was read at `path`, with `key=value` overrides written into it."""
+    for given in overrides:
+        key, separator, value = given.partition("=")
         if not separator:
-            raise RecipeError(f"'{override}' is no override; write key=value, e.g. skd.rollout.top_k=10")
+            raise RecipeError(f"'{given}' is no override; write key=value, e.g. skd.rollout.top_k=10")
         try:
             set_dotted(recipe, key, yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise RecipeError(f"'{override}': the value is not valid YAML") from error
+            raise RecipeError(f"'{given}': the value is not valid YAML") from error
     unknown = [name for name in recipe if name not in SECTIONS]
     if unknown:
         raise RecipeError(f"{path}: {unknown_key(unknown[0], SECTIONS)}")

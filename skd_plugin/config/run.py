@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Models:
-    """The part of a recipe that any use of it needs: two models that fit each other, and the engine's sizes."""
+    """The part of a recipe that any use of it needs: the two models, and the engine's sizes."""
 
     skd: SKDConfig
     given: dict[str, Any]  # dotted OpenRLHF options of the recipe, with the defaults of a distillation run
     defaults: dict[str, Any]  # the host's own
     cpu: bool
-    tokenizer: Any
 
     @property
     def student(self) -> str:
+        """Raises RecipeError where the recipe names none."""
+        if not self.given.get("actor.model_name_or_path"):
+            raise RecipeError("openrlhf.actor.model_name_or_path is missing: the student, a folder or a model name")
         return self.given["actor.model_name_or_path"]
 
     @property
@@ -81,6 +84,25 @@ class Models:
         given = self.skd.rollout.max_new_tokens, self.given.get("rollout.max_new_tokens"), longest_response(self.skd)
         return next((limit for limit in given if limit is not None), None)
 
+    def tokenizer_of(self, teacher: str, student: str) -> Any:
+        """The student's, after both models have been found to fit each other and the recipe.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        return check_pair(
+            teacher,
+            student,
+            top_k=int(max(extremes(self.skd.rollout.top_k))),
+            loss_top_k=self.skd.loss.top_k,
+            max_len=self.max_len,
+            draft_len=self.skd.rollout.draft_len,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.tokenizer_of(self.skd.teacher.model_name_or_path, self.student)
+
 
 def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
     """Reads a recipe and checks its two models; enough for sampling, where there is nothing to train.
@@ -88,25 +110,25 @@ def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
     Raises:
         RecipeError: what is wrong, what was expected, what to do.
     """
+    models = complete_models(load_recipe(recipe, overrides))
+    _ = models.tokenizer  # made here, so that what is wrong is found here
+    return models
+
+
+def complete_models(content: dict[str, Any]) -> Models:
+    """The two sections of a recipe, typed and completed; no model is looked at.
+
+    Raises:
+        RecipeError: an option is wrong.
+    """
     check_versions()
-    content = load_recipe(recipe, overrides)
     skd = parse_skd(content.get("skd") or {})
     skd = skd.model_copy(update={"run_dir": str(Path(skd.run_dir).resolve())})
     cpu, parser = _on_cpu(skd), host_parser()
     given = host_rules.complete(content.get("openrlhf") or {}, cpu=cpu)
     host_arguments(given, parser)
-    if not given.get("actor.model_name_or_path"):
-        raise RecipeError("openrlhf.actor.model_name_or_path is missing: the student, a folder or a model name")
     defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
-    tokenizer = check_pair(
-        skd.teacher.model_name_or_path,
-        given["actor.model_name_or_path"],
-        top_k=int(max(extremes(skd.rollout.top_k))),
-        loss_top_k=skd.loss.top_k,
-        max_len=given.get("data.max_len", defaults["data.max_len"]),
-        draft_len=skd.rollout.draft_len,
-    )
-    return Models(skd, given, defaults, cpu, tokenizer)
+    return Models(skd, given, defaults, cpu)
 
 
 def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:

@@ -52,19 +52,13 @@ def write_tasks(skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_pro
     Returns:
         The number of training prompts.
     """
-    tasks = [_make(config) for config in skd.all_tasks]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise RecipeError(f"skd.tasks: {max(names, key=names.count)} is there twice; its curves would be one")
-    pools = {
-        "train": [_draw(task, "train", c, c.train_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)],
-        "test": [_draw(task, "test", c, c.eval_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)],
-    }
+    tasks = _tasks(skd)
+    pool = [_draw(task, "train", c, c.train_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)]
+    counts = _mixture(skd, [len(examples) for examples in pool])
     lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for split, pool in pools.items():
-        counts = _mixture(skd, [len(examples) for examples in pool]) if split == "train" else map(len, pool)
-        for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
-            lines[split] += _lines(config, task, islice(cycle(examples), count), tokenizer)
+    for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
+        lines["train"] += _lines(config, task, islice(cycle(examples), count), tokenizer)
+    lines["test"] = held_out(skd, tokenizer)
     for rows in lines.values():
         check_prompts(host_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
     if len(tasks) > 1:  # the host may read only the first lines (data.max_samples), which should not be of one task
@@ -74,6 +68,22 @@ def write_tasks(skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_pro
     for split, rows in lines.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(lines["train"])
+
+
+def held_out(skd: SKDConfig, tokenizer: Any) -> list[dict[str, Any]]:
+    """The tasks' held-out prompts, as rows of the dataset that the host would read."""
+    rows: list[dict[str, Any]] = []
+    for config, task in zip(skd.all_tasks, _tasks(skd), strict=True):
+        rows += _lines(config, task, _draw(task, "test", config, config.eval_prompts), tokenizer)
+    return rows
+
+
+def _tasks(skd: SKDConfig) -> list[Task]:
+    tasks = [_make(config) for config in skd.all_tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"skd.tasks: {max(names, key=names.count)} is there twice; its curves would be one")
+    return tasks
 
 
 def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:

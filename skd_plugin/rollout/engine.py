@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -53,7 +53,6 @@ def engine_arguments(
     """
     from skd_plugin.rollout.vocabulary import allow_padding
 
-    cpu = not torch.cuda.is_available()
     # Read by vLLM when it chooses a model runner, in whichever process that happens.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     allow_padding()
@@ -74,13 +73,31 @@ def engine_arguments(
         },
         async_scheduling=False,
         max_model_len=context_needed(max_len, draft_len),
-        dtype="float32" if cpu else "bfloat16",
-        enable_prefix_caching=True,
     )
-    if cpu:
-        arguments |= dict(enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    return arguments | others
+    return arguments | machine_arguments() | others
+
+
+def machine_arguments() -> dict[str, Any]:
+    """Arguments of any engine of ours on this machine."""
+    if torch.cuda.is_available():
+        return dict(dtype="bfloat16", enable_prefix_caching=True)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return dict(
+        dtype="float32", enable_prefix_caching=True, enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES
+    )
+
+
+def recipe_arguments(options: Mapping[str, Any], *, cpu: bool) -> dict[str, Any]:
+    """What the host would pass to its engines, of its own options by their dotted names; `skd.vllm` wins over it."""
+    arguments = {
+        "tensor_parallel_size": options["vllm.tensor_parallel_size"],
+        "enforce_eager": options["vllm.enforce_eager"],
+        "seed": options["train.seed"],
+        "trust_remote_code": True,
+    }
+    if not cpu:
+        arguments["gpu_memory_utilization"] = options["vllm.gpu_memory_utilization"]
+    return arguments
 
 
 def end_tokens(tokenizer: Any) -> list[int]:

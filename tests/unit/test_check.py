@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
 from skd_plugin import cli
-from skd_plugin.check import dry_run, environment, process, sampler
+from skd_plugin.check import dry_run, environment, sampler
 from skd_plugin.check.finding import Finding, exit_status
 from skd_plugin.check.models import (
     check_end_tokens,
@@ -40,6 +40,7 @@ from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
 from skd_plugin.core.trace import Trace
+from skd_plugin.terminal import process
 from skd_plugin.trainer.status import Status
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -1,4 +1,4 @@
-"""A check in a process of its own: its chatter goes to a file, and it ends with the command that started it."""
+"""Work in a process of its own: its chatter goes to a file, and it ends with the command that started it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 GRACE_S = 5.0
+POLL_S = 0.5
 # vLLM puts "(EngineCore pid=7)" in front.
 ERROR = re.compile(r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
 
-def run_quietly(module_and_arguments: Sequence[str], log: Path) -> str | None:
-    """`python -m` with both outputs into `log`. Returns None, or the error that ended it."""
+def run_quietly(
+    module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None
+) -> str | None:
+    """`python -m` with both outputs into `log`. Returns None, or the error that ended it.
+
+    Args:
+        look: called twice a second until it ends.
+    """
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *module_and_arguments],
@@ -26,7 +33,7 @@ def run_quietly(module_and_arguments: Sequence[str], log: Path) -> str | None:
             start_new_session=True,  # a group of its own: Ctrl-C comes here first, and `_end` reaches all of it
         )
     try:
-        status = process.wait()
+        status = _wait(process, look)
     finally:
         _end(process)
     return None if status == 0 else last_error(log) or f"it ended with status {status}"
@@ -41,6 +48,14 @@ def last_error(log: Path) -> str | None:
             below = lines[number + 1 : number + 2]
             return " ".join([match[1], *(line.strip() for line in below if line.startswith("  "))])
     return lines[-1].strip() if lines else None
+
+
+def _wait(process: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
+    while True:
+        try:
+            return process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            look()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
