@@ -14,7 +14,7 @@ from skd_plugin.config.recipe import unknown_key
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the recipe or the command line is wrong, 130 stopped by Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "rollout": _rollout, "check": _check, "report": _report}
+    commands = {"train": _train, "rollout": _rollout, "check": _check, "eval": _eval, "report": _report}
     if not argv or argv[0] not in commands:
         print(USAGE)
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
@@ -31,6 +31,7 @@ usage: skd COMMAND RECIPE.yaml [key=value ...] [--flag value ...]
   skd train    RECIPE   distil the student of the recipe        (skd train --help lists every option)
   skd rollout  RECIPE   sample interleaved responses, no training
   skd check    RECIPE   find what is wrong before a run         (skd check --help)
+  skd eval     RECIPE   measure students: scores, distance to the teacher, pay-off  (skd eval --help)
   skd report   RUN...   one HTML page of run folders: curves, comparison, traces token by token
 
 A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag of OpenRLHF's train_ppo_ray."""
@@ -84,6 +85,41 @@ def _check(argv: list[str]) -> int:
     return run_check(recipe, overrides, self_test=own.self_test, dry_run=own.dry_run)
 
 
+def _eval(argv: list[str]) -> int:
+    from skd_plugin.evaluate.plan import DEFAULT_SAMPLES, MEASURES, make_plan
+
+    parser = argparse.ArgumentParser(
+        prog="skd eval",
+        usage="%(prog)s RECIPE.yaml|RUN [key=value ...] [--student MODEL_OR_RUN ...] [--measure NAME ...] "
+        "[--samples N] [--k K ...] [--temperature T] [--out eval.json]",
+        description="Measure students on the held-out prompts of a recipe; of a run folder, the student before and "
+        "after. docs/eval.md says what each figure is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--student", nargs="+", default=[], help="models or run folders to compare (default: the recipe's student)"
+    )
+    parser.add_argument(
+        "--measure", nargs="+", default=["all"], help=f"all, or some of {', '.join(MEASURES)} (default: all)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=DEFAULT_SAMPLES, help="sampled responses a prompt (default: %(default)s)"
+    )
+    parser.add_argument("--k", type=int, nargs="+", help="of pass@k (default: those of 1 4 16 within --samples)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of what is sampled (default: %(default)s)")
+    parser.add_argument("--out", default="eval.json", help="file to write (default: %(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    # A key=value behind a list of names is no name.
+    overrides = [item for names in (own.student, own.measure) for item in names if _is_override(item)]
+    students, measures = ([item for item in names if not _is_override(item)] for names in (own.student, own.measure))
+    where, given = _recipe_and_overrides([*rest, *overrides])
+    plan = make_plan(where, given, students, measures, own.samples, own.k, own.temperature)
+
+    from skd_plugin.evaluate.command import run_eval
+
+    return run_eval(plan, where, own.out)
+
+
 def _report(argv: list[str]) -> int:
     from skd_plugin.report.command import run_report
 
@@ -111,7 +147,7 @@ def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
     """
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
         raise RecipeError("name the recipe first, e.g. skd train recipes/quickstart.yaml")
-    positional = [item for item in argv[1:] if item.startswith(("skd.", "openrlhf.")) and "=" in item]
+    positional = [item for item in argv[1:] if _is_override(item)]
     flags = [item for item in argv[1:] if item not in positional]
     parser = _flag_parser()
     values, unknown = parser.parse_known_args(flags)
@@ -121,6 +157,10 @@ def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
     # The host's parser has made typed values, which JSON (a part of YAML) carries unchanged; ours are still text.
     given = {key: v if key.startswith("skd.") else json.dumps(v) for key, v in vars(values).items()}
     return argv[0], positional + [f"{key}={value}" for key, value in given.items()]
+
+
+def _is_override(item: str) -> bool:
+    return item.startswith(("skd.", "openrlhf.")) and "=" in item
 
 
 def _flag_parser() -> argparse.ArgumentParser:

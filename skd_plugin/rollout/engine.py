@@ -82,9 +82,7 @@ def machine_arguments() -> dict[str, Any]:
     if torch.cuda.is_available():
         return dict(dtype="bfloat16", enable_prefix_caching=True)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    return dict(
-        dtype="float32", enable_prefix_caching=True, enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES
-    )
+    return dict(dtype="float32", enable_prefix_caching=True, enforce_eager=True, kv_cache_memory_bytes=CPU_CACHE_BYTES)
 
 
 def recipe_arguments(options: Mapping[str, Any], *, cpu: bool) -> dict[str, Any]:
@@ -225,6 +223,10 @@ class SKDEngine:
             return None
         return reference_ids(text, self._tokenizer, self._tokenizer.decode(list(prompt)))
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """New weights of the student, by their Hugging Face names."""
         self._llm.collective_rpc("load_student", args=(weights,))
@@ -237,5 +239,4 @@ class SKDEngine:
             trace = trace.slice(0, len(response))
             if trace.response_ids.tolist() != response:
                 raise RuntimeError(f"the engine emitted {response} but its trace says {trace.response_ids.tolist()}")
-            text = self._tokenizer.decode(response, skip_special_tokens=True)
-            yield Sample(list(prompt), trace, text, completion.finish_reason)
+            yield Sample(list(prompt), trace, self.decode(response), completion.finish_reason)

@@ -16,9 +16,7 @@ POLL_S = 0.5
 ERROR = re.compile(r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
 
-def run_quietly(
-    module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None
-) -> str | None:
+def run_quietly(module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None) -> str | None:
     """`python -m` with both outputs into `log`. Returns None, or the error that ended it.
 
     Args:

@@ -1,0 +1,208 @@
+"""What is measured of whom; everything that can be wrong is found here, before an engine is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skd_plugin.config.models import check_prompts, host_prompts
+from skd_plugin.config.recipe import RecipeError, load_recipe, override
+from skd_plugin.config.run import Models, Run, complete_models
+from skd_plugin.config.task_data import held_out
+from skd_plugin.tasks.reward import reference_of, task_of
+
+MEASURES = ("scores", "distance", "prefixes", "speculation")
+BESIDE_THE_TEACHER = MEASURES[1:]
+DEFAULT_K = (1, 4, 16)
+DEFAULT_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Student:
+    name: str  # what the person called it
+    model: str  # a folder, or a name on the Hub
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts as one student reads them."""
+
+    prompt_ids: list[list[int]]
+    limits: list[int]  # longest responses, tokens
+    labels: list[str | None]
+    references: list[str | None]
+    tasks: list[str]  # name of each prompt's
+
+
+@dataclass(frozen=True)
+class Sampling:
+    samples: int  # a prompt
+    k: tuple[int, ...]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    models: Models
+    teacher: str | None  # None where no measure needs one
+    students: tuple[Student, ...]
+    held_out: tuple[HeldOut, ...]  # of each student
+    measures: tuple[str, ...]
+    sampling: Sampling
+    notes: tuple[str, ...]  # what is left out, and why
+
+
+def make_plan(
+    where: str,
+    overrides: Sequence[str],
+    students: Sequence[str],
+    measures: Sequence[str],
+    samples: int = DEFAULT_SAMPLES,
+    k: Sequence[int] | None = None,
+    temperature: float = 1.0,
+) -> Plan:
+    """
+    Args:
+        where: a recipe, or a run folder, whose students are the one before and the one after.
+        students: models or run folders; none of them is the default of `where`.
+        measures: of MEASURES; "all" is every one that the recipe has what it takes for.
+        k: of pass@k; None is 1, 4 and 16, as far as the samples reach.
+
+    Raises:
+        RecipeError: what is wrong, what was expected, what to do.
+    """
+    sampling = _sampling(samples, k, temperature)
+    content = _content(where, overrides)
+    named = [student_of(name) for name in students]
+    models, has_teacher = _models(content, named)
+    found = tuple(named) or _default_students(where, models)
+    if len({student.name for student in found}) < len(found):
+        raise RecipeError("--student names one model twice; its difference to itself is 0")
+    if models.given.get("train.agent_func_path"):
+        raise RecipeError(
+            "openrlhf.train.agent_func_path names an agent, but skd eval measures single responses; read eval/... in "
+            "the run's metrics.jsonl, or give a recipe without the agent"
+        )
+    chosen, notes = _choose(measures, models, has_teacher)
+    teacher = models.skd.teacher.model_name_or_path if set(chosen) & set(BESIDE_THE_TEACHER) else None
+    prompts = tuple(_held_out(models, teacher, student) for student in found)
+    if "distance" in chosen and None in prompts[0].references:
+        notes += ("distance along references: not every held-out prompt has one",)
+    return Plan(models, teacher, found, prompts, chosen, sampling, notes)
+
+
+def student_of(name: str) -> Student:
+    """A model by its folder or its name on the Hub; of a run folder, the model that it ended with."""
+    folder = Path(name)
+    if not (folder / "config.yaml").is_file():
+        return Student(name, name)
+    if not (folder / "model" / "config.json").is_file():
+        raise RecipeError(
+            f"the run {name} has no model/: it has not come to its end; give the same skd train command again to go on "
+            "with it"
+        )
+    return Student(name, str(folder / "model"))
+
+
+def _content(where: str, overrides: Sequence[str]) -> dict[str, Any]:
+    folder = Path(where)
+    if not folder.is_dir():
+        return load_recipe(where, overrides)
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"{where} is a folder without config.yaml, so it is no run; give a recipe, and a model as --student"
+        )
+    run = Run.load(path)
+    return override({"openrlhf": run.host, "skd": run.skd.model_dump()}, overrides, path)
+
+
+def _models(content: dict[str, Any], named: list[Student]) -> tuple[Models, bool]:
+    """Whether there is a teacher, too; where there is none, a student stands in its place and nothing looks at it."""
+    skd = content.get("skd") or {}
+    has_teacher = bool(skd.get("teacher"))
+    if not has_teacher:
+        host = (content.get("openrlhf") or {}).get("actor") or {}
+        name = named[0].model if named else host.get("model_name_or_path", "none")
+        content = {**content, "skd": {**skd, "teacher": {"model_name_or_path": name}}}
+    return complete_models(content), has_teacher
+
+
+def _default_students(where: str, models: Models) -> tuple[Student, ...]:
+    before = Student(models.student, models.student)
+    return (before, student_of(where)) if Path(where).is_dir() else (before,)
+
+
+def _sampling(samples: int, k: Sequence[int] | None, temperature: float) -> Sampling:
+    if samples < 1:
+        raise RecipeError(f"--samples is {samples}; at least one sampled response a prompt is needed")
+    if temperature <= 0:
+        raise RecipeError(
+            f"--temperature is {temperature:g}; samples need one above 0, and greedy ones are always made"
+        )
+    wanted = tuple(sorted({n for n in DEFAULT_K if n <= samples} if k is None else set(k)))
+    for n in wanted:
+        if not 1 <= n <= samples:
+            raise RecipeError(f"--k {n} is not within 1..{samples}: pass@k needs at least k samples (--samples)")
+    return Sampling(samples, wanted, temperature)
+
+
+def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The measures, and why the others are left out.
+
+    Raises:
+        RecipeError: one that was asked for by its name cannot be made.
+    """
+    unknown = [name for name in measures if name not in (*MEASURES, "all")]
+    if unknown:
+        raise RecipeError(f"--measure {unknown[0]}: there are all, {', '.join(MEASURES)}")
+    lacking = {} if has_teacher else dict.fromkeys(BESIDE_THE_TEACHER, "the recipe names no skd.teacher")
+    if not models.skd.all_tasks:
+        lacking.setdefault("prefixes", "the recipe has no skd.task, so nothing says what a continuation is worth")
+    for name in measures:
+        if name in lacking:
+            raise RecipeError(f"--measure {name}: {lacking[name]}")
+    wanted = MEASURES if "all" in measures else measures
+    chosen = tuple(name for name in MEASURES if name in wanted and name not in lacking)
+    return chosen, tuple(f"{name}: {lacking[name]}" for name in wanted if name in lacking)
+
+
+def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
+    tokenizer = models.tokenizer_of(teacher or student.model, student.model)
+    options = {**models.defaults, **models.given}
+    if models.skd.all_tasks:
+        options |= {"data.input_key": "input", "data.label_key": "label"}
+        rows = held_out(models.skd, tokenizer)
+    else:
+        rows = _rows(options)
+    if not rows:
+        raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
+    prompts = host_prompts(rows, options, tokenizer)
+    check_prompts(prompts, tokenizer, models.max_len - (models.max_new_tokens or 1))
+    ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    labels = [row.get(options["data.label_key"]) for row in rows]
+    return HeldOut(
+        prompt_ids=ids,
+        limits=[min(models.max_new_tokens or models.max_len, models.max_len - len(prompt)) for prompt in ids],
+        labels=[label if task_of(label) else None for label in labels],
+        references=[reference_of(label) for label in labels],
+        tasks=[row.get("datasource", "heldout") for row in rows],
+    )
+
+
+def _rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a held-out dataset of the user's own."""
+    name = options["eval.dataset"]
+    if not name:
+        raise RecipeError("there are no held-out prompts: give the recipe a skd.task, or openrlhf.eval.dataset")
+    path, key = Path(name), options["data.input_key"]
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        raise RecipeError(f"openrlhf.eval.dataset = {name}: skd eval reads a local .json or .jsonl file, a row a line")
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if key not in row:
+            raise RecipeError(f"{path} has no column '{key}' in row {number} (openrlhf.data.input_key)")
+    return rows

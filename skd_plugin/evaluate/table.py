@@ -1,0 +1,67 @@
+"""eval.json as tables for a terminal, one a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+NATS = ("kl", "student_entropy", "teacher_entropy")
+PLAIN = ("response_len", "accepted_per_block", "tokens_per_forward")
+
+
+def tables(result: dict[str, Any]) -> Iterator[Table]:
+    """Rows are figures, columns students; of two students there is their difference, too."""
+    draft_len = result["settings"]["draft_len"]
+    for task in result["students"][0]["tasks"]:
+        table = Table(title=task, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", overflow="fold")
+        for student in result["students"]:
+            table.add_column(_short(student["name"]), justify="right")
+        two = len(result["students"]) == 2
+        if two:
+            table.add_column("difference", justify="right")
+        columns = [student["tasks"][task] for student in result["students"]]
+        columns += [result["differences"][0]["tasks"][task]] if two else []
+        section = None
+        for name in columns[0]:
+            if "@" in name and name.startswith("speculation/") and not name.endswith(f"@{draft_len}"):
+                continue  # other block lengths are in the file
+            if section not in (None, name.split("/")[0]):
+                table.add_section()
+            section = name.split("/")[0]
+            cells = [_cell(name, column.get(name), signed=place == 2 and two) for place, column in enumerate(columns)]
+            table.add_row(name.replace("/", " "), *cells)
+        yield table
+
+
+def _cell(name: str, figure: dict[str, Any] | None, *, signed: bool) -> Text:
+    """`mean [low, high]`; bold where an interval of a difference leaves 0 out."""
+    if figure is None or figure["mean"] is None:
+        return Text("-")
+    last = name.split("/")[-1].split("@")[0]
+    show = _number(signed) if last in NATS else _plain(signed) if last in PLAIN else _percent(signed)
+    low, high = figure["low"], figure["high"]
+    clear = signed and low is not None and not low <= 0 <= high
+    text = show(figure["mean"]) + ("" if low is None else f" [{show(low)}, {show(high)}]")
+    return Text(text, style="bold" if clear else "")
+
+
+def _percent(signed: bool):
+    return lambda value: f"{100 * value:{'+' if signed else ''}.1f} %"
+
+
+def _number(signed: bool):
+    return lambda value: f"{value:{'+' if signed else ''}.4f}"
+
+
+def _plain(signed: bool):
+    return lambda value: f"{value:{'+' if signed else ''}.2f}"
+
+
+def _short(name: str) -> str:
+    """The last two parts of a path or hub name."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
