@@ -19,7 +19,7 @@ from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.accept import ACCEPTED
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import SKDEngine, Sample, end_tokens, engine_arguments, machine_arguments
+from skd_plugin.rollout.engine import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments
 from skd_plugin.rollout.rule import KEEP_ALL, SamplingRule
 from skd_plugin.trainer.status import Status
 

@@ -101,8 +101,7 @@ def student_of(name: str) -> Student:
         return Student(name, name)
     if not (folder / "model" / "config.json").is_file():
         raise RecipeError(
-            f"the run {name} has no model/: it has not come to its end; give the same skd train command again to go on "
-            "with it"
+            f"the run {name} has no model/: it has not come to its end; give its skd train command again"
         )
     return Student(name, str(folder / "model"))
 
