@@ -55,7 +55,7 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     status.stage("starting vLLM with the student alone")
     arguments = machine_arguments() | {"max_model_len": job.max_len} | job.vllm
@@ -68,13 +68,7 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
         places = [(place, number) for place in range(len(job.prompt_ids)) for number in numbers]
         status.stage(f"sampling {len(places):,} responses" if temperature else f"{len(places):,} greedy responses")
         params = [
-            SamplingParams(
-                temperature=temperature,
-                max_tokens=job.limits[place],
-                stop_token_ids=end,
-                seed=derive_seed(job.seed, SAMPLES, place, number) % 2**63,
-                detokenize=False,
-            )
+            plain_params(temperature, job.limits[place], end, derive_seed(job.seed, SAMPLES, place, number))
             for place, number in places
         ]
         prompts = [{"prompt_token_ids": job.prompt_ids[place]} for place, _ in places]
@@ -94,17 +88,31 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
     return {"greedy": greedy, "sampled": [sampled[i : i + count] for i in range(0, len(sampled), count)]}
 
 
+def plain_params(temperature: float, limit: int, end: list[int], seed: int) -> Any:
+    """vLLM's SamplingParams of one response, with a random stream of its own; greedy at temperature 0."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=limit,
+        stop_token_ids=end,
+        seed=seed % 2**63,  # torch takes no negative one
+        detokenize=False,
+    )
+
+
+def engine_of(job: Job) -> SKDEngine:
+    assert job.teacher is not None
+    draft_len = job.rollout["draft_len"]
+    return SKDEngine(**engine_arguments(job.teacher, job.student, draft_len, job.max_len, 1, **job.vllm))
+
+
 class Beside:
     """The student as the draft model of its teacher."""
 
-    def __init__(self, job: Job, status: Status) -> None:
-        self._job, self._status = job, status
+    def __init__(self, job: Job, engine: SKDEngine, status: Status) -> None:
+        self._job, self._engine, self._status = job, engine, status
         self._rollout = RolloutConfig(**job.rollout)
-        status.stage("starting vLLM with teacher and student")
-        assert job.teacher is not None
-        self._engine = SKDEngine(
-            **engine_arguments(job.teacher, job.student, self._rollout.draft_len, job.max_len, 1, **job.vllm)
-        )
         self._at_ease = SamplingRule(KEEP_ALL, job.temperature, 1.0, job.temperature, 1.0)
         self._of_student: list[Sample] | None = None
 
@@ -185,7 +193,11 @@ def main(arguments: Sequence[str]) -> None:
     kind, folder = arguments[0], Path(arguments[1])
     torch.manual_seed(0)
     job, status = Job.read(folder), Status(folder)
-    found = alone(job, status) if kind == "alone" else Beside(job, status).measure()
+    if kind == "alone":
+        found = alone(job, status)
+    else:
+        status.stage("starting vLLM with teacher and student")
+        found = Beside(job, engine_of(job), status).measure()
     (folder / "found.json").write_text(json.dumps(found))
 
 

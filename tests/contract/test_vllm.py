@@ -405,6 +405,24 @@ def test_llm_takes_one_parameter_set_a_prompt() -> None:
     assert {"prompts", "sampling_params", "use_tqdm"} <= set(parameters), "revisit SKDEngine in rollout/engine.py"
 
 
+def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
+    """`skd eval` draws the same samples again, whatever else is in the batch; at temperature 0 it draws none."""
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingType
+
+    from skd_plugin.evaluate.engine import plain_params
+
+    ours = "revisit plain_params in skd_plugin/evaluate/engine.py"
+    params = plain_params(1.0, 7, [2], -5)
+    assert params.sampling_type is SamplingType.RANDOM_SEED and params.seed >= 0, ours
+    assert plain_params(0.0, 7, [2], 5).sampling_type is SamplingType.GREEDY, ours
+    assert (params.max_tokens, params.stop_token_ids, params.detokenize, params.top_p) == (7, [2], False, 1.0), ours
+    update = inspect.getsource(find(f"{RUNNER}._update_states"))
+    assert "generator.manual_seed(sampling_params.seed)" in update, ours
+    names = {field.name for field in dataclasses.fields(CompletionOutput)}
+    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/engine.py"
+
+
 def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -1,0 +1,112 @@
+"""What `skd eval` reads off the engine, on the tiny pair: distances against transformers, cuts, and repetition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.evaluate.engine import Beside, Job
+from skd_plugin.rollout.engine import Sample
+from skd_plugin.trainer.status import Status
+from tests.conftest import EOS, MAX_LEN
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [[1, 5, 9], [1, 7], [1, 20, 11, 4], [1, 3]]
+LIMIT = 12
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job(
+        student="student",
+        teacher="teacher",
+        measures=["distance", "prefixes", "speculation"],
+        prompt_ids=PROMPTS,
+        limits=[LIMIT] * len(PROMPTS),
+        references=["a cat", "tom", "x = y", "z"],
+        samples=1,
+        temperature=1.0,
+        seed=3,
+        max_len=MAX_LEN,
+        rollout=RolloutConfig(top_k=3, draft_len=3).model_dump(),
+        vllm={},
+    )
+
+
+class Watched(Beside):
+    """Keeps every text that the engine was asked for, in the order of the questions."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.texts: list[list[Sample]] = []
+        generate = self._engine.generate
+        self._engine = type("Engine", (), {"decode": self._engine.decode})()
+
+        def keep(*args, **kwargs):
+            self.texts.append(generate(*args, **kwargs))
+            return self.texts[-1]
+
+        self._engine.generate = keep
+
+
+def test_the_same_job_gives_the_same_figures(engine, job, tmp_path: Path) -> None:
+    first, second = (Beside(job, engine(3), Status(tmp_path)).measure() for _ in range(2))
+    assert first == second
+    assert Beside(Job(**{**vars(job), "seed": 4}), engine(3), Status(tmp_path)).measure() != first
+
+
+def test_distances_are_those_of_transformers(engine, job, tmp_path: Path, reference_logits) -> None:
+    watched = Watched(Job(**{**vars(job), "measures": ["distance"]}), engine(3), Status(tmp_path))
+    found = watched.measure()["distance"]
+    assert list(found) == ["sampled", "greedy", "references"]
+    for sums, samples in zip(found.values(), watched.texts, strict=True):
+        sequences = [[*sample.prompt_ids, *sample.trace.response_ids.tolist()] for sample in samples]
+        both = (reference_logits(name, sequences) for name in ("teacher", "student"))
+        for one, sample, *logits in zip(sums, samples, *both, strict=True):
+            p_RV, q_RV = (rows[len(sample.prompt_ids) - 1 : -1].log_softmax(-1) for rows in logits)
+            assert one["tokens"] == len(sample.trace) == len(p_RV)
+            assert one["kl"] == pytest.approx((p_RV.exp() * (p_RV - q_RV)).sum().item(), rel=1e-3, abs=1e-4)
+            for name, logp_RV in (("teacher_entropy", p_RV), ("student_entropy", q_RV)):
+                assert one[name] == pytest.approx(-(logp_RV.exp() * logp_RV).sum().item(), rel=1e-3, abs=1e-4)
+    greedy = watched.texts[1]
+    for sample in greedy:
+        ids = [*sample.prompt_ids, *sample.trace.response_ids.tolist()]
+        (logits,) = reference_logits("student", [ids])
+        assert logits[len(sample.prompt_ids) - 1 : -1].argmax(-1).tolist() == sample.trace.response_ids.tolist()
+    assert all(sample.trace.response_ids[-1] == EOS for sample in watched.texts[2])
+
+
+def test_the_teacher_goes_on_from_the_tokens_themselves(engine, job, tmp_path: Path) -> None:
+    watched = Watched(Job(**{**vars(job), "measures": ["prefixes"]}), engine(3), Status(tmp_path))
+    found = watched.measure()["prefixes"]
+    assert list(found) == ["alone", "student", "skd", "teacher"]
+    student, _, _, alone, *continued = watched.texts
+    for number, share in enumerate((0.25, 0.5, 0.75)):
+        for place, (whole, tail) in enumerate(zip(student, continued[number], strict=True)):
+            head = whole.trace.response_ids[: int(share * len(whole.trace))].tolist()
+            assert tail.prompt_ids == PROMPTS[place] + head
+            assert len(head) + len(tail.trace) <= LIMIT
+            both = [*head, *tail.trace.response_ids.tolist()]
+            assert found["student"][str(share)][place] == watched._engine.decode(both)
+    assert found["student"]["1"] == [sample.text for sample in student]
+    assert found["alone"] == [sample.text for sample in alone]
+
+
+def test_greedy_speculation_keeps_what_the_teacher_would_say(engine, job, tmp_path: Path, reference_logits) -> None:
+    watched = Watched(Job(**{**vars(job), "measures": ["speculation"]}), engine(3), Status(tmp_path))
+    found = watched.measure()["speculation"]
+    assert [[len(row) for row in found[name]] for name in found] == [
+        [len(sample.trace) for sample in samples] for samples in watched.texts
+    ]
+    for kept, sample in zip(found["greedy"], watched.texts[1], strict=True):
+        ids = [*sample.prompt_ids, *sample.trace.response_ids.tolist()]
+        teacher, student = (
+            reference_logits(name, [ids])[0][len(sample.prompt_ids) - 1 : -1].argmax(-1)
+            for name in ("teacher", "student")
+        )
+        assert torch.equal(teacher, sample.trace.response_ids.long())
+        assert kept == (teacher == student).tolist()
