@@ -92,6 +92,7 @@ def job_of(plan: Plan, student: Student, prompts: HeldOut) -> Job:
 
 def _run(kind: str, job: Job, folder: Path, console: Console, title: str) -> dict[str, Any]:
     job.write(folder)
+    Status(folder).stage("starting")  # that of the engine before is over
     log, started = folder / "engine.log", time.monotonic()
     with console.status(title) as spinner:
 

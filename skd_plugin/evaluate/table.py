@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 NATS = ("kl", "student_entropy", "teacher_entropy")
+Show = Callable[[float], str]
 PLAIN = ("response_len", "accepted_per_block", "tokens_per_forward")
 
 
@@ -17,10 +18,10 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     """Rows are figures, columns students; of two students there is their difference, too."""
     draft_len = result["settings"]["draft_len"]
     for task in result["students"][0]["tasks"]:
-        table = Table(title=task, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=Text(task), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold")
         for student in result["students"]:
-            table.add_column(_short(student["name"]), justify="right")
+            table.add_column(Text(_short(student["name"])), justify="right")
         two = len(result["students"]) == 2
         if two:
             table.add_column("difference", justify="right")
@@ -50,15 +51,15 @@ def _cell(name: str, figure: dict[str, Any] | None, *, signed: bool) -> Text:
     return Text(text, style="bold" if clear else "")
 
 
-def _percent(signed: bool):
+def _percent(signed: bool) -> Show:
     return lambda value: f"{100 * value:{'+' if signed else ''}.1f} %"
 
 
-def _number(signed: bool):
+def _number(signed: bool) -> Show:
     return lambda value: f"{value:{'+' if signed else ''}.4f}"
 
 
-def _plain(signed: bool):
+def _plain(signed: bool) -> Show:
     return lambda value: f"{value:{'+' if signed else ''}.2f}"
 
 
