@@ -18,7 +18,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     """Rows are figures, columns students; of two students there is their difference, too."""
     draft_len = result["settings"]["draft_len"]
     for task in result["students"][0]["tasks"]:
-        table = Table(title=Text(task), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=Text(task, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold")
         for student in result["students"]:
             table.add_column(Text(_short(student["name"])), justify="right")
