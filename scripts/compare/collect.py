@@ -37,7 +37,8 @@ def row_of(run: Run, plan: Plan, folder: Path) -> Row:
         for count, record in zip(tokens, steps, strict=True)
     ]
     score = f"eval/{run.task}/{plan.tasks[run.task].metric}"
-    teacher = [r[f"eval/{run.task}/teacher_{plan.tasks[run.task].metric}"] for r in records if _measures_teacher(r)]
+    of_teacher = f"eval/{run.task}/teacher_{plan.tasks[run.task].metric}"
+    teacher = [record[of_teacher] for record in records if of_teacher in record]
     return {
         "task": run.task,
         "start": run.start,
@@ -58,10 +59,6 @@ def row_of(run: Run, plan: Plan, folder: Path) -> Row:
         "accepted_first": steps[0]["skd/accept_rate"],
         "accepted_last": steps[-1]["skd/accept_rate"],
     }
-
-
-def _measures_teacher(record: Row) -> bool:
-    return any("/teacher_" in key for key in record)
 
 
 def chosen(table: list[Row], cell: str, method: str) -> list[Row]:

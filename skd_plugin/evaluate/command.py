@@ -19,7 +19,7 @@ from skd_plugin.evaluate.engine import Job
 from skd_plugin.evaluate.figures import Named, of_prompts, task_values
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
 from skd_plugin.evaluate.statistics import LEVEL, RESAMPLES, Bootstrap
-from skd_plugin.evaluate.table import tables
+from skd_plugin.evaluate.table import WIDTH, tables
 from skd_plugin.rollout.engine import recipe_arguments
 from skd_plugin.terminal.process import run_quietly
 from skd_plugin.terminal.progress import duration
@@ -32,7 +32,7 @@ class EvalError(Exception):
 
 def run_eval(plan: Plan, where: str, out: str) -> int:
     """Returns 0, 1 (an engine failed; the error is printed) or 130 (Ctrl-C)."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(Console().width, WIDTH))
     path = Path(out)
     if path.is_dir():
         raise RecipeError(f"--out {out} is a folder; name a file")

@@ -24,6 +24,7 @@ from skd_plugin.rollout.rule import KEEP_ALL, SamplingRule
 from skd_plugin.trainer.status import Status
 
 CUTS = (0.25, 0.5, 0.75)
+WHOLE_PROMPTS = 8192  # tokens of prompts that are read at once
 SAMPLES, STUDENT, SKD, TEACHER, SPECULATION = range(5)  # random streams
 
 
@@ -58,7 +59,9 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
     from vllm import LLM
 
     status.stage("starting vLLM with the student alone")
-    arguments = machine_arguments() | {"max_model_len": job.max_len} | job.vllm
+    # Whole prompts: vLLM takes back the random numbers of a prompt that was read in part, which no CPU generator can.
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(WHOLE_PROMPTS, job.max_len)}
+    arguments = machine_arguments() | {"max_model_len": job.max_len} | whole | job.vllm
     llm = LLM(model=job.student, disable_log_stats=True, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(job.student, trust_remote_code=True)
     end, special = end_tokens(tokenizer), set(tokenizer.all_special_ids)

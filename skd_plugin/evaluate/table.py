@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 NATS = ("kl", "student_entropy", "teacher_entropy")
-Show = Callable[[float], str]
+WIDTH = 106  # of a table of two students
 PLAIN = ("response_len", "accepted_per_block", "tokens_per_forward")
 
 
@@ -19,9 +19,9 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     draft_len = result["settings"]["draft_len"]
     for task in result["students"][0]["tasks"]:
         table = Table(title=Text(task, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("", overflow="fold")
+        table.add_column("mean \\[95 % interval]", overflow="fold")
         for student in result["students"]:
-            table.add_column(Text(_short(student["name"])), justify="right")
+            table.add_column(Text(_short(student["name"])), justify="right", overflow="fold")
         two = len(result["students"]) == 2
         if two:
             table.add_column("difference", justify="right")
@@ -31,36 +31,36 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
         for name in columns[0]:
             if "@" in name and name.startswith("speculation/") and not name.endswith(f"@{draft_len}"):
                 continue  # other block lengths are in the file
-            if section not in (None, name.split("/")[0]):
-                table.add_section()
-            section = name.split("/")[0]
+            if section != name.split("/")[0]:
+                section = name.split("/")[0]
+                table.add_row(Text(section, style="bold"))
             cells = [_cell(name, column.get(name), signed=place == 2 and two) for place, column in enumerate(columns)]
-            table.add_row(name.replace("/", " "), *cells)
+            table.add_row(_label(name), *cells)
         yield table
+
+
+def _label(name: str) -> str:
+    return f"  {' '.join(name.split('/')[1:])}{'' if _last(name) in (*NATS, *PLAIN) else ', %'}"
+
+
+def _last(name: str) -> str:
+    return name.split("/")[-1].split("@")[0]
 
 
 def _cell(name: str, figure: dict[str, Any] | None, *, signed: bool) -> Text:
     """`mean [low, high]`; bold where an interval of a difference leaves 0 out."""
     if figure is None or figure["mean"] is None:
         return Text("-")
-    last = name.split("/")[-1].split("@")[0]
-    show = _number(signed) if last in NATS else _plain(signed) if last in PLAIN else _percent(signed)
+    last = _last(name)
+    factor, digits = (1, 3) if last in NATS else (1, 2) if last in PLAIN else (100, 1)
+
+    def show(value: float) -> str:
+        return f"{factor * value:{'+' if signed else ''}.{digits}f}"
+
     low, high = figure["low"], figure["high"]
     clear = signed and low is not None and not low <= 0 <= high
     text = show(figure["mean"]) + ("" if low is None else f" [{show(low)}, {show(high)}]")
-    return Text(text, style="bold" if clear else "")
-
-
-def _percent(signed: bool) -> Show:
-    return lambda value: f"{100 * value:{'+' if signed else ''}.1f} %"
-
-
-def _number(signed: bool) -> Show:
-    return lambda value: f"{value:{'+' if signed else ''}.4f}"
-
-
-def _plain(signed: bool) -> Show:
-    return lambda value: f"{value:{'+' if signed else ''}.2f}"
+    return Text(text, style="bold" if clear else "", no_wrap=True)
 
 
 def _short(name: str) -> str:

@@ -109,7 +109,7 @@ def finished(folder: Path, run, config: Path, score: float) -> None:
     shutil.copy(config, place)
     metric = {"arithmetic": "accuracy", "translation": "chrf"}[run.task]
     step = {"skd/kd_coef": 1.0, "skd/response_len": 10.0, "skd/undrafted_frac": 0.0, "skd/draft_waste": 0.5}
-    step |= {"time/rollout": 1.0, "time/train": 0.5, "skd/accept_rate": 0.9}
+    step |= {"time/rollout": 1.0, "time/train": 0.5, "skd/accept_rate": 0.9, "skd/teacher_nll": 0.3}
     evaluation = {f"eval/{run.task}/kl": 0.1, f"eval/{run.task}/response_len": 9.0}
     records = [
         {"step": 0, f"eval/{run.task}/teacher_{metric}": 0.99},
