@@ -43,7 +43,7 @@ def run_eval(plan: Plan, where: str, out: str) -> int:
     try:
         found = [_answers(plan, number, folder, console) for number in range(len(plan.students))]
     except EvalError as error:
-        console.print(f"skd eval: {error}", markup=False)
+        console.print(f"skd eval: {error}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("Stopped; nothing was written.")
@@ -55,7 +55,7 @@ def run_eval(plan: Plan, where: str, out: str) -> int:
     replace_text(path, json.dumps(result, indent=1) + "\n")
     for table in tables(result):
         console.print(table)
-    console.print(f"All figures are in {path}; docs/eval.md says what they are")
+    console.print(f"All figures are in {path}; docs/eval.md says what they are", soft_wrap=True)
     return 0
 
 

@@ -25,7 +25,7 @@ def test_the_teacher_as_its_own_student(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "scores greedy accuracy" in done.stdout
+    assert "greedy accuracy, %" in done.stdout
     result = json.loads(out.read_text())
     figures = result["students"][0]["tasks"]["arithmetic"]
     assert all(figure["n"] == PROMPTS for figure in figures.values())
