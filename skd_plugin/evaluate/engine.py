@@ -6,7 +6,6 @@ python -m skd_plugin.evaluate.engine alone|beside FOLDER
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.accept import ACCEPTED
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments
+from skd_plugin.rollout.engine import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments, set_vllm_up
 from skd_plugin.rollout.rule import KEEP_ALL, SamplingRule
 from skd_plugin.trainer.status import Status
 
@@ -53,8 +52,7 @@ class Job:
 
 def alone(job: Job, status: Status) -> dict[str, Any]:
     """The student in plain vLLM: greedy responses, and sampled ones, a list a prompt."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_vllm_up()
     from transformers import AutoTokenizer
     from vllm import LLM
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +18,10 @@ class Prompt(NamedTuple):
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+    from skd_plugin.rollout.engine import SKDEngine, engine_arguments, set_vllm_up
+
+    set_vllm_up()
     from skd_plugin.config.run import load_models
-    from skd_plugin.rollout.engine import SKDEngine, engine_arguments
     from skd_plugin.rollout.rule import SamplingRule
 
     if samples < 1:

@@ -77,6 +77,12 @@ def engine_arguments(
     return arguments | machine_arguments() | others
 
 
+def set_vllm_up() -> None:
+    """For an engine in this process, without Ray. vLLM reads it when it is imported, so that this comes before."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def machine_arguments() -> dict[str, Any]:
     """Arguments of any engine of ours on this machine."""
     if torch.cuda.is_available():
@@ -172,8 +178,7 @@ class SKDEngine:
     """Offline engine: prompts in, traces out. Runs in this process, without Ray."""
 
     def __init__(self, **arguments: Any) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        set_vllm_up()
         from transformers import AutoTokenizer
         from vllm import LLM
 
