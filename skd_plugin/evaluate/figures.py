@@ -8,6 +8,7 @@ from typing import Any
 from skd_plugin.evaluate.speculation import count_blocks
 from skd_plugin.evaluate.statistics import Point, Values, best_of, distinct
 from skd_plugin.tasks import Task
+from skd_plugin.tasks.base import further_figures
 from skd_plugin.tasks.reward import answer_of, task_of
 
 NGRAMS = (1, 2, 3)
@@ -51,9 +52,7 @@ class _Scorer:
         return [self.task.score(text, answer) for text, answer in zip(texts, self._answers, strict=True)]
 
     def further(self, texts: Sequence[str]) -> Mapping[str, float]:
-        if not hasattr(self.task, "metrics"):  # a task of the user's own may have none
-            return {}
-        return self.task.metrics(texts, self._answers)
+        return further_figures(self.task, texts, self._answers)
 
 
 def _greedy(answers: Sequence[dict[str, Any]], scorer: _Scorer) -> Named:

@@ -12,6 +12,7 @@ from skd_plugin.config.models import check_prompts, host_prompts
 from skd_plugin.config.recipe import RecipeError, load_recipe, override
 from skd_plugin.config.run import Models, Run, complete_models
 from skd_plugin.config.task_data import held_out
+from skd_plugin.tasks.base import HELD_OUT
 from skd_plugin.tasks.reward import reference_of, task_of
 
 MEASURES = ("scores", "distance", "prefixes", "speculation")
@@ -188,7 +189,7 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
         limits=[min(models.max_new_tokens or models.max_len, models.max_len - len(prompt)) for prompt in ids],
         labels=[label if task_of(label) else None for label in labels],
         references=[reference_of(label) for label in labels],
-        tasks=[row.get("datasource", "heldout") for row in rows],
+        tasks=[row.get("datasource", HELD_OUT) for row in rows],
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 SPLITS = ("train", "test")
+HELD_OUT = "heldout"  # name in the figures of prompts whose dataset names no source
 
 
 class TaskError(ValueError):
@@ -57,6 +58,13 @@ def split_of(text: str, one_in: int = 8) -> str:
     for char in text:
         digest = (digest * 131 + ord(char)) % 1_000_003
     return "test" if digest % one_in == 0 else "train"
+
+
+def further_figures(task: Task | None, responses: Sequence[str], answers: Sequence[str]) -> Mapping[str, float]:
+    """What a task says of its responses beside their scores; a task of the user's own may say nothing."""
+    if task is None or not hasattr(task, "metrics"):
+        return {}
+    return task.metrics(responses, answers)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from skd_plugin.core.trace import Trace
+from skd_plugin.tasks.base import HELD_OUT, further_figures
 from skd_plugin.tasks.reward import answer_of, task_of
 from skd_plugin.trainer.metrics import rollout_metrics
 
-HELD_OUT = "heldout"  # name in the metrics of prompts whose dataset names no source
 UNNAMED = "default"  # what the host calls their source
 PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # figures that a run of several tasks has for each
 
@@ -48,10 +48,5 @@ def scores(
     """
     task = task_of(labels[0]) if by_checker else None
     metric = task.metric if task else "accuracy"
-    return {metric: sum(rewards) / len(rewards), **_further(task, responses, labels)}
-
-
-def _further(task: Any, responses: Sequence[str], labels: Sequence[str]) -> Mapping[str, float]:
-    if task is None or not hasattr(task, "metrics"):  # a task of the user's own may have none
-        return {}
-    return task.metrics(responses, [answer_of(label) for label in labels])
+    answers = [answer_of(label) for label in labels] if task else []
+    return {metric: sum(rewards) / len(rewards), **further_figures(task, responses, answers)}
