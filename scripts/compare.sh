@@ -6,5 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
 export PYTHONDONTWRITEBYTECODE= # a run starts five processes that import thousands of modules each: keep what is compiled
-export VLLM_LOGGING_LEVEL=ERROR # of the engine that samples for the adaptivity
 exec .venv/bin/python scripts/compare "$@"

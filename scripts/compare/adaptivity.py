@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from plan import Plan, Run
 
-from skd_plugin.core.accept import ACCEPTED, NOTHING, REFERENCE
-from skd_plugin.core.trace import Trace
+from skd_plugin.trainer.status import replace_text
 
 Row = dict[str, Any]
 
@@ -17,22 +17,30 @@ Row = dict[str, Any]
 def measure_adaptivity(plan: Plan, folder: Path) -> list[Row]:
     if plan.adaptivity is None:
         return []
-    seed, rows = plan.seeds[0], []
-    for cell in plan.adaptivity.cells:
-        run = plan.run(cell, plan.adaptivity.method, seed)
-        if (folder / run.name / "model").is_dir():
-            rows += _of_run(run, folder / run.name, plan.adaptivity.prompts)
-    return rows
+    runs = [plan.run(cell, plan.adaptivity.method, plan.seeds[0]) for cell in plan.adaptivity.cells]
+    finished = [run for run in runs if (folder / run.name / "model").is_dir()]
+    return [row for run in finished for row in _kept(run, folder / run.name, plan.adaptivity.prompts)]
+
+
+def _kept(run: Run, folder: Path, count: int) -> list[Row]:
+    """Measured once a run, and kept in its folder."""
+    path = folder / f"adaptivity-{count}.json"
+    if not path.exists():
+        replace_text(path, json.dumps(_of_run(run, folder, count)))
+    return json.loads(path.read_text())
 
 
 def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     """Prompts of the test split, and the same random numbers for each checkpoint."""
+    from skd_plugin.rollout.engine import SKDEngine, engine_arguments, set_vllm_up
+
+    set_vllm_up()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from skd_plugin.config.run import Run as Config
-    from skd_plugin.rollout.engine import SKDEngine, engine_arguments
     from skd_plugin.rollout.rule import SamplingRule
     from skd_plugin.tasks import find_task
+    from skd_plugin.trainer.metrics import rollout_metrics
 
     config = Config.load(folder / "config.yaml")
     skd, student = config.skd, config.host["actor.model_name_or_path"]
@@ -54,16 +62,15 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         engine.load_student([(name, weight.detach()) for name, weight in model.named_parameters()])
         samples = engine.generate(prompts, SamplingRule.of(skd.rollout), skd.rollout.max_new_tokens, seed=run.seed)
-        tokens = Trace.join([sample.trace for sample in samples])
-        proposed = (tokens.draft_rank != NOTHING) & (tokens.source != REFERENCE)
+        figures = rollout_metrics([sample.trace for sample in samples], skd.rollout.draft_len)
         rows.append(
             {
                 "task": run.task,
                 "start": run.start,
                 "step": step,
-                "accepted": (tokens.source[proposed] == ACCEPTED).float().mean().item(),
-                "kl": tokens.kl[~tokens.kl.isnan()].mean().item(),
-                "tokens": len(tokens),
+                "accepted": figures["skd/accept_rate"],
+                "kl": figures["skd/kl"],
+                "tokens": sum(len(sample.trace) for sample in samples),
             }
         )
     return rows

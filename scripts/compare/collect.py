@@ -36,8 +36,8 @@ def row_of(run: Run, plan: Plan, folder: Path) -> Row:
         count * (1 - record["skd/undrafted_frac"]) / (1 - record["skd/draft_waste"])
         for count, record in zip(tokens, steps, strict=True)
     ]
-    score = f"eval/{run.task}/{plan.tasks[run.task].metric}"
-    of_teacher = f"eval/{run.task}/teacher_{plan.tasks[run.task].metric}"
+    score = f"eval/{run.task}/{plan.metric_of(run.cell)}"
+    of_teacher = f"eval/{run.task}/teacher_{plan.metric_of(run.cell)}"
     teacher = [record[of_teacher] for record in records if of_teacher in record]
     return {
         "task": run.task,
@@ -66,6 +66,11 @@ def chosen(table: list[Row], cell: str, method: str) -> list[Row]:
     task, start = cell.split("/")
     rows = [r for r in table if (r["task"], r["start"], r["method"]) == (task, start, method)]
     return sorted(rows, key=lambda row: row["seed"])
+
+
+def known(rows: list[Row], key: str) -> list[float]:
+    """Its values in those of the rows in which it was measured."""
+    return [row[key] for row in rows if row[key] is not None]
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

@@ -10,12 +10,14 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plan import Run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skd_plugin.cli import main
+from skd_plugin.config.recipe import load_recipe
 from skd_plugin.trainer.launch import end_with_the_parent
 
 POLL_S = 0.5
@@ -76,7 +78,6 @@ class Going:
 
 def _command(arguments: list[str], log: Path, cores: set[int]) -> None:
     end_with_the_parent()
-    os.environ["OMP_NUM_THREADS"] = str(len(cores))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # what this process starts inherits it
     with log.open("w") as output:
@@ -90,8 +91,9 @@ def is_done(run: Run, folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text()) == arguments(run)
 
 
-def arguments(run: Run) -> list[str]:
-    return [run.recipe.read_text(), *run.overrides]
+def arguments(run: Run) -> dict[str, Any]:
+    """The recipe with its bases and the run's own options."""
+    return load_recipe(run.recipe, run.overrides)
 
 
 def core_shares(jobs: int) -> list[set[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from collect import Row, chosen
+from collect import Row, chosen, known
 from interval import Interval
 from matplotlib.figure import Figure
 from plan import Plan
@@ -21,15 +21,12 @@ def draw_comparison(plan: Plan, table: list[Row], path: Path) -> None:
             values = [run["score"] for run in chosen(table, cell, method)]
             _dots(axes, values, row, COLOURS[1] if method == plan.comparison.against else COLOURS[0])
         everything = [run for method in methods for run in chosen(table, cell, method)]
-        starts, teachers = (
-            [run[key] for run in everything if run[key] is not None] for key in ("score_at_start", "teacher_score")
-        )
-        for values, dash, label in ((starts, ":", "student at the start"), (teachers, "--", "teacher")):
-            if values:
+        for key, dash, label in (("score_at_start", ":", "student at the start"), ("teacher_score", "--", "teacher")):
+            if values := known(everything, key):
                 axes.axvline(Interval.of(values).mean, linestyle=dash, color="0.45", linewidth=1, label=label)
         axes.set_yticks(range(len(methods)), [plan.methods[m].label for m in methods])
         axes.set_title(cell.replace("/", ", "), fontsize=10)
-        axes.set_xlabel(plan.tasks[cell.split("/")[0]].metric)
+        axes.set_xlabel(plan.metric_of(cell))
         axes.tick_params(labelleft=place == 0)
     grid[0].legend(frameon=False, fontsize=8, loc="best")
     figure.savefig(path, dpi=150)
@@ -67,7 +64,7 @@ def draw_cost(plan: Plan, table: list[Row], path: Path) -> None:
             )
         axes.set_title(cell.replace("/", ", "), fontsize=10)
         axes.set_xlabel("seconds of sampling and training")
-        axes.set_ylabel(plan.tasks[cell.split("/")[0]].metric)
+        axes.set_ylabel(plan.metric_of(cell))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -80,18 +77,18 @@ def draw_sweep(plan: Plan, table: list[Row], path: Path) -> None:
     figure, grid = _canvas(len(cells), height=3.2, width=4.4)
     for axes, cell in zip(grid, cells, strict=True):
         twin = axes.twinx()
-        known = [(place, chosen(table, cell, method)) for place, (_, method) in enumerate(points)]
-        known = [(place, rows) for place, rows in known if rows]
-        places = [place for place, _ in known]
-        scores = [Interval.of([row["score"] for row in rows]) for _, rows in known]
-        accepted = [Interval.of([row["accepted_last"] for row in rows]).mean for _, rows in known]
+        found = [(place, chosen(table, cell, method)) for place, (_, method) in enumerate(points)]
+        found = [(place, rows) for place, rows in found if rows]
+        places = [place for place, _ in found]
+        scores = [Interval.of([row["score"] for row in rows]) for _, rows in found]
+        accepted = [Interval.of([row["accepted_last"] for row in rows]).mean for _, rows in found]
         half = [interval.half or 0.0 for interval in scores]
         axes.errorbar(places, [s.mean for s in scores], yerr=half, fmt="o-", color=COLOURS[0], capsize=3)
         twin.plot(places, accepted, "s--", color=COLOURS[1], markersize=4)
         axes.set_xticks(range(len(points)), [value for value, _ in points])
         axes.set_title(cell.replace("/", ", "), fontsize=10)
         axes.set_xlabel(plan.sweep.title)
-        axes.set_ylabel(plan.tasks[cell.split("/")[0]].metric, color=COLOURS[0])
+        axes.set_ylabel(plan.metric_of(cell), color=COLOURS[0])
         twin.set_ylabel("accepted in the last step", color=COLOURS[1])
         twin.set_ylim(-0.02, 1.02)
         twin.spines["top"].set_visible(False)

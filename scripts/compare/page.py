@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from collect import Row, chosen
+from collect import Row, chosen, known
 from interval import Interval
 from plan import Plan
 
@@ -34,7 +34,7 @@ def _sections(plan: Plan, table: list[Row]) -> list[str]:
 
 
 def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
-    metric = plan.tasks[cell.split("/")[0]].metric
+    metric = plan.metric_of(cell)
     against = {row["seed"]: row for row in chosen(table, cell, plan.comparison.against)}
     name = plan.methods[plan.comparison.against].label
     everything = [row for method in plan.comparison.methods for row in chosen(table, cell, method)]
@@ -44,8 +44,8 @@ def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, key in (("teacher", "teacher_score"), ("student at the start", "score_at_start")):
-        values = [row[key] for row in everything if row[key] is not None]
-        kl = [row["kl_at_start"] for row in everything if row["kl_at_start"] is not None and key == "score_at_start"]
+        values = known(everything, key)
+        kl = known(everything, "kl_at_start") if key == "score_at_start" else []
         if values:
             lines.append(f"| {label} | {_percent(values)} | | {_plain(kl) if kl else ''} | | | | | |")
     for method in plan.comparison.methods:
@@ -65,7 +65,7 @@ def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
 
 
 def _sweep(plan: Plan, table: list[Row], cell: str) -> list[str]:
-    metric = plan.tasks[cell.split("/")[0]].metric
+    metric = plan.metric_of(cell)
     lines = [
         f"| {cell.replace('/', ', ')}: {plan.sweep.title} | {metric} | KL | accepted, first update | last update |",
         "|---|---|---|---|---|",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class Run:
     seed: int
     recipe: Path
     overrides: tuple[str, ...]
+
+    @property
+    def cell(self) -> str:
+        return f"{self.task}/{self.start}"
 
     @property
     def name(self) -> str:
@@ -93,11 +98,13 @@ class Plan(Strict):
 
     def _runs(self) -> Iterator[Run]:
         for seed in self.seeds:
-            for part in filter(None, (self.comparison, self.sweep)):
-                methods = part.methods if isinstance(part.methods, list) else part.methods.values()
-                cells = part.cells if seed in getattr(part, "seeds", self.seeds) else []
-                for cell in cells:
-                    yield from (self.run(cell, method, seed) for method in methods)
+            named = list(product(self.comparison.cells, self.comparison.methods))
+            if self.sweep is not None and seed in self.sweep.seeds:
+                named += product(self.sweep.cells, self.sweep.methods.values())
+            yield from (self.run(cell, method, seed) for cell, method in named)
+
+    def metric_of(self, cell: str) -> str:
+        return self.tasks[cell.split("/")[0]].metric
 
     def run(self, cell: str, method: str, seed: int) -> Run:
         name, start = cell.split("/")

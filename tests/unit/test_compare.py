@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_done_is_what_was_run_with_these_arguments(plan, tmp_path):
     assert execute.is_done(run, tmp_path)
     other = plan.model_copy(update={"methods": {**plan.methods, run.method: plan.methods["k5"]}}).runs()[0]
     assert other.name == run.name and not execute.is_done(other, tmp_path)
+
+
+def test_a_change_in_a_base_is_another_run(plan, tmp_path):
+    base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
+    base.write_text("skd: {rollout: {top_k: 3}}")
+    recipe.write_text("base: base.yaml")
+    run = replace(plan.runs()[0], recipe=recipe)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / execute.ARGUMENTS).write_text(json.dumps(execute.arguments(run)))
+    assert execute.is_done(run, tmp_path)
+    base.write_text("skd: {rollout: {top_k: 4}}")
+    assert not execute.is_done(run, tmp_path)
 
 
 def test_cores_are_dealt_out(monkeypatch):
