@@ -36,6 +36,7 @@ from skd_plugin.check.time_model import (
     training_seconds,
 )
 from skd_plugin.config import SKDConfig, load_recipe
+from skd_plugin.config.host_rules import planned_steps
 from skd_plugin.config.models import load_model_config
 from skd_plugin.config.run import parse_skd
 from skd_plugin.config.task_data import longest_response
@@ -113,7 +114,7 @@ class Plan:
         counts = [task.train_prompts for task in self.skd.all_tasks]
         if not counts or "full" in counts:
             return None
-        return sum(counts) // self.options["rollout.batch_size"] * self.options["train.num_episodes"]
+        return planned_steps(sum(counts), self.options["rollout.batch_size"], self.options["train.num_episodes"])
 
     @property
     def nodes(self) -> int:

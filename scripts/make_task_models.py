@@ -5,8 +5,8 @@
 
 Plain next-token training on generated examples, from the seeds below; about half an hour on two cores for the teacher
 of one task. Writes `teacher/` and `student/` (bfloat16 safetensors, the tokenizer beside them). The student is stopped
-far too early on purpose: it is there to be distilled into. With `arithmetic` alone this is how the pair in
-recipes/models was made.
+far too early on purpose: it is there to be distilled into. The same command goes on with an unfinished training, from
+where it was last measured. With `arithmetic` alone this is how the pair in recipes/models was made.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +34,8 @@ SHAPES = {
 SEEDS = {"teacher": 1, "student": 2}
 STEPS = {"teacher": 3000, "student": 800}
 LEARNING_RATE = 2e-3
+MEASURE_EVERY = 500  # steps; an unfinished training goes on from there
+PARTS = ("model", "optimizer", "schedule")  # of an unfinished training that has a state to keep
 SCHEDULE = {"teacher": "cosine", "student": "constant_with_warmup"}
 BATCH_SIZE = 48
 
@@ -145,6 +148,24 @@ def report(name: str, step: str, model: LlamaForCausalLM, tokenizer: PreTrainedT
         print(f"{name} {step} {task.name}: {figures}", flush=True)
 
 
+def keep(path: Path, step: int, model: Any, optimizer: Any, schedule: Any, rng: random.Random) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    states = {part: value.state_dict() for part, value in zip(PARTS, (model, optimizer, schedule), strict=True)}
+    written = path.with_suffix(".new")
+    torch.save({**states, "step": step, "rng": rng.getstate()}, written)
+    written.replace(path)
+
+
+def go_on(path: Path, model: Any, optimizer: Any, schedule: Any, rng: random.Random) -> int:
+    """Takes up what `keep` wrote; returns the steps that are done."""
+    states = torch.load(path, weights_only=True)
+    for part, value in zip(PARTS, (model, optimizer, schedule), strict=True):
+        value.load_state_dict(states[part])
+    rng.setstate(states["rng"])
+    print(f"going on behind step {states['step']} of {path}", flush=True)
+    return states["step"]
+
+
 def train(
     name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int, shares: Sequence[int], first: Path | None = None
 ) -> None:
@@ -155,8 +176,10 @@ def train(
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
+    unfinished = out / f"{name}.unfinished.pt"
+    done = go_on(unfinished, model, optimizer, schedule, rng) if unfinished.exists() else 0
     started = time.monotonic()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         loss = backward(model, batches(tasks, tokenizer, rng, shares))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -164,8 +187,10 @@ def train(
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"{name} step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if step % 500 == 0 and step < steps:
+        if step % MEASURE_EVERY == 0 and step < steps:
+            keep(unfinished, step, model, optimizer, schedule, rng)
             report(name, f"step {step}", model, tokenizer, tasks)
+    unfinished.unlink(missing_ok=True)
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out / name)

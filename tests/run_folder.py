@@ -72,7 +72,7 @@ def write_run(
         "logger.wandb.key": "wandb-secret",
     }
     (folder / "config.yaml").write_text(yaml.safe_dump({"openrlhf": host, "skd": options | (skd or {}), "cpu": True}))
-    (folder / "status.json").write_text(json.dumps({"stage": "done", "max_steps": 3}))
+    (folder / "status.json").write_text(json.dumps({"stage": "done", "planned_steps": 3}))
     lines(folder / "metrics.jsonl", three_steps() if metrics is None else metrics)
     lines(folder / "traces.jsonl", two_traces() if traces is None else traces)
     return folder

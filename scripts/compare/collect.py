@@ -30,7 +30,9 @@ def row_of(run: Run, plan: Plan, folder: Path) -> Row:
     steps = [record for record in records if "skd/kd_coef" in record]
     evaluations = [record for record in records if f"eval/{run.task}/kl" in record]
     last, first = evaluations[-1], evaluations[0]
-    draft_len, batch = config.skd.rollout.draft_len, config.host["rollout.batch_size"]
+    draft_len, host = config.skd.rollout.draft_len, config.host
+    batch = host["rollout.batch_size"] * host["rollout.n_samples_per_prompt"]
+    updates = batch // host["train.batch_size"] * host["train.max_epochs"]  # a step
     tokens = [batch * record["skd/response_len"] for record in steps]
     drafts = [
         count * (1 - record["skd/undrafted_frac"]) / (1 - record["skd/draft_waste"])
@@ -50,7 +52,7 @@ def row_of(run: Run, plan: Plan, folder: Path) -> Row:
         "score_at_start": first[score] if first["step"] == 0 else None,
         "kl_at_start": first[f"eval/{run.task}/kl"] if first["step"] == 0 else None,
         "teacher_score": teacher[0] if teacher else None,
-        "updates": len(steps),
+        "updates": len(steps) * updates,
         "tokens": round(sum(tokens)),
         "teacher_tokens": round(sum(drafts) * (draft_len + 1) / draft_len),
         "student_tokens": round(sum(drafts)),

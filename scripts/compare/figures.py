@@ -8,27 +8,41 @@ from typing import Any
 from collect import Row, chosen, known
 from interval import Interval
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from plan import Plan
 
 from skd_plugin.report.plots import COLOURS
 
 
 def draw_comparison(plan: Plan, table: list[Row], path: Path) -> None:
+    """Scores above, divergences below; where training began and where the teacher is stands under each axis, because
+    an axis that reaches both would hide what lies between the methods.
+    """
     cells, methods = plan.comparison.cells, plan.comparison.methods[::-1]
-    figure, grid = _canvas(len(cells), height=0.42 * len(methods) + 1.3)
-    for place, (axes, cell) in enumerate(zip(grid, cells, strict=True)):
-        for row, method in enumerate(methods):
-            values = [run["score"] for run in chosen(table, cell, method)]
-            _dots(axes, values, row, COLOURS[1] if method == plan.comparison.against else COLOURS[0])
-        everything = [run for method in methods for run in chosen(table, cell, method)]
-        for key, dash, label in (("score_at_start", ":", "student at the start"), ("teacher_score", "--", "teacher")):
-            if values := known(everything, key):
-                axes.axvline(Interval.of(values).mean, linestyle=dash, color="0.45", linewidth=1, label=label)
-        axes.set_yticks(range(len(methods)), [plan.methods[m].label for m in methods])
-        axes.set_title(cell.replace("/", ", "), fontsize=10)
-        axes.set_xlabel(plan.metric_of(cell))
-        axes.tick_params(labelleft=place == 0)
-    grid[0].legend(frameon=False, fontsize=8, loc="best")
+    figure, grid = _canvas(len(cells), height=0.6 * len(methods) + 2, rows=2)
+    for place, cell in enumerate(cells):
+        rows = {method: chosen(table, cell, method) for method in methods}
+        everything = [run for runs in rows.values() for run in runs]
+        for axes, key in zip(grid[:, place], ("score", "kl"), strict=True):
+            for row, method in enumerate(methods):
+                colour = COLOURS[1] if method == plan.comparison.against else COLOURS[0]
+                _dots(axes, [run[key] for run in rows[method]], row, colour)
+            axes.set_yticks(range(len(methods)), [plan.methods[m].label for m in methods])
+            axes.set_ylim(-0.6, len(methods) - 0.4)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(labelleft=place == 0)
+        score, divergence = grid[:, place]
+        score.set_title(cell.replace("/", ", ") + " start", fontsize=10)
+        score.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        ends = {
+            name: f"{name} {100 * Interval.of(values).mean:.1f} %"
+            for name, key in (("start", "score_at_start"), ("teacher", "teacher_score"))
+            if (values := known(everything, key))
+        }
+        score.set_xlabel("\n".join(filter(None, (plan.metric_of(cell), ", ".join(ends.values())))))
+        at_start = known(everything, "kl_at_start")
+        start = f"\nstart {Interval.of(at_start).mean:.3g}" if at_start else ""
+        divergence.set_xlabel(f"KL(p‖q), nats a token{start}")
     figure.savefig(path, dpi=150)
 
 
@@ -65,8 +79,9 @@ def draw_cost(plan: Plan, table: list[Row], path: Path) -> None:
         axes.set_title(cell.replace("/", ", "), fontsize=10)
         axes.set_xlabel("seconds of sampling and training")
         axes.set_ylabel(plan.metric_of(cell))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(cells), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -105,16 +120,17 @@ def draw_adaptivity(plan: Plan, rows: list[Row], path: Path) -> None:
         style = dict(color=COLOURS[place], marker="o", markersize=3, label=f"{task}, {start}")
         accepted.plot([row["step"] for row in own], [row["accepted"] for row in own], **style)
         kl.plot([row["step"] for row in own], [row["kl"] for row in own], **style)
-    accepted.set(xlabel="update", ylabel="accepted proposals, fixed prompts")
-    kl.set(xlabel="update", ylabel="KL(p‖q) on them, nats a token")
+    accepted.set(xlabel="step", ylabel="accepted proposals, fixed prompts")
+    kl.set(xlabel="step", ylabel="KL(p‖q) on them, nats a token")
     accepted.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def _canvas(count: int, height: float, width: float = 2.9) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(width * count + 1.2, height), layout="constrained")
-    grid = figure.subplots(1, count, squeeze=False)[0]
-    for axes in grid:
+def _canvas(columns: int, height: float, width: float = 2.9, rows: int = 1) -> tuple[Figure, Any]:
+    """The axes as an array [rows, columns], or [columns] of a single row."""
+    figure = Figure(figsize=(width * columns + 1.2, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(grid)
+    return figure, grid if rows > 1 else grid[0]

@@ -8,7 +8,7 @@ from collect import Row, chosen, known
 from interval import Interval
 from plan import Plan
 
-COST = ("tokens", "teacher_tokens", "student_tokens")
+COST = ("teacher_tokens", "student_tokens")
 
 
 def write_page(plan: Plan, table: list[Row], path: Path) -> None:
@@ -39,8 +39,8 @@ def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
     name = plan.methods[plan.comparison.against].label
     everything = [row for method in plan.comparison.methods for row in chosen(table, cell, method)]
     lines = [
-        f"| | {metric} | minus {name}, same seed | KL | text tokens | teacher tokens | student tokens | sampling | "
-        "training |",
+        f"| | {metric} | minus {name}, same seed | KL | minus {name}, same seed | teacher tokens | student tokens | "
+        "sampling | training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, key in (("teacher", "teacher_score"), ("student at the start", "score_at_start")):
@@ -52,13 +52,16 @@ def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
         rows = chosen(table, cell, method)
         if not rows:
             continue
-        paired = [row["score"] - against[row["seed"]]["score"] for row in rows if row["seed"] in against]
-        difference = "" if method == plan.comparison.against or not paired else _percent(paired, signed=True)
+        paired = [(row, against[row["seed"]]) for row in rows if row["seed"] in against]
+        score = kl = ""
+        if paired and method != plan.comparison.against:
+            score = _percent([row["score"] - other["score"] for row, other in paired], signed=True)
+            kl = _plain([row["kl"] - other["kl"] for row, other in paired], signed=True)
         cost = " | ".join(f"{Interval.of([row[key] for row in rows]).mean / 1000:.0f} k" for key in COST)
         seconds = " | ".join(f"{Interval.of([r[key] for r in rows]).mean:.0f} s" for key in ("rollout_s", "train_s"))
         scores = _percent([row["score"] for row in rows])
         lines.append(
-            f"| {plan.methods[method].label} | {scores} | {difference} | {_plain([row['kl'] for row in rows])} | "
+            f"| {plan.methods[method].label} | {scores} | {score} | {_plain([row['kl'] for row in rows])} | {kl} | "
             f"{cost} | {seconds} |"
         )
     return lines
@@ -67,7 +70,7 @@ def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:
 def _sweep(plan: Plan, table: list[Row], cell: str) -> list[str]:
     metric = plan.metric_of(cell)
     lines = [
-        f"| {cell.replace('/', ', ')}: {plan.sweep.title} | {metric} | KL | accepted, first update | last update |",
+        f"| {cell.replace('/', ', ')}: {plan.sweep.title} | {metric} | KL | accepted, first step | last step |",
         "|---|---|---|---|---|",
     ]
     for value, method in plan.sweep.methods.items():
@@ -85,6 +88,6 @@ def _percent(values: list[float], *, signed: bool = False) -> str:
     return f"{interval.mean:{'+' if signed else ''}.1f}{half} %"
 
 
-def _plain(values: list[float]) -> str:
+def _plain(values: list[float], *, signed: bool = False) -> str:
     interval = Interval.of(values)
-    return f"{interval.mean:.4f}" + ("" if interval.half is None else f" ± {interval.half:.4f}")
+    return f"{interval.mean:{'+' if signed else ''}.4f}" + ("" if interval.half is None else f" ± {interval.half:.4f}")

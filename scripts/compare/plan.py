@@ -67,7 +67,7 @@ class Sweep(Strict):
 class Adaptivity(Strict):
     method: str
     cells: list[str]
-    every: int  # updates between two checkpoints
+    every: int  # steps between two checkpoints
     prompts: int
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from skd_plugin.check.finding import Finding, count
 from skd_plugin.check.subject import Subject
+from skd_plugin.config.host_rules import planned_steps
 
 LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
 
@@ -19,7 +20,7 @@ def check_recipe(subject: Subject) -> Finding:
 def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> Finding:
     """Prompts, steps and tokens, by the host's own counting (openrlhf.trainer.ppo_trainer.prepare_datasets)."""
     samples = options["rollout.n_samples_per_prompt"]
-    rounds = len(prompts) // options["rollout.batch_size"] * options["train.num_episodes"]
+    rounds = planned_steps(len(prompts), options["rollout.batch_size"], options["train.num_episodes"])
     responses = options["rollout.batch_size"] * samples
     updates = responses // options["train.batch_size"] * options["train.max_epochs"]
     lengths = [len(ids) for ids in tokenizer(prompts[:LENGTHS_SAMPLED], add_special_tokens=False).input_ids]

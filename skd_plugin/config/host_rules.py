@@ -81,6 +81,15 @@ def check(options: dict[str, Any], *, uses_rewards: bool) -> None:
     _check_batches(options)
 
 
+def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:
+    """Steps of a run, each a roll-out of `batch_size` prompts with its updates; what does not fill one is left out.
+
+    The host's `max_steps` counts updates of the weights, which are more where train.batch_size is smaller than a
+    roll-out or train.max_epochs is above 1. With dynamic filtering there are fewer steps than planned.
+    """
+    return prompts // batch_size * episodes
+
+
 def _check_batches(options: dict[str, Any]) -> None:
     if options["train.batch_size"] % options["train.micro_batch_size"]:
         raise RecipeError(

@@ -74,7 +74,7 @@ def short_path(name: Any) -> str:
 
 
 def state(run: RunFolder) -> str:
-    stage, planned = run.status.get("stage"), run.status.get("max_steps")
+    stage, planned = run.status.get("stage"), run.status.get("planned_steps")
     steps = f"{run.steps} of {planned}" if planned and planned != run.steps else str(run.steps)
     return f"{steps} steps" + ("" if stage == "done" else f", unfinished ({stage or 'stage unknown'})")
 

@@ -151,15 +151,15 @@ METHODS = {
 class RulePlan:
     """The rule of every step of a run: schedules follow the step, controllers follow what was measured."""
 
-    def __init__(self, rollout: RolloutConfig, max_steps: int, vocab_size: int) -> None:
+    def __init__(self, rollout: RolloutConfig, planned_steps: int, vocab_size: int) -> None:
         self._rollout = rollout
-        self._max_steps = max(max_steps, 1)
+        self._planned_steps = max(planned_steps, 1)
         self._controllers = _controllers(rollout, vocab_size)
 
     def at(self, step: int) -> SamplingRule:
         """The rule of the step that follows `step` finished ones; the same after a resume with the same state."""
         values = {name: controller.value for name, controller in self._controllers.items()}
-        return SamplingRule.of(self._rollout, min(step / self._max_steps, 1.0), values)
+        return SamplingRule.of(self._rollout, min(step / self._planned_steps, 1.0), values)
 
     def observe(self, accept_rate: float) -> None:
         """Takes in `skd/accept_rate` of a finished step."""

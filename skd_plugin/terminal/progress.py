@@ -47,11 +47,11 @@ class Follower:
         spinner.update(status.get("stage", "starting"))
         records, self._offset = read_metrics(self._folder, self._offset)
         for record in records:
-            self._console.print(self._line(record, status.get("max_steps")))
+            self._console.print(self._line(record, status.get("planned_steps")))
 
-    def _line(self, record: dict[str, Any], max_steps: int | None) -> str:
+    def _line(self, record: dict[str, Any], planned_steps: int | None) -> str:
         step = record["step"]
-        place = f"step {step:>4}" + (f"/{max_steps}" if max_steps else "")
+        place = f"step {step:>4}" + (f"/{planned_steps}" if planned_steps else "")
         if not is_step(record):
             return "  ".join([place, *(f"{name} {text}" for name, text in _evaluation(record))])
         shown = [key for key in LOSSES if record.get(key) is not None] or ["skd/loss"]
@@ -59,17 +59,17 @@ class Follower:
         parts.append(f"accepted {_percent(record.get('skd/accept_rate'))}")
         if "rl/reward" in record:
             parts.append(f"reward {_short(record['rl/reward'])}")
-        parts += [f"{_short(record.get('tokens_per_s'))} tokens/s", self._eta(step, max_steps)]
+        parts += [f"{_short(record.get('tokens_per_s'))} tokens/s", self._eta(step, planned_steps)]
         return "  ".join([place, *parts])
 
-    def _eta(self, step: int, max_steps: int | None) -> str:
+    def _eta(self, step: int, planned_steps: int | None) -> str:
         now = time.monotonic()
         if self._first_step is None:
             self._first_step = step, now
         steps, seconds = step - self._first_step[0], now - self._first_step[1]
-        if not steps or not max_steps:
+        if not steps or not planned_steps:
             return "eta -"
-        return f"eta {duration(seconds / steps * (max_steps - step))}"
+        return f"eta {duration(seconds / steps * (planned_steps - step))}"
 
 
 def summary_table(folder: Path, wall_s: float) -> Table:

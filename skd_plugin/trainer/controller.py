@@ -12,7 +12,7 @@ from openrlhf.trainer.ppo_trainer import PPOTrainer, compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin.compat.ray_class import plain_class
-from skd_plugin.config.host_rules import NO_REWARD
+from skd_plugin.config.host_rules import NO_REWARD, planned_steps
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
@@ -43,7 +43,10 @@ class SKDTrainer(HostTrainer):
         torch.manual_seed(strategy.args.train.seed)  # the host's prompt loader shuffles by a number drawn from it
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.skd: SKDConfig = strategy.args.skd
-        self.plan = RulePlan(self.skd.rollout, self.max_steps, len(self.tokenizer))
+        args = strategy.args
+        prompts = len(self.prompts_dataloader.dataset)
+        self.planned_steps = planned_steps(prompts, args.rollout.batch_size, args.train.num_episodes)
+        self.plan = RulePlan(self.skd.rollout, self.planned_steps, len(self.tokenizer))
         self.rule = self.plan.at(0)
         self.samples_generator = SKDSamplesGenerator(
             strategy,
@@ -84,7 +87,7 @@ class SKDTrainer(HostTrainer):
         self.samples_generator.rule = self.plan.at(self._step)
         if self.eval_dataloader is not None:
             self._measure_before_training()
-        self.status.stage("training", max_steps=self.max_steps)
+        self.status.stage("training", planned_steps=self.planned_steps)
         super().fit(global_step)
         if self.eval_dataloader is not None and self._evaluated_step != self._step:
             self.evaluate(self._step)
@@ -143,7 +146,7 @@ class SKDTrainer(HostTrainer):
         return status, step
 
     def _begin_step(self, global_step: int) -> dict[str, float]:
-        coefficients = self.skd.objective.coefficients(min(global_step / max(self.max_steps, 1), 1.0))
+        coefficients = self.skd.objective.coefficients(min(global_step / max(self.planned_steps, 1), 1.0))
         seed = derive_seed(self.args.train.seed, global_step) % 2**63
         ray.get(self.actor_model_group.async_run_method("begin_step", coefficients, seed))
         return coefficients

@@ -51,14 +51,14 @@ def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: Thre
         tmp_path,
         *UNMEASURED,
         "skd.task.train_prompts=64",
-        "skd.objective.rl_coef=0.5",
+        "skd.objective.rl_coef={kind: linear, from: 0.5, to: 0.1}",
         f"openrlhf.reward.remote_url=http://127.0.0.1:{server.server_port}/score",
         "openrlhf.reward.overlong_buffer_len=8",
         "openrlhf.algo.advantage.estimator=group_norm",
         "openrlhf.algo.dynamic_filtering_enable=true",
         "openrlhf.algo.dynamic_filtering_range=[0.1,0.9]",
         "openrlhf.rollout.n_samples_per_prompt=4",
-        "openrlhf.train.batch_size=32",
+        "openrlhf.train.batch_size=8",  # four updates a step
     )
     trained = steps(tmp_path)
     assert trained and len(server.asked) > 32 * len(trained)  # type: ignore[attr-defined]
@@ -66,6 +66,8 @@ def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: Thre
         assert record["rl/reward"] < 0.9 and 0 < record["rl/filter_pass_rate"] <= 1
         assert record["rl/own_frac"] == pytest.approx(record["skd/accept_rate"])
         assert isinstance(record["rl/loss"], float) and isinstance(record["skd/loss"], float)
+        planned = 64 // 8  # a schedule goes by roll-outs, however many updates each has
+        assert record["rl/coef"] == pytest.approx(0.5 - 0.4 * (record["step"] - 1) / planned)
 
 
 def test_reward_model_critic_and_reference(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_cores_are_dealt_out(monkeypatch):
 
 
 def finished(folder: Path, run, config: Path, score: float) -> None:
-    """The files of a run with two updates, in the form that `skd train` writes."""
+    """The files of a run with two steps, in the form that `skd train` writes."""
     place = folder / run.name
     (place / "model").mkdir(parents=True)
     shutil.copy(config, place)
@@ -146,7 +146,7 @@ def table(plan, tmp_path):
 
 def test_a_row_counts_what_was_computed(plan, table):
     row = collect.chosen(table, "arithmetic/cold", "skd")[0]
-    assert (row["updates"], row["tokens"]) == (2, 1280)
+    assert (row["updates"], row["tokens"]) == (8, 1280)
     # Half of the proposals were thrown away: 2,560 of them, in 1,280 blocks of two, three positions each.
     assert (row["student_tokens"], row["teacher_tokens"]) == (2560, 3840)
     assert (row["rollout_s"], row["train_s"], row["teacher_score"], row["score_at_start"]) == (2.0, 1.0, 0.99, 0.1)

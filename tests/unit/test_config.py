@@ -449,6 +449,10 @@ def test_rollouts_that_do_not_divide_into_training_batches() -> None:
         host_rules.check(_complete(**sizes, **{"train.batch_size": 8}), uses_rewards=False)
 
 
+def test_steps_are_rollouts_and_not_updates() -> None:
+    assert host_rules.planned_steps(prompts=70, batch_size=16, episodes=3) == 12  # 6 prompts are left out each time
+
+
 def test_prompts_are_required() -> None:
     with pytest.raises(
         RecipeError, match=r"openrlhf\.data\.prompt_dataset is missing: name a dataset, or .* skd\.task"

@@ -134,3 +134,23 @@ def test_both_models_are_written(script: ModuleType, tmp_path: Path, monkeypatch
         assert "<unk>" not in tokenizer.tokenize("translate : words :")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_unfinished_training_goes_on(script: ModuleType, tasks: list, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(script.SHAPES, "teacher", TINY)
+    monkeypatch.setattr(script, "MEASURE_EVERY", 2)
+    monkeypatch.setattr(script, "report", lambda *_: None)
+    script.train("teacher", tasks[1:2], tmp_path / "whole", 5, [4])
+
+    def cut_off(name: str, step: str, *_: Any) -> None:
+        if step == "step 2":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "report", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        script.train("teacher", tasks[1:2], tmp_path / "cut", 5, [4])
+    assert not (tmp_path / "cut" / "teacher").exists()
+    script.train("teacher", tasks[1:2], tmp_path / "cut", 5, [4])
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["teacher"]
+    whole, cut = ((tmp_path / name / "teacher" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut

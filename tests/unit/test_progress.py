@@ -85,7 +85,7 @@ def test_metrics_are_read_from_an_offset(folder: Folder) -> None:
 
 
 def test_step_line_has_its_figures(folder: Folder) -> None:
-    Status(folder.path).stage("training", max_steps=40)
+    Status(folder.path).stage("training", planned_steps=40)
     follower = Follower(folder.path, folder.console)
     folder.write({"step": 3, **STEP, "rl/reward": 0.625})
     follower.show_news(folder.spinner)
@@ -107,7 +107,7 @@ def test_figure_that_does_not_exist_is_a_dash(folder: Folder) -> None:
 def test_time_left_follows_the_steps_seen(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("skd_plugin.terminal.progress.time.monotonic", lambda: now[0])
-    Status(folder.path).stage("training", max_steps=12)
+    Status(folder.path).stage("training", planned_steps=12)
     follower = Follower(folder.path, folder.console)
     for step, at in ((2, 100.0), (3, 130.0), (4, 150.0)):
         now[0] = at
@@ -163,14 +163,14 @@ def test_duration(seconds: float, text: str) -> None:
 def test_status_keeps_its_facts(tmp_path: Path) -> None:
     status = Status(tmp_path)
     assert status.read() == {}
-    status.stage("training", max_steps=10)
+    status.stage("training", planned_steps=10)
     status.stage("failed", error="boom")
-    assert Status(tmp_path).read() == {"stage": "failed", "max_steps": 10, "error": "boom"}
+    assert Status(tmp_path).read() == {"stage": "failed", "planned_steps": 10, "error": "boom"}
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_the_error_of_an_earlier_attempt_is_forgotten(tmp_path):
     status = Status(tmp_path)
     status.stage("stopped", error="stopped by the user")
-    status.stage("training", max_steps=3)
-    assert status.read() == {"stage": "training", "max_steps": 3}
+    status.stage("training", planned_steps=3)
+    assert status.read() == {"stage": "training", "planned_steps": 3}

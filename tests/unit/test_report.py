@@ -362,7 +362,7 @@ def test_header_of_a_run(tmp_path):
 
 def test_a_run_that_goes_on(tmp_path):
     run = write_run(tmp_path / "run")
-    (run / "status.json").write_text('{"stage": "training", "max_steps": 40}')
+    (run / "status.json").write_text('{"stage": "training", "planned_steps": 40}')
     assert "3 of 40 steps, unfinished (training)" in report(tmp_path, run).text
 
 
