@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def response_limit(self) -> int:
-        return self.skd.rollout.max_new_tokens or longest_response(self.skd) or self.options["data.max_len"] // 2
+        return longest_response(self.skd, self.skd.rollout.max_new_tokens) or self.options["data.max_len"] // 2
 
     @property
     def responses(self) -> int:

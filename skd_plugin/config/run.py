@@ -80,9 +80,14 @@ class Models:
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Ours, or else the host's, or else what the tasks need; None is whatever max_len leaves."""
-        given = self.skd.rollout.max_new_tokens, self.given.get("rollout.max_new_tokens"), longest_response(self.skd)
-        return next((limit for limit in given if limit is not None), None)
+        """Of the task that needs most, or without tasks of the run; None is whatever max_len leaves."""
+        return longest_response(self.skd, self.given_limit)
+
+    @property
+    def given_limit(self) -> int | None:
+        """The limit on a response that the recipe names: ours, or else the host's."""
+        own = self.skd.rollout.max_new_tokens
+        return self.given.get("rollout.max_new_tokens") if own is None else own
 
     def tokenizer_of(self, teacher: str, student: str) -> Any:
         """The student's, after both models have been found to fit each other and the recipe.
@@ -93,7 +98,7 @@ class Models:
         return check_pair(
             teacher,
             student,
-            top_k=int(max(extremes(self.skd.rollout.top_k))),
+            top_k=int(max([*extremes(self.skd.rollout.top_k), *(task.top_k or 1 for task in self.skd.all_tasks)])),
             loss_top_k=self.skd.loss.top_k,
             max_len=self.max_len,
             draft_len=self.skd.rollout.draft_len,
@@ -159,7 +164,8 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     if not skd.all_tasks:
         _check_dataset(complete, models.tokenizer, needs_references=skd.rollout.needs_references)
     else:
-        count = write_tasks(skd, complete, models.tokenizer, models.max_len - (models.max_new_tokens or 1))
+        longest_prompt = models.max_len - (models.max_new_tokens or 1)
+        count = write_tasks(skd, complete, models.tokenizer, longest_prompt, models.given_limit)
         if count < complete["rollout.batch_size"]:
             raise RecipeError(_too_few_prompts(count, complete))
     return Run(skd, host, models.cpu)

@@ -58,6 +58,11 @@ class RolloutConfig(Section):
         return self.method in REFERENCE_METHODS
 
     @property
+    def has_top_k(self) -> bool:
+        """Whether any token is put to the teacher's K most probable ones."""
+        return self.method in GATED_METHODS and self.gate in ("top_k", "ask_again", "confident")
+
+    @property
     def notice(self) -> str | None:
         """What a person is told once, at the start."""
         if not self.reference_compat:
@@ -89,8 +94,7 @@ class RolloutConfig(Section):
             )
         if len(moving) > 1:
             raise ValueError("top_k and threshold cannot both follow the rate of acceptance: fix one of them")
-        uses_top_k = self.gate in ("top_k", "ask_again", "confident")
-        if moving == ["top_k"] and not uses_top_k:
+        if moving == ["top_k"] and not self.has_top_k:
             raise ValueError(f"top_k follows the rate of acceptance, but gate '{self.gate}' has no K")
         return self
 
@@ -243,6 +247,10 @@ class TaskConfig(Section):
     weight: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="of one task among several; default: its number of train_prompts"
     )
+    top_k: int | None = Field(None, ge=1, description="K of one task among several; default: skd.rollout.top_k")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="longest response of one task among several; default: skd.rollout.max_new_tokens"
+    )
     seed: int = Field(0, description="of the choice of prompts")
 
 
@@ -284,6 +292,19 @@ class SKDConfig(Section):
             if config.weight is not None and (alone or config.train_prompts == 0):
                 reason = "it is the only task" if alone else "its train_prompts is 0"
                 raise ValueError(f"the weight of task {config.name} has no effect: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_of_one_among_several(self) -> SKDConfig:
+        for config in self.all_tasks:
+            own = [name for name in ("top_k", "max_new_tokens") if getattr(config, name) is not None]
+            if own and len(self.all_tasks) == 1:
+                raise ValueError(f"task {config.name} is the only one: set skd.rollout.{own[0]} in place of its own")
+            if config.top_k is not None and not self.rollout.has_top_k:
+                raise ValueError(
+                    f"the top_k of task {config.name} has no effect: no token is put to a K where the method is "
+                    f"{self.rollout.method} and the gate {self.rollout.gate}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -18,9 +18,15 @@ from skd_plugin.tasks.dataset import DatasetTask
 from skd_plugin.tasks.mixing import parts, shares
 
 
-def longest_response(skd: SKDConfig) -> int | None:
-    """Tokens, of a recipe that names no limit: of the task that needs most. None without tasks."""
-    return max((_task_class(config).max_new_tokens for config in skd.all_tasks), default=None)
+def longest_response(skd: SKDConfig, given: int | None) -> int | None:
+    """Tokens, of the task that needs most; without tasks `given`, the run's own limit. None is what max_len leaves."""
+    return max((_limit(config, given) for config in skd.all_tasks), default=given)
+
+
+def _limit(config: TaskConfig, given: int | None) -> int:
+    """A task's own limit, or else the run's, or else what its class says."""
+    limits = config.max_new_tokens, given, _task_class(config).max_new_tokens
+    return next(limit for limit in limits if limit is not None)
 
 
 def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +52,13 @@ def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def write_tasks(skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_prompt_len: int) -> int:
+def write_tasks(
+    skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_prompt_len: int, given: int | None
+) -> int:
     """The tasks' prompts into the run folder, after all of them have been found to fit.
+
+    Args:
+        given: the limit on a response that the recipe names for all tasks, if it does.
 
     Returns:
         The number of training prompts.
@@ -57,8 +68,10 @@ def write_tasks(skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_pro
     counts = _mixture(skd, [len(examples) for examples in pool])
     lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
-        lines["train"] += _lines(config, task, islice(cycle(examples), count), tokenizer)
-    lines["test"] = held_out(skd, tokenizer)
+        lines["train"] += _lines(
+            config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given)
+        )
+    lines["test"] = held_out(skd, tokenizer, given)
     for rows in lines.values():
         check_prompts(host_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
     if len(tasks) > 1:  # the host may read only the first lines (data.max_samples), which should not be of one task
@@ -70,12 +83,19 @@ def write_tasks(skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_pro
     return len(lines["train"])
 
 
-def held_out(skd: SKDConfig, tokenizer: Any) -> list[dict[str, Any]]:
+def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[dict[str, Any]]:
     """The tasks' held-out prompts, as rows of the dataset that the host would read."""
     rows: list[dict[str, Any]] = []
     for config, task in zip(skd.all_tasks, _tasks(skd), strict=True):
-        rows += _lines(config, task, _draw(task, "test", config, config.eval_prompts), tokenizer)
+        examples = _draw(task, "test", config, config.eval_prompts)
+        rows += _lines(config, task, examples, tokenizer, _sampling(skd, config, given))
     return rows
+
+
+def _sampling(skd: SKDConfig, config: TaskConfig, given: int | None) -> reward.Sampling:
+    """What a task has of its own beside others; a single task has the run's values."""
+    limit = _limit(config, given)
+    return reward.Sampling(config.top_k, limit if limit != longest_response(skd, given) else None)
 
 
 def _tasks(skd: SKDConfig) -> list[Task]:
@@ -94,12 +114,14 @@ def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:
     return parts(sum(available), shares(weights, skd.mix_temperature))
 
 
-def _lines(config: TaskConfig, task: Task, examples: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def _lines(
+    config: TaskConfig, task: Task, examples: Any, tokenizer: Any, sampling: reward.Sampling
+) -> list[dict[str, Any]]:
     key = _key(config)
     return [
         {
             "input": example.prompt,
-            "label": reward.make_label(key, example.label, tokenizer.eos_token, example.reference),
+            "label": reward.make_label(key, example.label, tokenizer.eos_token, example.reference, sampling),
             "datasource": task.name,
         }
         for example in examples

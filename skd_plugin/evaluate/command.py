@@ -80,6 +80,7 @@ def job_of(plan: Plan, student: Student, prompts: HeldOut) -> Job:
         measures=list(plan.measures),
         prompt_ids=prompts.prompt_ids,
         limits=prompts.limits,
+        top_k=prompts.top_k,
         references=prompts.references,
         samples=plan.sampling.samples,
         temperature=plan.sampling.temperature,

@@ -34,6 +34,7 @@ class Job:
     measures: list[str]
     prompt_ids: list[list[int]]
     limits: list[int]
+    top_k: list[int | None]
     references: list[str | None]
     samples: int
     temperature: float
@@ -124,7 +125,8 @@ class Beside:
     def _generate(self, doing: str, rule: SamplingRule, stream: int, **others: Any) -> list[Sample]:
         self._status.stage(f"{len(self._job.prompt_ids):,} {doing}")
         seed = derive_seed(self._job.seed, stream)
-        return self._engine.generate(self._job.prompt_ids, rule, self._job.limits, seed=seed, **others)
+        rules = [rule.with_top_k(own) for own in self._job.top_k]
+        return self._engine.generate(self._job.prompt_ids, rules, self._job.limits, seed=seed, **others)
 
     def _student_texts(self) -> list[Sample]:
         if self._of_student is None:

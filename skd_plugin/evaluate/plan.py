@@ -13,7 +13,7 @@ from skd_plugin.config.recipe import RecipeError, load_recipe, override
 from skd_plugin.config.run import Models, Run, complete_models
 from skd_plugin.config.task_data import held_out
 from skd_plugin.tasks.base import HELD_OUT
-from skd_plugin.tasks.reward import reference_of, task_of
+from skd_plugin.tasks.reward import reference_of, sampling_of, task_of
 
 MEASURES = ("scores", "distance", "prefixes", "speculation")
 BESIDE_THE_TEACHER = MEASURES[1:]
@@ -33,6 +33,7 @@ class HeldOut:
 
     prompt_ids: list[list[int]]
     limits: list[int]  # longest responses, tokens
+    top_k: list[int | None]  # K of each prompt's task; None is the run's
     labels: list[str | None]
     references: list[str | None]
     tasks: list[str]  # name of each prompt's
@@ -175,7 +176,7 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     options = {**models.defaults, **models.given}
     if models.skd.all_tasks:
         options |= {"data.input_key": "input", "data.label_key": "label"}
-        rows = held_out(models.skd, tokenizer)
+        rows = held_out(models.skd, tokenizer, models.given_limit)
     else:
         rows = _rows(options)
     if not rows:
@@ -184,9 +185,12 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     check_prompts(prompts, tokenizer, models.max_len - (models.max_new_tokens or 1))
     ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     labels = [row.get(options["data.label_key"]) for row in rows]
+    own = [sampling_of(label) for label in labels]
+    longest = [sampling.max_new_tokens or models.max_new_tokens or models.max_len for sampling in own]
     return HeldOut(
         prompt_ids=ids,
-        limits=[min(models.max_new_tokens or models.max_len, models.max_len - len(prompt)) for prompt in ids],
+        limits=[min(limit, models.max_len - len(prompt)) for limit, prompt in zip(longest, ids, strict=True)],
+        top_k=[sampling.top_k for sampling in own],
         labels=[label if task_of(label) else None for label in labels],
         references=[reference_of(label) for label in labels],
         tasks=[row.get("datasource", HELD_OUT) for row in rows],

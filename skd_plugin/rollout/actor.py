@@ -30,7 +30,7 @@ from skd_plugin.rollout.references import is_chosen, reference_ids
 from skd_plugin.rollout.rewards import RewardedExecutor
 from skd_plugin.rollout.rule import SamplingRule
 from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS, Bucket
-from skd_plugin.tasks.reward import reference_of
+from skd_plugin.tasks.reward import AS_THE_RUN, Sampling, reference_of, sampling_of
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
 TRACE_KEY = "skd"  # of a response, and of Experience.info
@@ -96,12 +96,15 @@ class SKDRollout(HostRollout):
         sampling_params: Any,
         multi_modal_data: Any = None,
         reference: str | None = None,
+        own: Sampling = AS_THE_RUN,
     ) -> Any:
-        """One response. `reference` takes its place where the rule chooses so; the others are sampled."""
+        """One response. `reference` takes its place where the rule chooses so; the others are sampled, by what the
+        prompt's task has of its `own`.
+        """
         if multi_modal_data:
             raise ValueError("SKD does not support image inputs: the student drafts from token ids only")
         refuse_unsupported(sampling_params)
-        params = self._rule.request(
+        params = self._rule.with_top_k(own.top_k).request(
             prompt_token_ids,
             next(self._trace_ids),
             self._next_seed(prompt_token_ids),
@@ -109,7 +112,8 @@ class SKDRollout(HostRollout):
         )
         engine_params = deepcopy(sampling_params)
         engine_params.min_tokens, engine_params.logprobs = 0, None
-        engine_params.max_tokens = response_limit(params, engine_params.max_tokens) + 1  # the forced end of the prompt
+        limit = min(engine_params.max_tokens, own.max_new_tokens or engine_params.max_tokens)
+        engine_params.max_tokens = response_limit(params, limit) + 1  # the forced end of the prompt
         # vLLM knows the teacher's end token; the student's may be another one of the same vocabulary.
         engine_params.stop_token_ids = [*(engine_params.stop_token_ids or ()), *self._student_end]
         engine_params.extra_args = params.to_extra_args()
@@ -189,7 +193,7 @@ class _TracingExecutor(AgentExecutorBase):
         self._inner = inner
 
     async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
-        turns = _TurnRecorder(llm_engine, reference_of(label))
+        turns = _TurnRecorder(llm_engine, reference_of(label), sampling_of(label))
         response = await self._inner.execute(prompt=prompt, label=label, llm_engine=turns, **kwargs)
         response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])
         return response
@@ -198,14 +202,14 @@ class _TracingExecutor(AgentExecutorBase):
 class _TurnRecorder:
     """The engine as one sample's executor sees it."""
 
-    def __init__(self, engine: Any, reference: str | None) -> None:
+    def __init__(self, engine: Any, reference: str | None, own: Sampling) -> None:
         self._engine = engine
-        self._reference = reference
+        self._reference, self._own = reference, own
         self.nothing = Trace.empty(engine.num_teacher_entries)  # of an executor that asks for no token at all
         self.traces: list[Trace] = []
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        output = await self._engine.generate(*args, reference=self._reference, **kwargs)
+        output = await self._engine.generate(*args, reference=self._reference, own=self._own, **kwargs)
         self.traces.append(output.skd_trace)
         return output
 

@@ -57,6 +57,14 @@ class SamplingRule:
         """No proposal is kept: plain sampling of the teacher."""
         return SamplingRule(0, self.student_temperature, self.student_top_p, temperature, top_p)
 
+    def with_top_k(self, top_k: int | None) -> SamplingRule:
+        """With another K, if this rule puts tokens to one; None is its own."""
+        return replace(self, top_k=top_k) if top_k is not None and self._has_top_k else self
+
+    @property
+    def _has_top_k(self) -> bool:
+        return 0 < self.top_k < KEEP_ALL
+
     def request(
         self, prompt_ids: Sequence[int], trace_id: int, seed: int, forced_ids: list[int] | None = None
     ) -> RequestParams:
@@ -66,7 +74,7 @@ class SamplingRule:
     def figures(self) -> dict[str, float]:
         """What a schedule or a controller may move, for the figures of a step."""
         figures = {}
-        if 0 < self.top_k < KEEP_ALL:
+        if self._has_top_k:
             figures["skd/top_k"] = float(self.top_k)
         if self.gate in ACCEPTANCE_SIGN:
             figures["skd/threshold"] = self.threshold

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from skd_plugin.tasks import Task, find_task
 
 
-def make_label(task: str, answer: str, end_token: str, reference: str) -> str:
+class Sampling(NamedTuple):
+    """How the prompts of one task among several are answered; None is what the run says."""
+
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+
+
+AS_THE_RUN = Sampling()
+
+
+def make_label(task: str, answer: str, end_token: str, reference: str, sampling: Sampling = AS_THE_RUN) -> str:
     """What the host carries beside a prompt and hands back to `reward_func`."""
-    return json.dumps({"task": task, "answer": answer, "end": end_token, "reference": reference})
+    own = {name: value for name, value in sampling._asdict().items() if value is not None}
+    record = {"task": task, "answer": answer, "end": end_token, "reference": reference}
+    return json.dumps(record | ({"sampling": own} if own else {}))
+
+
+def _record(label: Any) -> dict[str, Any]:
+    """The JSON object that a label is; empty for any other label."""
+    try:
+        record = json.loads(label)
+    except (json.JSONDecodeError, TypeError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def reference_of(label: Any) -> str | None:
@@ -18,23 +39,21 @@ def reference_of(label: Any) -> str | None:
 
     None where the label is no text, or empty.
     """
-    if not isinstance(label, str):
-        return None
-    try:
-        record = json.loads(label)
-    except json.JSONDecodeError:
-        record = None
-    text = record["reference"] if isinstance(record, dict) and "reference" in record else label
+    text = _record(label).get("reference", label)
     return text if isinstance(text, str) and text else None
 
 
 def task_of(label: Any) -> Task | None:
     """The task whose label it is; None for a label that is not ours."""
-    try:
-        record = json.loads(label)
-    except (json.JSONDecodeError, TypeError):
-        return None
-    return find_task(record["task"])() if isinstance(record, dict) and {"task", "answer"} <= record.keys() else None
+    return find_task(_record(label)["task"])() if _is_ours(label) else None
+
+
+def sampling_of(label: Any) -> Sampling:
+    return Sampling(**_record(label).get("sampling", {})) if _is_ours(label) else AS_THE_RUN
+
+
+def _is_ours(label: Any) -> bool:
+    return {"task", "answer"} <= _record(label).keys()
 
 
 def answer_of(label: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import UNMEASURED, finish, metrics, steps
+from tests.e2e.running import UNMEASURED, finish, metrics, steps, traces
 
 pytestmark = pytest.mark.e2e
 
@@ -32,8 +32,9 @@ TASK = Count
 def test_two_tasks_in_one_run(tmp_path: Path) -> None:
     file = tmp_path / "count.py"
     file.write_text(COUNT)
-    tasks = "[{name: arithmetic, train_prompts: 16, eval_prompts: 6}, {name: FILE, train_prompts: 8, eval_prompts: 4}]"
-    given = ["skd.task=null", "skd.tasks=" + tasks.replace("FILE", str(file))]
+    arithmetic = "{name: arithmetic, train_prompts: 16, eval_prompts: 6, top_k: 1}"
+    count = f"{{name: {file}, train_prompts: 8, eval_prompts: 4, max_new_tokens: 5}}"
+    given = ["skd.task=null", f"skd.tasks=[{arithmetic}, {count}]", "skd.rollout.top_k=6", "skd.traces_per_step=8"]
     finish(tmp_path / "run", *UNMEASURED, *given, "openrlhf.ckpt.save_steps=-1")
     records = steps(tmp_path / "run")
     assert len(records) == 3
@@ -46,3 +47,15 @@ def test_two_tasks_in_one_run(tmp_path: Path) -> None:
     assert evaluation["eval/count/seen"] == evaluation["eval/count/known"] == 1.0
     assert 0 <= evaluation["eval/arithmetic/step_validity"] <= 1 and "eval/arithmetic/accuracy" in evaluation
     assert "eval/heldout/kl" not in evaluation
+    assert evaluation["eval/count/response_len"] <= 5 < evaluation["eval/arithmetic/response_len"]
+    check_own_limit_and_k(traces(tmp_path / "run"))
+
+
+def check_own_limit_and_k(lines: list[dict]) -> None:
+    """The task of this file stops at 5 tokens under the run's K of 6; arithmetic has K = 1 and the run's limit."""
+    kept: dict[bool, set[int]] = {True: set(), False: set()}
+    for line in lines:
+        counting = "coins" in line["prompt"]
+        assert len(line["response_ids"]) <= (5 if counting else 32)
+        kept[counting] |= {rank for rank, s in zip(line["draft_rank"], line["source"], strict=True) if s == "s"}
+    assert kept[False] == {0} and max(kept[True]) > 0

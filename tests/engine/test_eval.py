@@ -27,6 +27,7 @@ def job() -> Job:
         measures=["distance", "prefixes", "speculation"],
         prompt_ids=PROMPTS,
         limits=[LIMIT] * len(PROMPTS),
+        top_k=[None] * len(PROMPTS),
         references=["a cat", "tom", "x = y", "z"],
         samples=1,
         temperature=1.0,

@@ -18,7 +18,7 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.task_data import longest_response, task_options, write_tasks
 from skd_plugin.tasks import TASKS, TaskError, find_task
 from skd_plugin.tasks.mixing import parts, shares
-from skd_plugin.tasks.reward import reward_func, task_of
+from skd_plugin.tasks.reward import reward_func, sampling_of, task_of
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 HOST = {"data.apply_chat_template": False, "data.input_template": None, "data.input_key": "input"}
@@ -65,7 +65,7 @@ def lines(tmp_path: Path, split: str) -> list[dict[str, Any]]:
 
 
 def written(tmp_path: Path, **sections: Any) -> tuple[int, Counter[str], Counter[str]]:
-    count = write_tasks(config(tmp_path, **sections), HOST, Words(), 200)
+    count = write_tasks(config(tmp_path, **sections), HOST, Words(), 200, None)
     return count, *(Counter(line["datasource"] for line in lines(tmp_path, split)) for split in ("train", "test"))
 
 
@@ -151,15 +151,38 @@ def test_a_run_without_held_out_prompts_is_not_evaluated(tmp_path: Path) -> None
 
 
 def test_longest_response_of_the_tasks(tmp_path: Path) -> None:
-    assert longest_response(config(tmp_path, tasks=several("translation", "arithmetic"))) == 96
-    assert longest_response(config(tmp_path)) is None
+    both = config(tmp_path, tasks=several("translation", "arithmetic"))
+    assert longest_response(both, None) == 96 and longest_response(both, 50) == 50
+    assert longest_response(config(tmp_path), None) is None and longest_response(config(tmp_path), 50) == 50
+    own = config(tmp_path, tasks=[*several("translation"), *several("arithmetic", max_new_tokens=120)])
+    assert longest_response(own, 50) == 120
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"), [(None, {"translation": 64, "arithmetic": None, "summary": 12}), (50, {"summary": 12})]
+)
+def test_a_task_among_several_has_its_own_limit_and_k(tmp_path: Path, given: int | None, limits: dict) -> None:
+    """A limit is in the label where it is lower than the run's longest, a K where the task names one."""
+    tasks = [*several("translation", "arithmetic"), *several("summary", max_new_tokens=12, top_k=4)]
+    write_tasks(config(tmp_path, tasks=tasks), HOST, Words(), 200, given)
+    for split in ("train", "test"):
+        for line in lines(tmp_path, split):
+            expected = limits.get(line["datasource"]), 4 if line["datasource"] == "summary" else None
+            assert sampling_of(line["label"])[::-1] == expected
+
+
+def test_labels_without_anything_of_their_own(tmp_path: Path) -> None:
+    written(tmp_path, task=several("arithmetic")[0])
+    assert all("sampling" not in json.loads(line["label"]) for line in lines(tmp_path, "train"))
+    for label in (None, 3, "a reference", '{"sampling": {"top_k": 4}}', "[1]"):
+        assert sampling_of(label) == (None, None)
 
 
 def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
     skd = config(tmp_path, tasks=several("arithmetic"))
-    assert write_tasks(skd, HOST, Words(), 35) == 60
+    assert write_tasks(skd, HOST, Words(), 35, None) == 60
     with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens"):
-        write_tasks(skd, HOST | {"data.apply_chat_template": True}, Words(), 35)
+        write_tasks(skd, HOST | {"data.apply_chat_template": True}, Words(), 35, None)
 
 
 # --- bad input ---
@@ -177,6 +200,17 @@ def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
         ({"tasks": several("arithmetic", weight=0)}, r"skd\.tasks\.0\.weight: input should be greater than 0; got 0"),
         ({"tasks": several("arithmetic", train_prompts=-1)}, r"skd\.tasks\.0\.train_prompts: .*; got -1"),
         ({"tasks": several("arithmetic", train_prompts="all")}, r"skd\.tasks\.0\.train_prompts: .*; got 'all'"),
+        ({"tasks": several("arithmetic", top_k=2)}, r"arithmetic is the only one: set skd\.rollout\.top_k in place"),
+        ({"task": several("arithmetic", max_new_tokens=2)[0]}, r"only one: set skd\.rollout\.max_new_tokens"),
+        (
+            {"tasks": several("arithmetic", "summary", top_k=2), "rollout": {"method": "on_policy"}},
+            "top_k of task arithmetic has no effect: .* the method is on_policy",
+        ),
+        (
+            {"tasks": several("arithmetic", "summary", top_k=2), "rollout": {"gate": "floor", "threshold": 0.1}},
+            "the gate floor",
+        ),
+        ({"tasks": several("arithmetic", "summary", top_k=0)}, r"skd\.tasks\.0\.top_k: .*; got 0"),
         ({"tasks": several("arithmetic", wieght=1)}, r"unknown key 'skd\.tasks\.0\.wieght'"),
         ({"tasks": several("arithmetic", train_prompts="full")}, "skd.task: task arithmetic has no end of prompts"),
         ({"tasks": several("arithmetic", train_prompts=0)}, "every train_prompts is 0"),
@@ -187,7 +221,7 @@ def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
 )
 def test_what_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        write_tasks(config(tmp_path, **sections), HOST, Words(), 200)
+        write_tasks(config(tmp_path, **sections), HOST, Words(), 200, None)
 
 
 def test_a_scorer_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
