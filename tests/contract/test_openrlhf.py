@@ -386,6 +386,7 @@ class _Engine:
         sampling_params: Any,
         multi_modal_data: Any = None,
         reference: str | None = None,
+        own: Any = None,
     ) -> Any:
         self.prompts.append(list(prompt_token_ids))
         self.references.append(reference)

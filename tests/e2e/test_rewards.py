@@ -51,7 +51,7 @@ def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: Thre
         tmp_path,
         *UNMEASURED,
         "skd.task.train_prompts=64",
-        "skd.objective.rl_coef={kind: linear, from: 0.5, to: 0.1}",
+        "skd.objective.rl_coef={kind: linear, from: 0.5, to: 0.1, hold: 0}",
         f"openrlhf.reward.remote_url=http://127.0.0.1:{server.server_port}/score",
         "openrlhf.reward.overlong_buffer_len=8",
         "openrlhf.algo.advantage.estimator=group_norm",
