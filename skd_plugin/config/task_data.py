@@ -14,8 +14,8 @@ from skd_plugin.config.recipe import RecipeError, unknown_key
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.base import SPLITS
-from skd_plugin.tasks.dataset import DatasetTask
 from skd_plugin.tasks.mixing import parts, shares
+from skd_plugin.tasks.reasoning_gym import PREFIX
 
 
 def longest_response(skd: SKDConfig, given: int | None) -> int | None:
@@ -65,6 +65,8 @@ def write_tasks(
     """
     tasks = _tasks(skd)
     pool = [_draw(task, "train", c, c.train_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)]
+    if skd.rollout.needs_references:
+        _check_references(tasks, pool)
     counts = _mixture(skd, [len(examples) for examples in pool])
     lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
@@ -81,6 +83,15 @@ def write_tasks(
     for split, rows in lines.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(lines["train"])
+
+
+def _check_references(tasks: list[Task], pool: list[list[Example]]) -> None:
+    for task, examples in zip(tasks, pool, strict=True):
+        for example in examples:
+            if not example.reference:
+                raise RecipeError(
+                    f"a prompt of task {task.name} has no reference, which the method needs: {example.prompt!r}"
+                )
 
 
 def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[dict[str, Any]]:
@@ -134,8 +145,11 @@ def _key(config: TaskConfig) -> str:
 
 
 def _task_class(config: TaskConfig) -> type[Task]:
-    if not config.name.endswith(".py") and config.name not in TASKS:
-        raise RecipeError(f"skd.task.name: {unknown_key(config.name, TASKS)}; there are {', '.join(sorted(TASKS))}")
+    if not config.name.endswith(".py") and not config.name.startswith(PREFIX) and config.name not in TASKS:
+        raise RecipeError(
+            f"skd.task.name: {unknown_key(config.name, TASKS)}; there are {', '.join(sorted(TASKS))}, "
+            f"{PREFIX}DATASET, and a task file of your own"
+        )
     try:
         return find_task(_key(config))
     except TaskError as error:
@@ -151,9 +165,13 @@ def _make(config: TaskConfig) -> Task:
                 f"task {kind.name} is scored by {package}, which is not installed; pip install 'skd_plugin[tasks]'"
             )
     given = {name: value for name in ("path", "template") if (value := getattr(config, name)) is not None}
-    if given and not issubclass(kind, DatasetTask):
-        raise RecipeError(f"skd.task.{min(given)} is for tasks that read a dataset, but {kind.name} makes its prompts")
-    return kind(**given)
+    for name in given:
+        if name not in getattr(kind, "options", ()):
+            raise RecipeError(f"skd.task.{name} is for tasks that read a dataset, but {kind.name} makes its prompts")
+    try:
+        return kind(**given)
+    except TaskError as error:
+        raise RecipeError(f"skd.task: {error}") from error
 
 
 def _draw(task: Task, split: str, config: TaskConfig, wanted: int | str) -> list[Example]:

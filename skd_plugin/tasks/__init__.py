@@ -13,6 +13,7 @@ from skd_plugin.tasks.flores import Flores
 from skd_plugin.tasks.gsm8k import GSM8K
 from skd_plugin.tasks.instructions import Instructions
 from skd_plugin.tasks.math_problems import ASDiv, GSMPlus, Math500, UltraInteract
+from skd_plugin.tasks.reasoning_gym import PREFIX, reasoning_gym_task
 from skd_plugin.tasks.summary import Summary
 from skd_plugin.tasks.translation import Translation
 
@@ -25,13 +26,15 @@ __all__ = ["TASKS", "Example", "Task", "TaskError", "find_task"]
 
 @cache
 def find_task(name: str) -> type[Task]:
-    """Class of a task: one of TASKS, or the class `TASK` of the Python file that `name` is the path of.
+    """Class of a task: one of TASKS, a dataset of reasoning-gym, or the class `TASK` of the Python file `name`.
 
     Raises:
         KeyError: there is no task of that name.
-        TaskError: the file is not there, or defines no task.
+        TaskError: the file is not there or defines no task; reasoning-gym is not there or has no such dataset.
     """
-    return _class_of(Path(name)) if name.endswith(".py") else TASKS[name]
+    if name.endswith(".py"):
+        return _class_of(Path(name))
+    return reasoning_gym_task(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else TASKS[name]
 
 
 def _class_of(file: Path) -> type[Task]:

@@ -26,6 +26,7 @@ class Task(Protocol):
     metric: ClassVar[str]  # what the mean of `score` is called, e.g. "accuracy"
     max_new_tokens: ClassVar[int]  # longest response, of a recipe that does not say
     packages: ClassVar[tuple[str, ...]] = ()  # modules that the checker imports and the plugin does not install
+    options: ClassVar[tuple[str, ...]] = ()  # of skd.task, those that the class is made with
 
     def examples(self, split: str, count: int | None, seed: int = 0) -> list[Example]:
         """`count` examples of `split` ("train" or "test"), no prompt twice; the same arguments give the same ones.

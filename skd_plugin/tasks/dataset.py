@@ -26,6 +26,7 @@ class DatasetTask(Task):
     dataset: ClassVar[str]  # name on the Hub
     subset: ClassVar[str | None] = None
     splits: ClassVar[Mapping[str, str]] = MappingProxyType({"train": "train", "test": "test"})  # ours -> the dataset's
+    options = ("path", "template")
     cut_by_hash: ClassVar[bool] = False  # the dataset has one split: a hash of the prompt makes two of it
     template: str
 
