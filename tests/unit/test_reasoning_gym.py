@@ -100,7 +100,7 @@ def test_parameters_of_a_file_of_ones_own(tmp_path: Path) -> None:
         find_task.cache_clear()
         task = find_task(str(file))()
         if terms is None:
-            with pytest.raises(TaskError, match="makes no chain_sum with parameters .*'min_terms': 9"):
+            with pytest.raises(TaskError, match=r"makes no chain_sum with parameters .*'min_terms': 9"):
                 task.examples("train", 1)
         else:
             question = ast.literal_eval(task.examples("train", 1)[0].label)["question"]
