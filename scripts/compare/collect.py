@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from csv import DictReader, DictWriter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from plan import Plan, Run
 from skd_plugin.config.run import Run as Config
 
 Row = dict[str, Any]
+NAMES = ("task", "start", "method")  # columns of a table that hold no numbers
 
 
 def runs_table(plan: Plan, folder: Path) -> list[Row]:
@@ -79,6 +80,22 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     if not rows:
         return
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """What `write_csv` wrote; empty where it wrote no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {key: value if key in NAMES else _number(value) for key, value in row.items()} for row in DictReader(file)
+        ]
+
+
+def _number(text: str) -> float | int | None:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)

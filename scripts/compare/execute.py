@@ -30,8 +30,10 @@ def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
     waiting = deque(run for run in runs if not is_done(run, folder))
     console = Console(highlight=False)
     console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done already; folders in {folder}")
-    free, going, failed = core_shares(jobs), [], []
+    if not waiting:
+        return []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    free, going, failed = core_shares(jobs), [], []
     # Drawn from here only: a thread that holds a lock would take it with it into a fork.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         bar = progress.add_task("runs", total=len(waiting))

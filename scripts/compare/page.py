@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from collect import Row, chosen, known
@@ -22,6 +23,9 @@ MARK = "<!-- Below: written by scripts/compare.sh -->"
 
 def _sections(plan: Plan, table: list[Row]) -> list[str]:
     lines = ["![score by method](comparison.png)", ""]
+    lines += _overview(plan, table, "score", "Score", _percent) + _overview(
+        plan, table, "kl", "KL(p‖q), nats a token", _plain
+    )
     for cell in plan.comparison.cells:
         lines += [f"## {cell.replace('/', ', ')} start", "", *_comparison(plan, table, cell), ""]
     if plan.sweep is not None and plan.sweep.cells:
@@ -31,6 +35,30 @@ def _sections(plan: Plan, table: list[Row]) -> list[str]:
     if plan.adaptivity is not None and plan.adaptivity.cells:
         lines += ["## Acceptance over training", "", "![adaptivity](adaptivity.png)", ""]
     return [*lines, "## Cost", "", "![cost](cost.png)", ""]
+
+
+def _overview(plan: Plan, table: list[Row], key: str, title: str, written: Callable[..., str]) -> list[str]:
+    """All cells beside each other; the best mean of a cell is bold."""
+    cells, methods = plan.comparison.cells, plan.comparison.methods
+    values = {(m, c): [row[key] for row in chosen(table, c, m)] for m in methods for c in cells}
+    better = max if key == "score" else min
+    best = {c: better((Interval.of(values[m, c]).mean for m in methods if values[m, c]), default=None) for c in cells}
+
+    def shown(method: str, cell: str) -> str:
+        if not values[method, cell]:
+            return ""
+        text = written(values[method, cell])
+        return f"**{text}**" if Interval.of(values[method, cell]).mean == best[cell] else text
+
+    heads = [
+        f"{cell.replace('/', ', ')} ({plan.metric_of(cell)})" if key == "score" else cell.replace("/", ", ")
+        for cell in cells
+    ]
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(cells) + 1) + "|"]
+    at_start = [known([row for m in methods for row in chosen(table, c, m)], f"{key}_at_start") for c in cells]
+    lines.append(f"| student at the start | {' | '.join(written(v) if v else '' for v in at_start)} |")
+    lines += [f"| {plan.methods[m].label} | {' | '.join(shown(m, c) for c in cells)} |" for m in methods]
+    return [*lines, ""]
 
 
 def _comparison(plan: Plan, table: list[Row], cell: str) -> list[str]:

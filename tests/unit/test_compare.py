@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -159,9 +160,10 @@ def test_page_and_figures(plan, table, tmp_path):
     page.write_page(plan, table, written)
     text = written.read_text()
     assert text.startswith("# Results\n\nMine.\n\n") and "earlier" not in text
-    assert text.count("| SKD | ") == 2 and "| teacher | 99.0 ± 0.0 % |" in text
-    collect.write_csv(tmp_path / "runs.csv", table)
-    assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(table) + 1
+    assert text.count("\n| SKD | ") == 4 and "| teacher | 99.0 ± 0.0 % |" in text  # two overviews, a table a cell
+    assert "| student at the start | 10.0 ± 0.0 % | 10.0 ± 0.0 % |  |  |" in text
+    means = [sum(r["score"] for r in collect.chosen(table, "arithmetic/cold", m)) for m in plan.comparison.methods]
+    assert max(means) == means[-1] and text.count("| SKD, interpolated 0.5 | **") == 2  # the best is bold
     rows = [{"task": "arithmetic", "start": "cold", "step": s, "accepted": 0.5, "kl": 0.1} for s in (0, 1)]
     for draw, content in (
         (figures.draw_comparison, table),
@@ -172,6 +174,27 @@ def test_page_and_figures(plan, table, tmp_path):
         path = tmp_path / f"{draw.__name__}.png"
         draw(plan, content, path)
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_the_same_when_read_again(table, tmp_path):
+    collect.write_csv(tmp_path / "runs.csv", table)
+    assert collect.read_csv(tmp_path / "runs.csv") == table
+    assert collect.read_csv(tmp_path / "no.csv") == []
+
+
+def test_draw_reads_what_was_measured_and_runs_nothing(table, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare" / "__main__.py")
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("--draw runs nothing"))
+    monkeypatch.setattr(sys, "argv", ["compare", "--draw", "--out", str(tmp_path / "out")])
+    assert command.main() == 2 and "there is nothing to draw" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    collect.write_csv(tmp_path / "out" / "runs.csv", table)
+    assert command.main() == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "runs.csv", "README.md", "comparison.png", "cost.png", "sweep.png",
+    }  # fmt: skip
 
 
 def test_interval_is_students_t():
