@@ -16,9 +16,16 @@ GATES = {  # the laws are in core/gates.py
     "top_p": "it lies in the teacher's nucleus of mass {threshold}",
     "floor": "the teacher gives it {threshold} or more",
     "typical": "the teacher gives it more than a floor ({threshold}) that sinks with the teacher's entropy",
-    "confident": "the student is sure of it (q of {threshold} or more), or it is among the teacher's {top_k} first",
+    "confident": "the student is sure of it ({confidence}), or it is among the teacher's {top_k} first",
     "chance": "a coin says so, whatever the models think: it is rejected with probability {threshold}",
     "interpolated": "the next token's law stays (1 - t) q + t p, t = {threshold}",
+}
+
+
+CONFIDENCE = {
+    "probability": "q of {threshold} or more",
+    "margin": "the two largest q are {threshold} or more apart",
+    "entropy": "an entropy of {threshold} nats or less",
 }
 
 
@@ -41,7 +48,9 @@ METHODS = {  # all but those whose text is the gate's alone
 def _gate(rollout: RolloutConfig) -> str:
     proposes = f"the student proposes {count(rollout.draft_len, 'token')} a block"
     words = GATES.get(rollout.gate, f"the gate '{rollout.gate}' keeps it (threshold {{threshold}})")
-    rule = words.format(top_k=_value(rollout.top_k), threshold=_value(rollout.threshold or 0.0))
+    threshold = _value(rollout.threshold or 0.0)
+    confidence = CONFIDENCE[rollout.confidence].format(threshold=threshold)
+    rule = words.format(top_k=_value(rollout.top_k), threshold=threshold, confidence=confidence)
     gate = f"{proposes}; one stays if {rule}; else one of the teacher's takes its place"
     if rollout.method not in METHODS:
         return gate

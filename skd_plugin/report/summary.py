@@ -29,16 +29,26 @@ class Cell:
     best_leads: bool = False
 
 
+WITHOUT_A_GATE = {
+    "on_policy": "none: every student token stays (on-policy)",
+    "teacher": "none: every token is the teacher's",
+    "seq_kd": "none: every token is the teacher's, and is the label",
+    "supervised": "none: every response is a reference",
+    "mixed": "none: student text and references",
+    "two_stage": "none: references, then student text",
+}
+
+
 def gate(run: RunFolder) -> str:
     method = run.option("skd.rollout.method")
-    if method == "on_policy":
-        return "none: every student token stays (on-policy)"
-    if method == "teacher":
-        return "none: every token is the teacher's"
+    if method in WITHOUT_A_GATE:
+        return WITHOUT_A_GATE[method]
     name = run.option("skd.rollout.gate") or "top_k"
     values = {"K": run.option("skd.rollout.top_k"), "threshold": run.option("skd.rollout.threshold")}
-    if name not in ("top_k", "confident"):
+    if name not in ("top_k", "ask_again", "confident"):
         values.pop("K")
+    if name == "confident":
+        values["by"] = run.option("skd.rollout.confidence")
     given = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
     return f"{name}, {given}" if given else name
 

@@ -18,8 +18,6 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import numpy as np
-
 from skd_plugin.tasks.base import Example, Task, TaskError, check_split, mean, split_of
 
 PREFIX = "reasoning_gym:"
@@ -108,7 +106,7 @@ def _literal(value: Any) -> Any:
         return {_literal(key): _literal(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set):
         return type(value)(_literal(one) for one in value)
-    plain = value.item() if isinstance(value, np.generic) else value
+    plain = value.item() if hasattr(value, "item") else value  # of a scalar of numpy's
     is_literal = plain is None or isinstance(plain, str | int) or (isinstance(plain, float) and isfinite(plain))
     return plain if is_literal else str(plain)
 

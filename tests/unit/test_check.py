@@ -287,6 +287,8 @@ def test_sampling_in_words():
     assert "0.25 of training" in rule(method="two_stage", stage_share=0.25)
     assert "answered by references: the student proposes" in rule(method="mixed_skd")
     assert "most probable, or else is drawn again" in rule(gate="ask_again")
+    assert "sure of it (q of 0.9 or more)" in rule(gate="confident", threshold=0.9)
+    assert "0.5 nats or less" in rule(gate="confident", threshold=0.5, confidence="entropy")
     assert "teacher's 25 to 3 most" in rule(top_k={"kind": "linear", "from": 25, "to": 3})
     assert "at first, then what keeps 90%" in rule(
         gate="floor", threshold={"kind": "target_acceptance", "rate": 0.9, "start": 0.1}
@@ -305,6 +307,7 @@ def test_every_method_and_gate_has_its_words():
     fields = RolloutConfig.model_fields
     assert set(sampler.GATES) == set(get_args(fields["gate"].annotation))
     assert set(sampler.METHODS) | {"skd"} == set(get_args(fields["method"].annotation))
+    assert set(sampler.CONFIDENCE) == set(get_args(fields["confidence"].annotation))
 
 
 # --- the self-test's verdict ---

@@ -12,11 +12,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from skd_plugin.cli import main
+from skd_plugin.config.schema import GATED_METHODS, RolloutConfig
 from skd_plugin.report import summary
 from skd_plugin.report.figures import figures_of, shown_first
 from skd_plugin.report.folder import read_runs
@@ -371,6 +373,12 @@ def test_a_run_that_goes_on(tmp_path):
     [
         ({"method": "skd", "gate": "floor", "threshold": 0.05, "top_k": 25}, "floor, threshold 0.05"),
         ({"method": "skd", "gate": "confident", "threshold": 0.9, "top_k": 5}, "confident, K 5, threshold 0.9"),
+        (
+            {"method": "mixed_skd", "gate": "confident", "threshold": 0.3, "confidence": "margin", "top_k": 5},
+            "confident, K 5, threshold 0.3, by margin",
+        ),
+        ({"method": "skd", "gate": "ask_again", "top_k": 5}, "ask_again, K 5"),
+        ({"method": "supervised", "gate": "top_k", "top_k": 5}, "none: every response is a reference"),
         ({"method": "on_policy", "gate": "top_k", "top_k": 25}, "none: every student token stays (on-policy)"),
         ({"method": "teacher"}, "none: every token is the teacher's"),
         ({"method": "skd", "top_k": 3}, "top_k, K 3"),  # a config.yaml from before there were gates
@@ -379,6 +387,11 @@ def test_a_run_that_goes_on(tmp_path):
 def test_gate_in_words(tmp_path, rollout, expected):
     (run,) = read_runs([write_run(tmp_path / "run", skd={"rollout": rollout})])
     assert summary.gate(run) == expected
+
+
+def test_every_method_has_a_gate_or_words_for_having_none():
+    methods = set(get_args(RolloutConfig.model_fields["method"].annotation))
+    assert set(summary.WITHOUT_A_GATE) == methods - set(GATED_METHODS)
 
 
 def test_loss_in_words(tmp_path):
