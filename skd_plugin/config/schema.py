@@ -233,8 +233,8 @@ class ObjectiveConfig(Section):
 
 class TaskConfig(Section):
     name: str = Field(
-        description="a task of skd_plugin.tasks, or the path of a .py file with one; it makes the prompts and checks "
-        "the answers"
+        description="a task of skd_plugin.tasks, reasoning_gym:DATASET, or the path of a .py file with a task; it "
+        "makes the prompts and checks the answers"
     )
     path: str | None = Field(
         None, description="of a task that reads a dataset: a folder with train and test as .json, .jsonl or .parquet"

@@ -83,11 +83,16 @@ class ReasoningGym(Task):
         answer = _answer(response)
         if answer is None:
             return 0.0
-        checker = _checker(self.dataset, tuple(self.parameters.items()))
+        entry = ast.literal_eval(label)
         try:
-            return min(max(float(checker.score_answer(answer, ast.literal_eval(label))), 0.0), 1.0)
+            return min(max(float(self._checker().score_answer(answer, entry)), 0.0), 1.0)
         except UNREADABLE:
             return 0.0
+
+    @classmethod
+    @cache  # the host asks a new task for every response, and some datasets take seconds to make
+    def _checker(cls) -> Any:
+        return _problems(cls.dataset, cls.parameters, seed=0)
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
         """`solved`: share of responses with the full score; `answered`: share that have an answer."""
@@ -116,8 +121,10 @@ def _same_random_numbers(key: str) -> Iterator[None]:
     """Two of the datasets (codeio, list_functions) also draw from the random numbers that all of Python shares."""
     kept = random.getstate()
     random.seed(key)
-    yield
-    random.setstate(kept)
+    try:
+        yield
+    finally:
+        random.setstate(kept)
 
 
 def _reference(entry: Entry) -> str:
@@ -132,11 +139,6 @@ def _answer(response: str) -> str | None:
     from reasoning_gym.utils import extract_answer
 
     return extract_answer(response)
-
-
-@cache
-def _checker(dataset: str, parameters: tuple[tuple[str, Any], ...]) -> Any:
-    return _problems(dataset, dict(parameters), 0)
 
 
 def _problems(dataset: str, parameters: Mapping[str, Any], seed: int) -> Any:

@@ -107,6 +107,20 @@ def test_parameters_of_a_file_of_ones_own(tmp_path: Path) -> None:
             assert question.count(" + ") + question.count(" - ") == terms - 1
 
 
+def test_parameters_may_be_lists(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.py"
+    file.write_text(
+        "from reasoning_gym.composite import DatasetSpec\n"
+        "from skd_plugin.tasks.reasoning_gym import ReasoningGym\n"
+        "class Mixed(ReasoningGym):\n    name, dataset = 'mixed', 'composite'\n"
+        "    parameters = {'datasets': [DatasetSpec(n, 1, {}) for n in ('chain_sum', 'leg_counting')]}\nTASK = Mixed\n"
+    )
+    task = find_task(str(file))()
+    examples = task.examples("train", 20)
+    assert [task.score(e.reference, e.label) for e in examples] == [1.0] * 20
+    assert len({"arithmetic problem" in e.prompt for e in examples}) == 2
+
+
 def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make("chain_sum")
     with pytest.raises(TaskError, match="there is no split 'dev'"):
