@@ -10,6 +10,7 @@
 #
 #   RAY_API_SERVER_ADDRESS   the cluster's dashboard (default http://127.0.0.1:8265)
 #   RUNTIME_ENV              Ray's runtime environment as JSON, e.g. '{"env_vars": {"HF_HOME": "/shared/hf"}}'
+#   SUBMISSION_ID            name of the job, for `ray job stop NAME` (default: Ray makes one)
 #   DRY_RUN=1                print the command only
 # Ctrl-C ends the watching, not the job: `ray job stop` does that. The same command goes on with a run that was cut off.
 set -euo pipefail
@@ -30,7 +31,9 @@ done
 
 # A Ray job starts in a folder of its own, so it is sent back to this one.
 skd=$(command -v skd) || { echo "launch_job.sh: there is no 'skd'; pip install -e '.[gpu]' first" >&2; exit 2; }
-command=(ray job submit --runtime-env-json="${RUNTIME_ENV:-"{}"}" -- env --chdir="$PWD" "$skd" train "$@")
+command=(ray job submit --runtime-env-json="${RUNTIME_ENV:-"{}"}")
+[ -z "${SUBMISSION_ID:-}" ] || command+=(--submission-id="$SUBMISSION_ID")
+command+=(-- env --chdir="$PWD" "$skd" train "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}"
     echo

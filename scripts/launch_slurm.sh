@@ -33,6 +33,8 @@ on_node=(srun --overlap --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NOD
 start_head=("${on_node[@]}" --nodes=1 --nodelist="$head" ray start --head --block --port="$port" --disable-usage-stats)
 start_others=("${on_node[@]}" --nodes=$((count - 1)) --exclude="$head" ray start --block --address="$head:$port")
 submit=(bash scripts/launch_job.sh "$@")
+export SUBMISSION_ID=slurm-${SLURM_JOB_ID:-0}-${SLURM_RESTART_COUNT:-0}
+export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${start_head[@]}" && echo
@@ -43,6 +45,8 @@ fi
 steps=() # process ids of what runs in the background
 clean_up() {
     trap - EXIT USR1 TERM INT
+    # The training first: what Ray starts for a job outlives it where Slurm does not track processes by cgroups.
+    [ -z "${job:-}" ] || timeout 60 ray job stop "$SUBMISSION_ID" || true
     [ ${#steps[@]} -eq 0 ] || kill "${steps[@]}" 2>/dev/null || true # srun ends Ray, and Ray its workers, on every node
     wait
 }
@@ -79,4 +83,7 @@ done
 "${submit[@]}" & # in the background, because bash hears of a signal only while it waits
 job=$!
 steps+=("$job")
-wait "$job"
+status=0
+wait "$job" || status=$?
+job= # has ended by itself
+exit "$status"

@@ -16,7 +16,8 @@ RECIPE = "recipes/own.yaml"
 # How a stand-in acts behind the line that it logs. srun blocks as `ray start --block` does.
 STAND_INS = {
     "skd": 'exit "$(cat skd_status 2>/dev/null || echo 0)"',
-    "ray": '[ ! -e job_hangs ] || exec /bin/sleep 60; exit "$(cat ray_status 2>/dev/null || echo 0)"',
+    "ray": '[ "$2" = stop ] || [ ! -e job_hangs ] || exec /bin/sleep 60; '
+    'exit "$(cat ray_status 2>/dev/null || echo 0)"',
     "srun": "exec /bin/sleep 60",
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; fi',
     "python": "head -n 1 nodes_up; sed -i 1d nodes_up",  # how many nodes are up, at each look
@@ -148,6 +149,7 @@ def test_slurm_starts_ray_waits_for_all_nodes_and_submits(root: Path) -> None:
     assert "<--cpus-per-task=96>" in head and "<--cpus-per-task=96>" in others
     assert (root / "nodes_up").read_text() == "9\n", "it looked until there were two"
     assert calls(root)[-1].startswith("ray <job> <submit>") and calls(root)[-1].endswith("<skd.rollout.seed=3>")
+    assert "<--submission-id=slurm-7-0>" in calls(root)[-1]
     assert not any("requeue" in call for call in calls(root))
 
 
@@ -189,6 +191,7 @@ def test_slurm_goes_back_into_the_queue_when_its_time_is_over(
     run.send_signal(number)
     assert run.wait(20) == status  # which also waits for the stand-ins of srun: they are ended
     assert (calls(root)[-1] == "scontrol <requeue> <7>") == requeued
+    assert "ray <job> <stop> <slurm-7-0>" in calls(root)[-2:], "the training is stopped before Ray"
 
 
 # --- dry runs ---
