@@ -18,7 +18,7 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.task_data import longest_response, task_options, write_tasks
 from skd_plugin.tasks import TASKS, TaskError, find_task
 from skd_plugin.tasks.mixing import parts, shares
-from skd_plugin.tasks.reward import reward_func, sampling_of, task_of
+from skd_plugin.tasks.reward import Sampling, reward_func, sampling_of, task_of
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 HOST = {"data.apply_chat_template": False, "data.input_template": None, "data.input_key": "input"}
@@ -295,3 +295,20 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     assert task_of(row["label"]).metrics(["it is lima"], ["lima"]) == {"mentioned": 1.0}
     with pytest.raises(RecipeError, match="capitals has 4 train prompts, but 5 are asked for"):
         load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}", "skd.task.train_prompts=5"])
+
+
+def test_the_recipe_of_four_tasks(tmp_path: Path) -> None:
+    """Every prompt fits, each task has its share, its limit and its K."""
+    run = load_run(QUICKSTART.with_name("four-tasks.yaml"), [f"skd.run_dir={tmp_path}"])
+    assert run.host["rollout.max_new_tokens"] == 96
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    assert Counter(row["datasource"] for row in rows) == dict.fromkeys(
+        ("arithmetic", "translation", "summary", "instructions"), 1600
+    )
+    own = {row["datasource"]: sampling_of(row["label"]) for row in rows}
+    assert own == {
+        "arithmetic": Sampling(),
+        "translation": Sampling(top_k=5, max_new_tokens=64),
+        "summary": Sampling(max_new_tokens=80),
+        "instructions": Sampling(max_new_tokens=64),
+    }
