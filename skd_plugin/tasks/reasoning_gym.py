@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from math import isfinite
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -26,6 +27,9 @@ CHUNK = 64  # problems of one seed
 PATIENCE = 4096  # problems without a new one of the split, after which there seem to be no more
 # What its checkers raise at an answer in a form they do not read, e.g. prime_factorization at a word.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+_IMPORTING = Lock()
 
 
 class ReasoningGym(Task):
@@ -136,18 +140,24 @@ def _reference(entry: Entry) -> str:
 
 
 def _answer(response: str) -> str | None:
-    from reasoning_gym.utils import extract_answer
-
-    return extract_answer(response)
+    return _library().utils.extract_answer(response)
 
 
 def _problems(dataset: str, parameters: Mapping[str, Any], seed: int) -> Any:
-    import reasoning_gym
-
+    library = _library()
     try:
-        return reasoning_gym.create_dataset(dataset, seed=seed, size=CHUNK, **parameters)
+        return library.create_dataset(dataset, seed=seed, size=CHUNK, **parameters)
     except (AssertionError, TypeError, ValueError) as error:  # it checks its parameters by assertions
         raise TaskError(f"reasoning-gym makes no {dataset} with parameters {dict(parameters)}: {error}") from error
+
+
+def _library() -> Any:
+    """The host scores in several threads: one that met an import that has begun would see half of the datasets."""
+    with _IMPORTING:
+        import reasoning_gym
+        import reasoning_gym.utils
+
+        return reasoning_gym
 
 
 @cache
@@ -155,10 +165,9 @@ def reasoning_gym_task(dataset: str) -> type[Task]:
     """Raises TaskError: reasoning-gym is not installed, or has no such dataset."""
     if find_spec("reasoning_gym") is None:
         raise TaskError("reasoning-gym is not installed; pip install 'skd_plugin[tasks]'")
-    from reasoning_gym.factory import DATASETS
-
-    if dataset not in DATASETS:
-        near = get_close_matches(dataset, DATASETS, n=3)
+    known = _library().factory.DATASETS
+    if dataset not in known:
+        near = get_close_matches(dataset, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "its gallery lists them"
         raise TaskError(f"reasoning-gym has no dataset '{dataset}'; {hint}")
     return type("".join(map(str.title, dataset.split("_"))), (ReasoningGym,), {"name": dataset, "dataset": dataset})

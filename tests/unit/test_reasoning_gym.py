@@ -70,6 +70,20 @@ def test_a_label_is_scored_in_another_process() -> None:
     assert float(done.stdout.split()[-1]) == 1.0
 
 
+def test_threads_that_come_during_the_import_wait_for_it() -> None:
+    example = make("chain_sum").examples("train", 1)[0]
+    code = (
+        "import sys, time; from concurrent.futures import ThreadPoolExecutor; from skd_plugin.tasks import find_task\n"
+        "def score(place):\n"
+        "    time.sleep(place / 20)\n"  # the import takes seconds
+        "    return find_task('reasoning_gym:chain_sum')().score(*sys.argv[1:])\n"
+        "with ThreadPoolExecutor(8) as pool: print('SCORES', set(pool.map(score, range(8))))"
+    )
+    words = [sys.executable, "-c", code, example.reference, example.label]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert "SCORES {1.0}" in done.stdout, done.stderr
+
+
 def test_solution_of_gsm_symbolic_is_part_of_its_reference() -> None:
     reference = make("gsm_symbolic").examples("train", 1)[0].reference
     answer = reference.rpartition("<answer>")[2].removesuffix("</answer>")
