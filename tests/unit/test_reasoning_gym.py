@@ -25,8 +25,9 @@ def make(name: str) -> Task:
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"composite"}))
-def test_every_dataset_is_a_task(name: str) -> None:
+def test_every_dataset_is_a_task(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels are literals, the kept answers score 1, and an answer of any form has a score."""
+    monkeypatch.chdir(tmp_path)  # programs of codeio write files
     task = make(name)
     examples = task.examples("train", 3)
     assert task.name == name and len({e.prompt for e in examples}) == 3
