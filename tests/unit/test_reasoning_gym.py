@@ -109,10 +109,9 @@ def test_host_reward_finds_the_task() -> None:
 
 def test_parameters_of_a_file_of_ones_own(tmp_path: Path) -> None:
     head = "from skd_plugin.tasks.reasoning_gym import ReasoningGym\nclass Sums(ReasoningGym):\n"
-    file = tmp_path / "sums.py"
     for parameters, terms in (("{'min_terms': 7, 'max_terms': 7}", 7), ("{'min_terms': 9, 'max_terms': 2}", None)):
+        file = tmp_path / f"sums_{terms}.py"
         file.write_text(f"{head}    name, dataset, parameters = 'sums', 'chain_sum', {parameters}\nTASK = Sums\n")
-        find_task.cache_clear()
         task = find_task(str(file))()
         if terms is None:
             with pytest.raises(TaskError, match=r"makes no chain_sum with parameters .*'min_terms': 9"):
