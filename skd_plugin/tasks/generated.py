@@ -6,7 +6,7 @@ Their prompts and responses are lower-case words and signs with a blank before e
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from skd_plugin.tasks.base import Example, Task, TaskError, check_split, split_of
 
@@ -28,21 +28,37 @@ class GeneratedTask(Task):
         raise NotImplementedError
 
     def examples(self, split: str, count: int | None, seed: int = 0) -> list[Example]:
-        check_split(split)
-        if count is None:
-            raise TaskError(f"task {self.name} has no end of prompts, so that 'full' is no number of them; give one")
         rng = random.Random(f"{self.name}/{split}/{seed}")
-        seen: dict[str, Example] = {}
-        idle = 0
-        while len(seen) < count:
-            example = self.draw(rng)
-            is_new = example.prompt not in seen and self.split(example) == split
-            idle = 0 if is_new else idle + 1
-            if is_new:
-                seen[example.prompt] = example
-            elif idle == PATIENCE:
-                raise TaskError(f"task {self.name} has about {len(seen)} {split} prompts, but {count} are asked for")
-        return list(seen.values())
+        drawn = iter(lambda: self.draw(rng), None)  # without an end
+        return first_of(self.name, split, count, ((self.split(example), example) for example in drawn), PATIENCE)
+
+
+def first_of(
+    name: str, split: str, count: int | None, drawn: Iterator[tuple[str, Example]], patience: int
+) -> list[Example]:
+    """The first `count` examples of a split, no prompt twice, of a task whose `drawn` examples have no end.
+
+    Args:
+        drawn: each with the split that it belongs to.
+        patience: draws without a new prompt, after which there seem to be no more.
+
+    Raises:
+        TaskError: there is no such split, `count` is None, or there are not as many.
+    """
+    check_split(split)
+    if count is None:
+        raise TaskError(f"task {name} has no end of prompts, so that 'full' is no number of them; give one")
+    seen: dict[str, Example] = {}
+    idle = 0
+    while len(seen) < count:
+        side, example = next(drawn)
+        is_new = example.prompt not in seen and side == split
+        idle = 0 if is_new else idle + 1
+        if is_new:
+            seen[example.prompt] = example
+        elif idle == patience:
+            raise TaskError(f"task {name} has about {len(seen)} {split} prompts, but {count} are asked for")
+    return list(seen.values())
 
 
 def closed_vocabulary(words: Iterable[str], openings: Iterable[str]) -> list[str]:

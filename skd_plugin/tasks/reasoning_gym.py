@@ -19,7 +19,8 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from skd_plugin.tasks.base import Example, Task, TaskError, check_split, mean, split_of
+from skd_plugin.tasks.base import Example, Task, TaskError, mean, split_of
+from skd_plugin.tasks.generated import first_of
 
 PREFIX = "reasoning_gym:"
 Entry = dict[str, Any]  # question, answer, metadata
@@ -27,8 +28,6 @@ CHUNK = 64  # problems of one seed
 PATIENCE = 4096  # problems without a new one of the split, after which there seem to be no more
 # What its checkers raise at an answer in a form they do not read, e.g. prime_factorization at a word.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
 _IMPORTING = Lock()
 
 
@@ -53,22 +52,13 @@ class ReasoningGym(Task):
             raise TaskError(f"the template of {self.name} has no {{question}} in it: {self.template!r}")
 
     def examples(self, split: str, count: int | None, seed: int = 0) -> list[Example]:
-        check_split(split)
-        if count is None:
-            raise TaskError(f"task {self.name} has no end of prompts, so that 'full' is no number of them; give one")
-        found: dict[str, Example] = {}
-        idle = 0
-        for entry in self._entries(f"{split}/{seed}"):
-            if len(found) == count:
-                break
-            prompt = self.template.replace("{question}", entry["question"])
-            idle += 1
-            if prompt not in found and split_of(entry["question"]) == split:
-                found[prompt] = Example(prompt, _reference(entry), repr(_literal(entry)))
-                idle = 0
-            elif idle == PATIENCE:
-                raise TaskError(f"task {self.name} has about {len(found)} {split} prompts, but {count} are asked for")
-        return list(found.values())
+        entries = self._entries(f"{split}/{seed}")
+        drawn = ((split_of(entry["question"]), self._example(entry)) for entry in entries)
+        return first_of(self.name, split, count, drawn, PATIENCE)
+
+    def _example(self, entry: Entry) -> Example:
+        prompt = self.template.replace("{question}", entry["question"])
+        return Example(prompt, _reference(entry), repr(_literal(entry)))
 
     def _entries(self, stream: str) -> Iterator[Entry]:
         rng = random.Random(f"{self.name}/{stream}")
