@@ -7,8 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from skd_plugin.config import RecipeError
-from skd_plugin.config.recipe import unknown_key
+from skd_plugin.errors import RecipeError, unknown_key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +37,8 @@ A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag
 
 
 def _train(argv: list[str]) -> int:
-    from skd_plugin.config import load_run
-    from skd_plugin.terminal.supervisor import supervise
+    from skd_plugin.prepare.load_run import load_run
+    from skd_plugin.run.supervisor import supervise
 
     if {"-h", "--help"} & set(argv):
         print(_train_help())
@@ -49,7 +48,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _rollout(argv: list[str]) -> int:
-    from skd_plugin.rollout.command import run_rollout
+    from skd_plugin.rollout_command import run_rollout
 
     parser = argparse.ArgumentParser(
         prog="skd rollout", description="Sample interleaved responses and write their traces; no training."

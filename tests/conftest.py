@@ -101,7 +101,7 @@ def engine(tiny_pair: Path):
     def get(draft_len: int, pair: Path = tiny_pair, **others):
         key = (draft_len, pair, *sorted(others.items()))
         if key not in engines:
-            from skd_plugin.rollout.engine import SKDEngine, engine_arguments
+            from skd_plugin.engine.offline import SKDEngine, engine_arguments
 
             defaults = dict(
                 max_num_seqs=128,

@@ -14,7 +14,7 @@ from figures import draw_adaptivity, draw_comparison, draw_cost, draw_sweep
 from page import write_page
 from plan import ROOT, Plan, load_plan
 
-from skd_plugin.config.recipe import RecipeError
+from skd_plugin.errors import RecipeError
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from plan import Plan, Run
 
-from skd_plugin.trainer.status import replace_text
+from skd_plugin.run_folder import replace_text
 
 Row = dict[str, Any]
 
@@ -32,15 +32,15 @@ def _kept(run: Run, folder: Path, count: int) -> list[Row]:
 
 def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     """Prompts of the test split, and the same random numbers for each checkpoint."""
-    from skd_plugin.rollout.engine import SKDEngine, engine_arguments, set_vllm_up
+    from skd_plugin.engine.offline import SKDEngine, engine_arguments, set_vllm_up
 
     set_vllm_up()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from skd_plugin.config.run import Run as Config
-    from skd_plugin.rollout.rule import SamplingRule
+    from skd_plugin.engine.sampling_rule import SamplingRule
+    from skd_plugin.host.metrics import rollout_metrics
+    from skd_plugin.prepare.load_run import Run as Config
     from skd_plugin.tasks import find_task
-    from skd_plugin.trainer.metrics import rollout_metrics
 
     config = Config.load(folder / "config.yaml")
     skd, student = config.skd, config.host["actor.model_name_or_path"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from plan import Plan, Run
 
-from skd_plugin.config.run import Run as Config
+from skd_plugin.prepare.load_run import Run as Config
 
 Row = dict[str, Any]
 NAMES = ("task", "start", "method")  # columns of a table that hold no numbers

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from skd_plugin.cli import main
 from skd_plugin.config.recipe import load_recipe
-from skd_plugin.trainer.launch import end_with_the_parent
+from skd_plugin.host.launch import end_with_the_parent
 
 POLL_S = 0.5
 ARGUMENTS = "compare.json"  # in a run folder: what the run was made with

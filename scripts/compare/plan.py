@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from skd_plugin.config.recipe import RecipeError
+from skd_plugin.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 SEEDED = ("skd.task.seed", "skd.rollout.seed", "openrlhf.train.seed")

@@ -16,8 +16,8 @@ from skd_plugin.check.memory import (
     model_size,
     trainer_memory,
 )
-from skd_plugin.config import SKDConfig
-from skd_plugin.rollout.engine import CPU_CACHE_BYTES
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.engine.offline import CPU_CACHE_BYTES
 
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
 CPU_BATCHED_TOKENS = 2048

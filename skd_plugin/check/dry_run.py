@@ -19,10 +19,10 @@ import torch
 
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.memory import in_gib
-from skd_plugin.config import Run, load_run
-from skd_plugin.terminal.progress import duration, read_metrics
-from skd_plugin.terminal.supervisor import supervise
-from skd_plugin.trainer.status import Status
+from skd_plugin.prepare.load_run import Run, load_run
+from skd_plugin.run.progress import duration, read_metrics
+from skd_plugin.run.supervisor import supervise
+from skd_plugin.run_folder import Status
 
 MEMORY_POLL_S = 1.0
 

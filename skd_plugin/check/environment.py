@@ -11,8 +11,8 @@ import torch
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.memory import GIB
 from skd_plugin.check.subject import on_a_cluster
-from skd_plugin.compat.cpu import LOGICAL_GPUS
-from skd_plugin.compat.versions import SUPPORTED, installed_version
+from skd_plugin.config.versions import SUPPORTED, installed_version
+from skd_plugin.cpu import LOGICAL_GPUS
 
 PYTHON = "3.11."  # openrlhf's wheel is built for it
 

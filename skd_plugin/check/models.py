@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.check.finding import Finding, first_line
-from skd_plugin.config import RecipeError
-from skd_plugin.config.models import check_vocabularies, load_model_config, load_tokenizer
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.models import check_vocabularies, load_model_config, load_tokenizer
 
 HEAD, TAIL = 110, 60  # characters shown of a long prompt; its end shows the turn that the student is asked to begin
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from skd_plugin.check.finding import Finding, count
-from skd_plugin.config import SKDConfig
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
-from skd_plugin.config.schema import RolloutConfig
-from skd_plugin.rollout.engine import SCHEDULER_CLS, WORKER_CLS
+from skd_plugin.config.schema import RolloutConfig, SKDConfig
+from skd_plugin.engine.offline import SCHEDULER_CLS, WORKER_CLS
 
 GATES = {  # the laws are in core/gates.py
     "top_k": "it is among the teacher's {top_k} most probable",

@@ -15,9 +15,9 @@ from typing import Any
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.sampler import check_parts
 from skd_plugin.check.trial import Figures, Trial
-from skd_plugin.config import SKDConfig
-from skd_plugin.rollout.engine import recipe_arguments
-from skd_plugin.terminal.process import run_quietly
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.engine.offline import recipe_arguments
+from skd_plugin.run.process import run_quietly
 
 NUM_PROMPTS = 4
 NEW_TOKENS = 48

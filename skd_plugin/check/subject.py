@@ -11,9 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from skd_plugin.check.finding import first_line
-from skd_plugin.config import RecipeError, Run, SKDConfig, host_rules, load_recipe, load_run
+from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import host_parser
-from skd_plugin.config.run import parse_skd
+from skd_plugin.config.recipe import load_recipe
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import Run, load_run, parse_skd
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Trial:
 
 
 def arguments(trial: Trial) -> dict[str, Any]:
-    from skd_plugin.rollout.engine import engine_arguments
+    from skd_plugin.engine.offline import engine_arguments
 
     sizes = trial.draft_len, trial.max_len, trial.num_teacher_entries
     return engine_arguments(trial.model, trial.student, *sizes, **trial.vllm_options)
@@ -42,7 +42,7 @@ def arguments(trial: Trial) -> dict[str, Any]:
 def sample(engine: Any, trial: Trial) -> dict[str, Any]:
     """Greedy responses at K = 1: what the engine says of itself, and the traces. Also a few tokens at K = 0, where the
     gate keeps nothing: with one model in both places, K = 1 cannot tell an open gate from SKD's."""
-    from skd_plugin.rollout.rule import SamplingRule
+    from skd_plugin.engine.sampling_rule import SamplingRule
 
     rule = SamplingRule(top_k=1, student_temperature=0.0, teacher_temperature=0.0)
     samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
@@ -122,7 +122,7 @@ def main(half: str, folder: Path) -> None:
     trial = Trial(**json.loads((folder / "trial.json").read_text()))
     options = arguments(trial)
     if half == "sample":
-        from skd_plugin.rollout.engine import SKDEngine
+        from skd_plugin.engine.offline import SKDEngine
 
         torch.save(sample(SKDEngine(**options), trial), folder / "samples.pt")
         return

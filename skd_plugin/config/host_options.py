@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from skd_plugin.config.recipe import RecipeError, flatten, unknown_key
+from skd_plugin.config.recipe import flatten
+from skd_plugin.errors import RecipeError, unknown_key
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.config.recipe import RecipeError, flatten
+from skd_plugin.config.recipe import flatten
+from skd_plugin.errors import RecipeError
 
 NO_REWARD = "skd:no-reward"  # stands in reward.remote_url, without which the host starts a reward model
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from skd_plugin.errors import RecipeError, unknown_key
+
 SECTIONS = ("openrlhf", "skd")
-
-
-class RecipeError(ValueError):
-    """The user's recipe is wrong. The message says what was found, what was expected and what to do."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -62,11 +59,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         dotted = f"{prefix}{name}"
         flat |= flatten(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
     return flat
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
 def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

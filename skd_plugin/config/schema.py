@@ -136,7 +136,7 @@ class RolloutConfig(Section):
 
 class ReweightConfig(Section):
     by: Literal["none", "confidence", "divergence", "rank"] = Field(
-        "none", description="which tokens count more; laws in core/weights.py"
+        "none", description="which tokens count more; laws in core/token_weights.py"
     )
     floor: float = Field(0.1, ge=0, lt=1, description="least weight of a token relative to the most")
 

@@ -14,16 +14,16 @@ from typing import Any
 
 from rich.console import Console
 
-from skd_plugin.config.recipe import RecipeError
-from skd_plugin.evaluate.engine import Job
-from skd_plugin.evaluate.figures import Named, of_prompts, task_values
+from skd_plugin.engine.offline import recipe_arguments
+from skd_plugin.errors import RecipeError
+from skd_plugin.evaluate.answers import Job
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
 from skd_plugin.evaluate.statistics import LEVEL, RESAMPLES, Bootstrap
 from skd_plugin.evaluate.table import WIDTH, tables
-from skd_plugin.rollout.engine import recipe_arguments
-from skd_plugin.terminal.process import run_quietly
-from skd_plugin.terminal.progress import duration
-from skd_plugin.trainer.status import Status, replace_text
+from skd_plugin.evaluate.values import Named, of_prompts, task_values
+from skd_plugin.run.process import run_quietly
+from skd_plugin.run.progress import duration
+from skd_plugin.run_folder import Status, replace_text
 
 
 class EvalError(Exception):
@@ -101,7 +101,7 @@ def _run(kind: str, job: Job, folder: Path, console: Console, title: str) -> dic
             stage = Status(folder).read().get("stage", "starting")
             spinner.update(f"{title}: {stage} ({duration(time.monotonic() - started)})")
 
-        error = run_quietly(["skd_plugin.evaluate.engine", kind, str(folder)], log, look)
+        error = run_quietly(["skd_plugin.evaluate.answers", kind, str(folder)], log, look)
     if error is not None:
         raise EvalError(f"{title}: {error}. The whole story is in {log}")
     who = "alone" if kind == "alone" else "beside its teacher"

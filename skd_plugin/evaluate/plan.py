@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.config.models import check_prompts, host_prompts
-from skd_plugin.config.recipe import RecipeError, load_recipe, override
-from skd_plugin.config.run import Models, Run, complete_models
-from skd_plugin.config.task_data import held_out
+from skd_plugin.config.recipe import load_recipe, override
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import Models, Run, complete_models
+from skd_plugin.prepare.models import check_prompts, host_prompts
+from skd_plugin.prepare.prompts import held_out
 from skd_plugin.tasks.base import HELD_OUT
 from skd_plugin.tasks.reward import reference_of, sampling_of, task_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from skd_plugin.config.recipe import RecipeError
+from skd_plugin.errors import RecipeError
 from skd_plugin.report.folder import RunFolder, read_runs
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from skd_plugin.config.recipe import RecipeError, flatten
+from skd_plugin.config.recipe import flatten
+from skd_plugin.errors import RecipeError
 
 Series = tuple[list[int], list[float]]  # steps, rising, and the values at them
 

@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from skd_plugin.report import summary
-from skd_plugin.report.figures import FIRST, Figure, evaluated, figures_of, shown_first, teacher_line
 from skd_plugin.report.folder import RunFolder
+from skd_plugin.report.metrics import FIRST, Figure, evaluated, figures_of, shown_first, teacher_line
 from skd_plugin.report.pieces import Piece
 from skd_plugin.report.traces import PackedTraces, corrections
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skd_plugin.config.recipe import RecipeError
-from skd_plugin.report.figures import SCORES, Figure, evaluated, figures_of, teacher_line
+from skd_plugin.errors import RecipeError
 from skd_plugin.report.folder import RunFolder
+from skd_plugin.report.metrics import SCORES, Figure, evaluated, figures_of, teacher_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.report.figures import SCORES, Figure, figures_of, last_part, teacher_line
 from skd_plugin.report.folder import RunFolder, Series
+from skd_plugin.report.metrics import SCORES, Figure, figures_of, last_part, teacher_line
 
 SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
 HIDDEN = "(not shown)"

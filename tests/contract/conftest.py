@@ -5,6 +5,6 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def importable_hosts() -> None:
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     cpu.install()

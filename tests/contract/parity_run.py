@@ -18,7 +18,7 @@ os.environ.setdefault("MASTER_PORT", "29631")
 
 import torch
 
-from skd_plugin.compat import cpu
+from skd_plugin import cpu
 
 cpu.install()
 
@@ -28,10 +28,10 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils import get_strategy, get_tokenizer
 
-from skd_plugin.config import load_run
 from skd_plugin.config.host_options import hierarchize, host_parser
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.actor import TRACE_KEY
+from skd_plugin.host.rollout_actor import TRACE_KEY
+from skd_plugin.prepare.load_run import load_run
 from tests.contract.test_parity import ESTIMATORS, STEPS, VARIANTS
 from tests.traces import trace_of
 
@@ -150,8 +150,8 @@ def classes_of(kind: str) -> tuple[type, type]:
     cpu.adapt_host_trainer()
     if kind == "host":
         return host.ActorPPOTrainer, RemoteExperienceMaker
-    from skd_plugin.trainer.actor import SKDActorTrainer
-    from skd_plugin.trainer.samples import SKDExperienceMaker
+    from skd_plugin.host.policy_actor import SKDActorTrainer
+    from skd_plugin.host.samples import SKDExperienceMaker
 
     return SKDActorTrainer, SKDExperienceMaker
 

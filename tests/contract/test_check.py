@@ -73,7 +73,7 @@ def test_sizes_of_deepspeed():
 
 
 def test_number_of_logical_gpus_on_a_cpu():
-    from skd_plugin.trainer.bind import ray_options
+    from skd_plugin.host.bind import ray_options
 
     assert ray_options(SimpleNamespace(cpu=True))["num_gpus"] == LOGICAL_GPUS
 

@@ -1,4 +1,4 @@
-"""What trainer/full_vocabulary.py leans on of DeepSpeed: a module's own forward is where its parameters are whole."""
+"""What host/full_vocabulary.py leans on of DeepSpeed: a module's own forward is where its parameters are whole."""
 
 from __future__ import annotations
 

@@ -47,57 +47,58 @@ WRAP = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
 EXPERIENCE = "openrlhf.trainer.ppo_utils.experience"
 
 HASHES = [  # host code, hash, our file, what we assume of it
-    (f"{ACTOR}:ActorPPOTrainer.training_step", "9c6de117fd80", "trainer/actor.py and trainer/distillation.py",
+    (f"{ACTOR}:ActorPPOTrainer.training_step", "9c6de117fd80", "host/policy_actor.py and host/distillation.py",
      "it calls the actor with return_output, hands actor_loss_fn masks and totals by keyword, unpacks five results, "
      "and makes a metric of everything in info"),
-    (f"{ACTOR}:ActorPPOTrainer.ppo_train", "91d18c4b07d9", "trainer/actor.py",
+    (f"{ACTOR}:ActorPPOTrainer.ppo_train", "91d18c4b07d9", "host/policy_actor.py",
      "it draws batches from the replay buffer and passes one normalisation for a whole optimizer step"),
-    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "9f4eee15d4b0", "trainer/actor.py",
+    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "9f4eee15d4b0", "host/policy_actor.py",
      "our broadcast takes its place and must do whatever else it does"),
-    (f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "07d8ac18ba1f", "trainer/actor.py and rollout/weights.py",
+    (f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "07d8ac18ba1f", "host/policy_actor.py and host/weight_sync.py",
      "it makes the group through which our buckets travel, and says who has which rank"),
-    (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "d17c9b944d6e", "trainer/actor.py",
+    (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "d17c9b944d6e", "host/policy_actor.py",
      "it names ActorPPOTrainer and gives it the prepared actor, whose forward our hook listens to"),
-    ("openrlhf.models.loss:aggregate_loss", "daf538678b29", "trainer/distillation.py",
+    ("openrlhf.models.loss:aggregate_loss", "daf538678b29", "host/distillation.py",
      "it turns our token values into the loss"),
-    ("openrlhf.models:Actor.forward", "43bd58c109a6", "trainer/distillation.py",
+    ("openrlhf.models:Actor.forward", "43bd58c109a6", "host/distillation.py",
      "it returns unshifted float32 logits beside the log-probs when return_output is set"),
-    ("openrlhf.utils.loss_utils:iter_grad_accum_global_norm", "cd9b41d68351", "trainer/distillation.py",
+    ("openrlhf.utils.loss_utils:iter_grad_accum_global_norm", "cd9b41d68351", "host/distillation.py",
      "it gives the token count of the whole optimizer step"),
-    ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "trainer/distillation.py",
+    ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "host/distillation.py",
      "it gives the token count of the whole optimizer step"),
-    (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "trainer/controller.py",
+    (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "host/controller.py",
      "it calls generate_samples, train_step, save_logs_and_checkpoints and evaluate, in this order, with these keys"),
-    (f"{PPO}:PPOTrainer.evaluate", "977859287716", "trainer/controller.py", "our evaluate takes its place"),
-    (f"{PPO}:BasePPOTrainer.train_step", "5e0be4a5b50f", "trainer/controller.py and trainer/samples.py",
+    (f"{PPO}:PPOTrainer.evaluate", "977859287716", "host/controller.py", "our evaluate takes its place"),
+    (f"{PPO}:BasePPOTrainer.train_step", "5e0be4a5b50f", "host/controller.py and host/samples.py",
      "it needs info['reward'] and reports timing/broadcast"),
-    (f"{PPO}:BasePPOTrainer.save_logs_and_checkpoints", "1bbbe775e8cb", "trainer/controller.py",
+    (f"{PPO}:BasePPOTrainer.save_logs_and_checkpoints", "1bbbe775e8cb", "host/controller.py",
      "we extend what it logs"),
-    (f"{PPO}:BasePPOTrainer._compute_rollout_stats", "6d5005661700", "trainer/controller.py and trainer/samples.py",
+    (f"{PPO}:BasePPOTrainer._compute_rollout_stats", "6d5005661700", "host/controller.py and host/samples.py",
      "it averages info['reward'], which is NaN in a reward-free run, under rollout/reward_mean"),
-    (f"{PPO}:compute_eval_metrics", "55f51d9155c7", "trainer/controller.py", "our evaluation reports its numbers"),
-    (f"{ENGINE}:RolloutRayActor.__init__", "6d6ba55dbca3", "rollout/actor.py",
+    (f"{PPO}:compute_eval_metrics", "55f51d9155c7", "host/controller.py", "our evaluation reports its numbers"),
+    (f"{ENGINE}:RolloutRayActor.__init__", "6d6ba55dbca3", "host/rollout_actor.py",
      "we replace some of its engine arguments"),
-    (f"{ENGINE}:RolloutRayActor.generate", "be598fd6e7bb", "rollout/actor.py", "we wrap one call of it"),
-    (f"{ENGINE}:RolloutRayActor.generate_responses", "7a789a81407e", "rollout/actor.py",
+    (f"{ENGINE}:RolloutRayActor.generate", "be598fd6e7bb", "host/rollout_actor.py", "we wrap one call of it"),
+    (f"{ENGINE}:RolloutRayActor.generate_responses", "7a789a81407e", "host/rollout_actor.py",
      "it passes itself to the executor as llm_engine, by keyword"),
-    (f"{ENGINE}:create_vllm_engines", "b726612bc09e", "rollout/actor.py and trainer/bind.py",
+    (f"{ENGINE}:create_vllm_engines", "b726612bc09e", "host/rollout_actor.py and host/bind.py",
      "it makes the engines' arguments"),
-    (f"{SAMPLES}._process_response_into_experience", "a9ebfa27f6d5", "trainer/samples.py",
+    (f"{SAMPLES}._process_response_into_experience", "a9ebfa27f6d5", "host/samples.py",
      "we add the trace to its result"),
-    (f"{SAMPLES}._dispatch_prompts_to_vllm", "2c865ad5e5ce", "rollout/actor.py",
+    (f"{SAMPLES}._dispatch_prompts_to_vllm", "2c865ad5e5ce", "host/rollout_actor.py",
      "it makes the sampling parameters we overrule"),
-    (f"{MAKER}.make_experience_batch", "9e1bcdcf7db3", "trainer/samples.py",
+    (f"{MAKER}.make_experience_batch", "9e1bcdcf7db3", "host/samples.py",
      "ours takes its place without any model's forward"),
-    (f"{MAKER}.split_rollout_samples", "19bd2be8db3b", "trainer/samples.py",
+    (f"{MAKER}.split_rollout_samples", "19bd2be8db3b", "host/samples.py",
      "it is all that we keep of the experience maker"),
-    (f"{WRAP}.init_process_group", "d74cebdbc3d5", "rollout/weights.py",
+    (f"{WRAP}.init_process_group", "d74cebdbc3d5", "host/weight_sync.py",
      "it leaves the group where our broadcast finds it"),
-    (f"{WRAP}.update_weight_cuda_ipc", "7cc3a28531fd", "rollout/weights.py", "we open IPC handles the way it does"),
-    ("openrlhf.utils.utils:get_strategy", "ad7d0015546e", "trainer/bind.py", "we wrap it to put args.skd in place"),
-    ("openrlhf.utils.agent:SingleTurnAgentExecutor.execute", "696bec43943c", "rollout/actor.py and tasks/reward.py",
+    (f"{WRAP}.update_weight_cuda_ipc", "7cc3a28531fd", "host/weight_sync.py", "we open IPC handles the way it does"),
+    ("openrlhf.utils.utils:get_strategy", "ad7d0015546e", "host/bind.py", "we wrap it to put args.skd in place"),
+    ("openrlhf.utils.agent:SingleTurnAgentExecutor.execute", "696bec43943c",
+     "host/rollout_actor.py and tasks/reward.py",
      "it generates once, keeps the engine's token ids and asks reward_func for one score"),
-    ("openrlhf.utils.agent:MultiTurnAgentExecutor.execute", "72618d9f386e", "rollout/actor.py",
+    ("openrlhf.utils.agent:MultiTurnAgentExecutor.execute", "72618d9f386e", "host/rollout_actor.py",
      "every turn's tokens are the response's action ranges, in order"),
 ]  # fmt: skip
 
@@ -112,52 +113,53 @@ def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, be
 SIGNATURES = [
     (f"{ACTOR}:ActorPPOTrainer.__init__",
      "strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size buffer_limit "
-     "buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines **", "trainer/actor.py"),
-    (f"{ACTOR}:ActorPPOTrainer.training_step", "experience kl_ctl step loss_batch_info", "trainer/actor.py"),
-    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "", "trainer/actor.py"),
+     "buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines **", "host/policy_actor.py"),
+    (f"{ACTOR}:ActorPPOTrainer.training_step", "experience kl_ctl step loss_batch_info", "host/policy_actor.py"),
+    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "", "host/policy_actor.py"),
     (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "strategy pretrain max_steps vllm_engines",
-     "trainer/actor.py"),
-    (f"{ACTOR}:get_physical_gpu_id", "", "trainer/actor.py"),
-    ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "rollout/weights.py"),
-    ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "trainer/actor.py"),
+     "host/policy_actor.py"),
+    (f"{ACTOR}:get_physical_gpu_id", "", "host/policy_actor.py"),
+    ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "host/weight_sync.py"),
+    ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "host/policy_actor.py"),
     ("openrlhf.utils.distributed_util:stateless_init_process_group",
-     "master_address master_port rank world_size device", "compat/cpu.py"),
+     "master_address master_port rank world_size device", "cpu.py"),
     ("openrlhf.models.loss:aggregate_loss",
-     "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "trainer/distillation.py"),
+     "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "host/distillation.py"),
     (f"{PPO}:PPOTrainer.__init__",
      "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
-     "trainer/controller.py"),
-    (f"{PPO}:PPOTrainer.fit", "global_step", "trainer/controller.py"),
-    (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "trainer/controller.py"),
-    (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states", "trainer/controller.py"),
-    (f"{PPO}:PPOTrainer.evaluate", "global_step **", "trainer/controller.py"),
-    (f"{PPO}:compute_eval_metrics", "eval_dataloader samples_list n_samples_per_prompt", "trainer/controller.py"),
-    ("openrlhf.utils.logging_utils:WandbLogger.log_eval", "global_step logs_dict", "trainer/controller.py"),
-    ("openrlhf.utils.logging_utils:TensorboardLogger.log_eval", "global_step logs_dict", "trainer/controller.py"),
-    ("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name * **", "trainer/controller.py"),
+     "host/controller.py"),
+    (f"{PPO}:PPOTrainer.fit", "global_step", "host/controller.py"),
+    (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "host/controller.py"),
+    (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states", "host/controller.py"),
+    (f"{PPO}:PPOTrainer.evaluate", "global_step **", "host/controller.py"),
+    (f"{PPO}:compute_eval_metrics", "eval_dataloader samples_list n_samples_per_prompt", "host/controller.py"),
+    ("openrlhf.utils.logging_utils:WandbLogger.log_eval", "global_step logs_dict", "host/controller.py"),
+    ("openrlhf.utils.logging_utils:TensorboardLogger.log_eval", "global_step logs_dict", "host/controller.py"),
+    ("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name * **", "host/controller.py"),
     (f"{SAMPLES}.__init__", "strategy prompts_dataloader eval_dataloader tokenizer vllm_engines",
-     "trainer/samples.py"),
-    (f"{SAMPLES}.generate_samples", "**", "trainer/samples.py"),
-    (f"{SAMPLES}._generate_vllm", "dataloader_iter num_prompts dynamic_filtering **", "trainer/samples.py"),
-    (f"{SAMPLES}._process_response_into_experience", "response **", "trainer/samples.py"),
-    (f"{ENGINE}:batch_vllm_engine_call", "engines method_name * rank_0_only **", "trainer/samples.py"),
+     "host/samples.py"),
+    (f"{SAMPLES}.generate_samples", "**", "host/samples.py"),
+    (f"{SAMPLES}._generate_vllm", "dataloader_iter num_prompts dynamic_filtering **", "host/samples.py"),
+    (f"{SAMPLES}._process_response_into_experience", "response **", "host/samples.py"),
+    (f"{ENGINE}:batch_vllm_engine_call", "engines method_name * rank_0_only **", "host/samples.py"),
     (f"{MAKER}.__init__",
      "actor_model_group critic_model_group reward_model_group initial_model_group kl_controller strategy tokenizer **",
-     "trainer/controller.py"),
-    (f"{MAKER}.make_experience_batch", "rollout_samples", "trainer/samples.py"),
-    (f"{MAKER}.split_rollout_samples", "rollout_samples", "trainer/samples.py"),
+     "host/controller.py"),
+    (f"{MAKER}.make_experience_batch", "rollout_samples", "host/samples.py"),
+    (f"{MAKER}.split_rollout_samples", "rollout_samples", "host/samples.py"),
     (f"{ENGINE}:RolloutRayActor.__init__",
-     "* bundle_indices agent_func_path remote_rm_url mm_pad_token_ids **", "rollout/actor.py"),
-    (f"{ENGINE}:RolloutRayActor.generate", "prompt_token_ids sampling_params multi_modal_data", "rollout/actor.py"),
-    (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "trainer/actor.py"),
+     "* bundle_indices agent_func_path remote_rm_url mm_pad_token_ids **", "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.generate", "prompt_token_ids sampling_params multi_modal_data",
+     "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/policy_actor.py"),
     ("openrlhf.utils.agent:AgentExecutorBase.execute",
-     "prompt label sampling_params max_length hf_tokenizer llm_engine images", "rollout/actor.py"),
+     "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/rollout_actor.py"),
     (f"{WRAP}.init_process_group",
-     "master_address master_port rank_offset world_size group_name backend use_ray", "rollout/weights.py"),
-    (f"{WRAP}.update_weight", "name dtype shape empty_cache", "rollout/weights.py"),
+     "master_address master_port rank_offset world_size group_name backend use_ray", "host/weight_sync.py"),
+    (f"{WRAP}.update_weight", "name dtype shape empty_cache", "host/weight_sync.py"),
     ("openrlhf.datasets.prompts_dataset:preprocess_data",
-     "data input_template input_key label_key apply_chat_template", "config/models.py"),
-    ("openrlhf.utils:get_strategy", "args", "trainer/bind.py"),
+     "data input_template input_key label_key apply_chat_template", "prepare/models.py"),
+    ("openrlhf.utils:get_strategy", "args", "host/bind.py"),
 ]  # fmt: skip
 
 
@@ -168,17 +170,17 @@ def test_signature(path: str, names: str, ours: str) -> None:
 
 ATTRIBUTES = [
     ((f"{ACTOR}:ActorPPOTrainer.__init__",),
-     "strategy args actor actor_loss_fn vllm_engines use_cuda_ipc replay_buffer", "trainer/actor.py"),
-    ((f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group",), "_model_update_group", "trainer/actor.py"),
-    ((f"{ACTOR}:PolicyModelActor.init_model_from_pretrained",), "trainer actor", "trainer/actor.py"),
+     "strategy args actor actor_loss_fn vllm_engines use_cuda_ipc replay_buffer", "host/policy_actor.py"),
+    ((f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group",), "_model_update_group", "host/policy_actor.py"),
+    ((f"{ACTOR}:PolicyModelActor.init_model_from_pretrained",), "trainer actor", "host/policy_actor.py"),
     ((f"{PPO}:PPOTrainer.__init__", f"{PPO}:BasePPOTrainer.__init__"),
      "strategy args actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
      "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger samples_generator generate_kwargs "
-     "prompts_dataloader eval_dataloader max_steps", "trainer/controller.py"),
-    (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts datasources", "trainer/by_task.py"),
-    ((f"{SAMPLES}.__init__",), "vllm_engines", "trainer/samples.py"),
-    ((f"{ENGINE}:RolloutRayActor.__init__",), "llm executor", "rollout/actor.py"),
-    ((f"{WRAP}.init_process_group",), "_model_update_with_ray _model_update_group", "rollout/weights.py"),
+     "prompts_dataloader eval_dataloader max_steps", "host/controller.py"),
+    (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts datasources", "host/by_task.py"),
+    ((f"{SAMPLES}.__init__",), "vllm_engines", "host/samples.py"),
+    ((f"{ENGINE}:RolloutRayActor.__init__",), "llm executor", "host/rollout_actor.py"),
+    ((f"{WRAP}.init_process_group",), "_model_update_with_ray _model_update_group", "host/weight_sync.py"),
 ]  # fmt: skip
 
 
@@ -190,15 +192,15 @@ def test_attributes_that_we_use_are_set(paths: tuple[str, ...], names: str, ours
     assert not missing, f"{paths[0]} sets no {', '.join(sorted(missing))} any more; revisit skd_plugin/{ours}"
 
 
-# --- Ray classes and rebound names (trainer/bind.py) ---
+# --- Ray classes and rebound names (host/bind.py) ---
 
 
 @pytest.mark.parametrize(
     ("ours", "name"),
     [
-        ("skd_plugin.rollout.actor:HostRollout", "RolloutRayActor"),
-        ("skd_plugin.trainer.actor:HostPolicy", "PolicyModelActor"),
-        ("skd_plugin.trainer.controller:HostTrainer", "PPOTrainer"),
+        ("skd_plugin.host.rollout_actor:HostRollout", "RolloutRayActor"),
+        ("skd_plugin.host.policy_actor:HostPolicy", "PolicyModelActor"),
+        ("skd_plugin.host.controller:HostTrainer", "PPOTrainer"),
     ],
 )
 def test_plain_class_behind_the_ray_actor(ours: str, name: str) -> None:
@@ -213,15 +215,13 @@ def test_policy_actor_asks_for_one_gpu() -> None:
     import openrlhf.trainer.ray.ppo_actor as host
 
     options = host.PolicyModelActor._default_options
-    assert options.get("num_gpus") == 1 and len(options) <= 2, f"{options}; repeat them in skd_plugin/trainer/bind.py"
+    assert options.get("num_gpus") == 1 and len(options) <= 2, f"{options}; repeat them in skd_plugin/host/bind.py"
 
 
 @pytest.mark.parametrize(("module", "name"), [(ENGINE, "RolloutRayActor"), (PPO, "PPOTrainer")])
 def test_other_actors_are_decorated_without_options(module: str, name: str) -> None:
     options = getattr(importlib.import_module(module), name)._default_options
-    assert not {key for key, value in options.items() if value}, (
-        f"{options}; repeat them in skd_plugin/trainer/bind.py"
-    )
+    assert not {key for key, value in options.items() if value}, f"{options}; repeat them in skd_plugin/host/bind.py"
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_other_actors_are_decorated_without_options(module: str, name: str) -> N
 def test_script_imports_the_name_that_we_rebind(module: str, name: str) -> None:
     """The script is run after bind(), so its own `from ... import` finds our replacement."""
     found = imports_inside(importlib.import_module(HOST_MODULE))
-    assert (module, name) in found, f"{HOST_MODULE} takes {name} from elsewhere; revisit skd_plugin/trainer/bind.py"
+    assert (module, name) in found, f"{HOST_MODULE} takes {name} from elsewhere; revisit skd_plugin/host/bind.py"
 
 
 def test_script_builds_the_classes_that_it_imports() -> None:
     train = ast.unparse(tree_of(importlib.import_module(HOST_MODULE).train))
     for use in ("get_strategy(args)", "PPOTrainer.remote(", "PolicyModelActor, pg=pg", "create_vllm_engines("):
-        assert use in train, f"train() has no '{use}' any more; revisit skd_plugin/trainer/bind.py"
+        assert use in train, f"train() has no '{use}' any more; revisit skd_plugin/host/bind.py"
 
 
 def test_engines_are_made_of_the_class_that_we_rebind() -> None:
@@ -246,7 +246,7 @@ def test_engines_are_made_of_the_class_that_we_rebind() -> None:
 
     function = package.create_vllm_engines
     assert function.__globals__ is vars(module) and "RolloutRayActor" in function.__code__.co_names, (
-        "create_vllm_engines no longer looks RolloutRayActor up in its module; revisit skd_plugin/trainer/bind.py"
+        "create_vllm_engines no longer looks RolloutRayActor up in its module; revisit skd_plugin/host/bind.py"
     )
 
 
@@ -255,7 +255,7 @@ def test_policy_actor_looks_its_trainer_up_in_the_module() -> None:
 
     code = find(f"{ACTOR}:PolicyModelActor.init_model_from_pretrained").__code__
     assert "ActorPPOTrainer" in code.co_names and hasattr(host, "ActorPPOTrainer"), (
-        "revisit skd_plugin/trainer/actor.py"
+        "revisit skd_plugin/host/policy_actor.py"
     )
 
 
@@ -302,7 +302,7 @@ def test_host_accepts_a_reward_free_recipe(host_args: Any) -> None:
     assert args.actor.model_name_or_path == "student"
     assert args.algo.kl.init_coef == 0, "a reference model would be started; revisit skd_plugin/config/host_rules.py"
     assert args.critic.model_name_or_path is None, "a critic would be started; revisit config/host_rules.py"
-    assert args.reward.remote_url == [host_rules.NO_REWARD], "revisit skd_plugin/rollout/actor.py, remote_rm_url"
+    assert args.reward.remote_url == [host_rules.NO_REWARD], "revisit skd_plugin/host/rollout_actor.py, remote_rm_url"
 
 
 def test_strategy_keeps_the_args_that_carry_our_recipe() -> None:
@@ -316,10 +316,10 @@ def test_strategy_keeps_the_args_that_carry_our_recipe() -> None:
             grad_accum_dtype=None, deepcompile=False, ring_attn_size=1, tensor_parallel_size=1,
         ),
     )  # fmt: skip
-    assert get_strategy(args).args is args, "revisit skd_plugin/trainer/bind.py, strategy_with_skd"
+    assert get_strategy(args).args is args, "revisit skd_plugin/host/bind.py, strategy_with_skd"
 
 
-# --- engine actor (rollout/actor.py) ---
+# --- engine actor (host/rollout_actor.py) ---
 
 
 def _engine_keywords() -> set[str]:
@@ -336,7 +336,7 @@ def test_engine_gets_the_arguments_that_we_replace() -> None:
     replaced = {"model", "max_model_len", "worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode",
                 "max_logprobs", "gpu_memory_utilization", "remote_rm_url"}  # fmt: skip
     missing = replaced - _engine_keywords()
-    assert not missing, f"the host no longer passes {missing}; revisit skd_plugin/rollout/actor.py"
+    assert not missing, f"the host no longer passes {missing}; revisit skd_plugin/host/rollout_actor.py"
 
 
 def test_every_argument_of_the_engine_has_a_taker() -> None:
@@ -345,12 +345,14 @@ def test_every_argument_of_the_engine_has_a_taker() -> None:
 
     own = {"num_gpus", "full_determinism", "bundle_indices", "agent_func_path", "remote_rm_url", "mm_pad_token_ids"}
     unknown = _engine_keywords() - own - {f.name for f in dataclasses.fields(vllm.AsyncEngineArgs)}
-    assert not unknown, f"new engine arguments {unknown}; revisit skd_plugin/rollout/actor.py"
+    assert not unknown, f"new engine arguments {unknown}; revisit skd_plugin/host/rollout_actor.py"
 
 
 @pytest.mark.parametrize("name", ["__init__", "generate", "reset_prefix_cache", "init_process_group"])
 def test_engine_actor_is_asynchronous(name: str) -> None:
-    assert inspect.iscoroutinefunction(getattr(find(f"{ENGINE}:RolloutRayActor"), name)), "revisit rollout/actor.py"
+    assert inspect.iscoroutinefunction(getattr(find(f"{ENGINE}:RolloutRayActor"), name)), (
+        "revisit host/rollout_actor.py"
+    )
 
 
 class _Tokenizer:
@@ -399,7 +401,7 @@ class _Engine:
 def _execute(executor: Any, engine: _Engine, prompt: str, label: str = "") -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from skd_plugin.rollout.actor import _TracingExecutor
+    from skd_plugin.host.rollout_actor import _TracingExecutor
 
     call = _TracingExecutor(executor).execute(
         prompt=prompt, label=label, sampling_params=SamplingParams(max_tokens=8), max_length=64,
@@ -418,7 +420,7 @@ def test_engine_is_given_the_reference_of_the_label() -> None:
 
     engine = _Engine("xyz")
     _execute(SingleTurnAgentExecutor(None), engine, "ab", label='{"reference": "the text"}')
-    assert engine.references == ["the text"], "revisit _TracingExecutor in skd_plugin/rollout/actor.py"
+    assert engine.references == ["the text"], "revisit _TracingExecutor in skd_plugin/host/rollout_actor.py"
 
 
 def test_single_turn_executor_keeps_the_engines_ids() -> None:
@@ -426,7 +428,7 @@ def test_single_turn_executor_keeps_the_engines_ids() -> None:
 
     response = _execute(SingleTurnAgentExecutor(None), _Engine("xyz"), "ab")
     assert response["observation_tokens"] == [ord(char) for char in "abxyz"]
-    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/rollout/actor.py"
+    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/host/rollout_actor.py"
     assert response["reward"] is None
 
 
@@ -447,7 +449,7 @@ def test_multi_turn_executor_keeps_the_engines_ids() -> None:
     response = _execute(MultiTurnAgentExecutor(Twice), engine, "ab")
     assert "".join(map(chr, engine.prompts[1])) == "abxyz--"
     assert len(response["action_ranges"]) == 2
-    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/rollout/actor.py"
+    assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/host/rollout_actor.py"
 
 
 def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
@@ -462,14 +464,14 @@ def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
     assert (right["reward"], right["scores"], wrong["reward"]) == (1.0, 1.0, 0.0), "revisit skd_plugin/tasks/reward.py"
 
 
-# --- experience (trainer/samples.py) ---
+# --- experience (host/samples.py) ---
 
 
 @pytest.fixture
 def generator() -> Any:
     """SKDSamplesGenerator with nothing behind it; enough to turn responses into Experience."""
-    from skd_plugin.rollout.rule import SamplingRule
-    from skd_plugin.trainer.samples import SKDSamplesGenerator
+    from skd_plugin.engine.sampling_rule import SamplingRule
+    from skd_plugin.host.samples import SKDSamplesGenerator
 
     return SKDSamplesGenerator(SimpleNamespace(args=None), None, None, None, [], rule=SamplingRule(top_k=1), seed=0)
 
@@ -486,13 +488,13 @@ def test_action_mask_is_shifted_by_one(generator: Any) -> None:
     """Entry t of action_mask belongs to token t + 1; token_losses relies on it."""
     experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9]), max_len=16)
     assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]]
-    assert experience.action_mask.tolist() == [[0, 0, 1, 1]], "revisit skd_plugin/trainer/distillation.py"
+    assert experience.action_mask.tolist() == [[0, 0, 1, 1]], "revisit skd_plugin/host/distillation.py"
 
 
 def test_overlong_sequence_is_cut_at_its_end(generator: Any) -> None:
     """The mask then covers the first tokens of the trace, and token_losses cuts the trace to it."""
     experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9, 10]), max_len=5)
-    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit skd_plugin/trainer/distillation.py"
+    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit skd_plugin/host/distillation.py"
     assert experience.action_mask.tolist() == [[0, 0, 1, 1]]
     assert len(experience.info["skd"][0]) == 3
 
@@ -505,7 +507,7 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
         split_experience_batch,
     )
 
-    from skd_plugin.trainer.samples import RewardFreeExperienceMaker
+    from skd_plugin.host.samples import RewardFreeExperienceMaker
 
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
@@ -525,11 +527,11 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
         for row, index in enumerate(order):
             trained = batch.sequences[row, 1:][batch.action_mask[row].bool()].tolist()
             assert trained == responses[index]
-            assert batch.info["skd"][row].response_ids.tolist() == trained, "revisit skd_plugin/trainer/samples.py"
+            assert batch.info["skd"][row].response_ids.tolist() == trained, "revisit skd_plugin/host/samples.py"
 
 
 def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -> None:
-    from skd_plugin.trainer.samples import RewardFreeExperienceMaker
+    from skd_plugin.host.samples import RewardFreeExperienceMaker
 
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
@@ -540,7 +542,7 @@ def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -
     samples = [generator._process_response_into_experience(make_response([5, 6], [7]), max_len=64) for _ in range(2)]
     trainer = find(f"{PPO}:PPOTrainer")
     stats = trainer._compute_rollout_stats(None, maker.make_experience_batch(samples))
-    assert stats["rollout/reward_mean"] != stats["rollout/reward_mean"], "revisit skd_plugin/trainer/controller.py"
+    assert stats["rollout/reward_mean"] != stats["rollout/reward_mean"], "revisit skd_plugin/host/controller.py"
     scored = [generator._process_response_into_experience(make_response([5], [7], 1.0), max_len=64) for _ in range(2)]
     assert trainer._compute_rollout_stats(None, maker.make_experience_batch(scored))["rollout/reward_mean"] == 1.0
 
@@ -554,22 +556,22 @@ def test_subclass_fields_would_be_dropped() -> None:
         extra: torch.Tensor | None = None
 
     joined = Experience.concat_experiences([More(sequences=torch.ones(1, 2), extra=torch.ones(1))], 0)
-    assert not hasattr(joined, "extra"), "skd_plugin/trainer/samples.py could use a field now"
+    assert not hasattr(joined, "extra"), "skd_plugin/host/samples.py could use a field now"
 
 
 @pytest.mark.parametrize("name", "sequences action_mask attention_mask info rewards truncated prompts labels".split())
 def test_experience_has_the_field(name: str) -> None:
     fields = {f.name for f in dataclasses.fields(find(f"{EXPERIENCE}:Experience"))}
-    assert name in fields, "revisit skd_plugin/trainer/samples.py and trainer/controller.py"
+    assert name in fields, "revisit skd_plugin/host/samples.py and host/controller.py"
 
 
 def test_samples_a_prompt_follow_the_call_and_not_the_recipe() -> None:
-    """Evaluation asks for its own number of samples by this keyword (trainer/controller.py)."""
+    """Evaluation asks for its own number of samples by this keyword (host/controller.py)."""
     source = inspect.getsource(find(f"{SAMPLES}._dispatch_prompts_to_vllm"))
-    assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/trainer/controller.py"
+    assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/host/controller.py"
 
 
-# --- the loss (trainer/distillation.py) ---
+# --- the loss (host/distillation.py) ---
 
 
 def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
@@ -578,7 +580,7 @@ def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from skd_plugin.core.losses import forward_kl
-    from skd_plugin.trainer.distillation import DistillationLoss
+    from skd_plugin.host.distillation import DistillationLoss
 
     config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
@@ -590,7 +592,7 @@ def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
     actor(ids, ones[:, 1:], attention_mask=ones)
     assert loss._logits_BTV is None, "a forward for log-probs only must not be captured"
     log_probs, output = actor(ids, ones[:, 1:], attention_mask=ones, return_output=True)
-    assert loss._logits_BTV is output["logits"], "revisit skd_plugin/trainer/distillation.py"
+    assert loss._logits_BTV is output["logits"], "revisit skd_plugin/host/distillation.py"
     assert output["logits"].shape == (2, 6, 16) and output["logits"].dtype == torch.float32
     expected = output["logits"][:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(log_probs, expected)
@@ -609,10 +611,10 @@ def test_actor_gives_the_models_output_when_asked_for_nothing_else() -> None:
     model.get_output_embeddings().forward = lambda hidden: hidden[..., :3].double()
     ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     output = actor(ids, None, ones, return_output=True)
-    ours = "revisit skd_plugin/trainer/full_vocabulary.py"
+    ours = "revisit skd_plugin/host/full_vocabulary.py"
     assert output["logits"].shape == (2, 6, 3) and output["logits"].dtype == torch.float32, ours
     source = inspect.getsource(find(f"{ACTOR}:PolicyModelActor.init_model_from_pretrained"))
-    assert "actor = Actor(" in source and "ema_model = Actor(" in source, "revisit SKDPolicy in trainer/actor.py"
+    assert "actor = Actor(" in source and "ema_model = Actor(" in source, "revisit SKDPolicy in host/policy_actor.py"
 
 
 def test_step_totals_are_arguments_of_the_reduction() -> None:
@@ -623,14 +625,14 @@ def test_step_totals_are_arguments_of_the_reduction() -> None:
     pairs = list(iter_grad_accum_global_norm(masks, SimpleNamespace(), 2, lambda mask: mask))
     assert [info["batch_num_tokens"].item() for _, info in pairs] == [3.0, 3.0]  # 6 tokens / 2 micro-batches
     accepted = set(inspect.signature(aggregate_loss).parameters)
-    assert set(pairs[0][1]) <= accepted, "revisit skd_plugin/trainer/distillation.py, forward(**others)"
+    assert set(pairs[0][1]) <= accepted, "revisit skd_plugin/host/distillation.py, forward(**others)"
 
 
 def test_loss_of_the_host_is_unpacked_into_five() -> None:
     """The first has a gradient, the second and third are detached, the last two may be None."""
     source = inspect.getsource(find(f"{ACTOR}:ActorPPOTrainer.training_step"))
     assert "actor_loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio = self.actor_loss_fn(" in source, (
-        "revisit the result of DistillationLoss.forward in skd_plugin/trainer/distillation.py"
+        "revisit the result of DistillationLoss.forward in skd_plugin/host/distillation.py"
     )
 
 
@@ -638,11 +640,11 @@ def test_loss_of_the_host_is_unpacked_into_five() -> None:
 def test_host_knows_the_aggregation_mode(mode: str) -> None:
     action = next(a for a in host_parser()._actions if a.dest == "actor.loss_agg_mode")
     assert mode in action.choices and len(action.choices) == 2, (
-        "revisit SKDActorTrainer in skd_plugin/trainer/actor.py"
+        "revisit SKDActorTrainer in skd_plugin/host/policy_actor.py"
     )
 
 
-# --- options (config/host_options.py, config/host_rules.py, config/run.py) ---
+# --- options (config/host_options.py, config/host_rules.py, prepare/load_run.py) ---
 
 
 def _describe(parser: argparse.ArgumentParser) -> dict[str, tuple]:
@@ -689,7 +691,7 @@ RUN_OPTIONS = [
 
 @pytest.mark.parametrize("key", RUN_OPTIONS)
 def test_option_that_the_plugin_sets_or_reads_exists(key: str) -> None:
-    assert key in {a.dest for a in host_parser()._actions}, f"'{key}' is gone; revisit skd_plugin/config/run.py"
+    assert key in {a.dest for a in host_parser()._actions}, f"'{key}' is gone; revisit skd_plugin/prepare/load_run.py"
 
 
 @pytest.mark.parametrize("key", [*host_rules.DEFAULTS, *host_rules.CPU_DEFAULTS])
@@ -711,7 +713,7 @@ def test_refused_option_exists_and_its_allowed_value_is_what_a_run_gets(key: str
 def test_events_are_written_into_the_run_folder() -> None:
     source = inspect.getsource(find("openrlhf.utils.logging_utils:TensorboardLogger"))
     assert "os.path.join(args.logger.tensorboard_dir, args.logger.wandb.run_name)" in source, (
-        "revisit _run_folder_options in skd_plugin/config/run.py"
+        "revisit _run_folder_options in skd_plugin/prepare/load_run.py"
     )
 
 
@@ -719,7 +721,7 @@ def test_prompts_are_checked_in_the_form_that_the_host_gives_them() -> None:
     from openrlhf.datasets.prompts_dataset import preprocess_data
 
     row = {"q": "two", "a": "2"}
-    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit config/models.py"
+    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit prepare/models.py"
     chat = preprocess_data(row, None, "q", apply_chat_template=lambda turns, **_: json.dumps(turns))[0]
     assert json.loads(chat) == [{"role": "user", "content": "two"}]
 
@@ -729,7 +731,7 @@ def test_source_of_a_prompt_without_one() -> None:
 
     from openrlhf.datasets import PromptDataset
 
-    from skd_plugin.trainer.by_task import HELD_OUT, sources
+    from skd_plugin.host.by_task import HELD_OUT, sources
 
     data = SimpleNamespace(input_key="q", label_key=None, apply_chat_template=False)
     strategy = SimpleNamespace(args=SimpleNamespace(data=data), is_rank_0=lambda: False)
@@ -737,7 +739,7 @@ def test_source_of_a_prompt_without_one() -> None:
     assert sources(PromptDataset(rows, None, strategy)) == {"one": HELD_OUT, "two": "gsm8k"}, "revisit by_task.py"
 
 
-# --- a machine without CUDA (compat/cpu.py) ---
+# --- a machine without CUDA (cpu.py) ---
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="these adaptations are for machines without CUDA")
 
@@ -750,7 +752,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     import openrlhf.utils.distributed_util as distributed_util
     import openrlhf.utils.utils as host_utils
 
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     for module, name in (
         (replay_buffer, "torch"),
@@ -765,7 +767,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
 @without_cuda
 def test_replay_buffer_lives_on_the_cpu(adapted: None) -> None:
     buffer = find("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer")(2)
-    assert buffer.target_device == torch.device("cpu"), "revisit adapt_host_trainer in skd_plugin/compat/cpu.py"
+    assert buffer.target_device == torch.device("cpu"), "revisit adapt_host_trainer in skd_plugin/cpu.py"
 
 
 @without_cuda
@@ -773,20 +775,20 @@ def test_weight_sync_of_both_ends_is_gloo(adapted: None) -> None:
     """The trainer looks the function up in ppo_actor, the worker imports it when it is called."""
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
 
-    from skd_plugin.compat.cpu import gloo_process_group
+    from skd_plugin.cpu import gloo_process_group
 
-    assert ppo_actor.stateless_init_process_group is gloo_process_group, "revisit skd_plugin/compat/cpu.py"
+    assert ppo_actor.stateless_init_process_group is gloo_process_group, "revisit skd_plugin/cpu.py"
     code = find(f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group").__code__
     assert "stateless_init_process_group" in code.co_names
     inside = imports_inside(find(f"{WRAP}.init_process_group"))
-    assert ("openrlhf.utils.distributed_util", "stateless_init_process_group") in inside, "revisit compat/cpu.py"
+    assert ("openrlhf.utils.distributed_util", "stateless_init_process_group") in inside, "revisit cpu.py"
 
 
 @without_cuda
 def test_actor_is_loaded_in_float32(adapted: None) -> None:
     """Actor imports the conversion when it is called, so that the rebound one is found."""
     inside = imports_inside(find("openrlhf.models:Actor.__init__"))
-    assert ("openrlhf.utils.utils", "convert_to_torch_dtype") in inside, "revisit skd_plugin/compat/cpu.py"
+    assert ("openrlhf.utils.utils", "convert_to_torch_dtype") in inside, "revisit skd_plugin/cpu.py"
     assert find("openrlhf.utils.utils:convert_to_torch_dtype")("fp32") == torch.float32
 
 
@@ -799,28 +801,28 @@ def test_every_flash_attention_import_at_import_time_has_a_stub() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flash_attn":
                 wanted |= {(node.module, alias.name) for alias in node.names}
-    assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/compat/cpu.py"
+    assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/cpu.py"
     for module, name in wanted:
-        assert hasattr(importlib.import_module(module), name), f"add {module}.{name} to skd_plugin/compat/cpu.py"
+        assert hasattr(importlib.import_module(module), name), f"add {module}.{name} to skd_plugin/cpu.py"
 
 
 @without_cuda
 def test_device_mesh_of_cuda_is_one_of_the_cpu() -> None:
     source = inspect.getsource(importlib.import_module("openrlhf.utils.deepspeed.deepspeed"))
-    assert "init_device_mesh(" in source, "revisit _cuda_means_cpu in skd_plugin/compat/cpu.py"
-    assert torch.distributed.device_mesh.init_device_mesh.__module__ == "skd_plugin.compat.cpu"
+    assert "init_device_mesh(" in source, "revisit _cuda_means_cpu in skd_plugin/cpu.py"
+    assert torch.distributed.device_mesh.init_device_mesh.__module__ == "skd_plugin.cpu"
 
 
-# --- going on from a checkpoint (terminal/resume.py) ---
+# --- going on from a checkpoint (run/resume.py) ---
 
 
 def test_file_that_ends_a_checkpoint() -> None:
     """Written behind the barrier of all ranks, so that a checkpoint with it is whole."""
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-    from skd_plugin.terminal.resume import METRIC_FILE
+    from skd_plugin.run.resume import METRIC_FILE
 
-    assert DeepspeedStrategy.CKPT_METRIC_FILENAME == METRIC_FILE, "revisit skd_plugin/terminal/resume.py"
+    assert DeepspeedStrategy.CKPT_METRIC_FILENAME == METRIC_FILE, "revisit skd_plugin/run/resume.py"
     source = inspect.getsource(DeepspeedStrategy.save_ckpt)
     assert source.index("model.save_checkpoint(") < source.index("self._write_ckpt_metric(")
 

@@ -29,7 +29,7 @@ def execute(executor: Any, prompt: str = "ab") -> dict[str, Any]:
 def rewarded(endpoint: str | Path, timeout_s: float = 30.0) -> Any:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    from skd_plugin.rollout.rewards import RewardedExecutor
+    from skd_plugin.host.rewards import RewardedExecutor
 
     return RewardedExecutor(SingleTurnAgentExecutor([str(endpoint)]), timeout_s)
 
@@ -47,9 +47,9 @@ def reward_file(tmp_path: Path):
 def test_fetchers_are_where_they_are_watched() -> None:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    from skd_plugin.rollout.rewards import FETCHERS
+    from skd_plugin.host.rewards import FETCHERS
 
-    assert all(hasattr(SingleTurnAgentExecutor, name) for name in FETCHERS), "revisit skd_plugin/rollout/rewards.py"
+    assert all(hasattr(SingleTurnAgentExecutor, name) for name in FETCHERS), "revisit skd_plugin/host/rewards.py"
 
 
 def test_a_reward_that_comes_is_handed_on(reward_file) -> None:
@@ -68,7 +68,7 @@ def test_a_reward_that_comes_is_handed_on(reward_file) -> None:
     ],
 )
 def test_a_reward_that_does_not_come_is_an_error(reward_file, body: str, cause: str) -> None:
-    from skd_plugin.rollout.rewards import RewardError
+    from skd_plugin.host.rewards import RewardError
 
     with pytest.raises(RewardError, match=f"prompt 'ab'.*{cause}"):
         execute(rewarded(reward_file(body), timeout_s=0.2))
@@ -91,7 +91,7 @@ def failing_server() -> Iterator[str]:
 
 
 def test_a_server_that_fails_is_an_error(failing_server: str) -> None:
-    from skd_plugin.rollout.rewards import RewardError
+    from skd_plugin.host.rewards import RewardError
 
     with pytest.raises(RewardError, match="Request error for 5 times"):
         execute(rewarded(failing_server))
@@ -118,7 +118,7 @@ def test_causes_belong_to_their_own_samples(reward_file) -> None:
 def test_an_agent_without_a_reward_is_an_error() -> None:
     from openrlhf.utils.agent import AgentExecutorBase
 
-    from skd_plugin.rollout.rewards import RewardedExecutor, RewardError
+    from skd_plugin.host.rewards import RewardedExecutor, RewardError
 
     class Silent(AgentExecutorBase):
         async def execute(self, prompt: str, **_: Any) -> dict[str, Any]:
@@ -128,12 +128,12 @@ def test_an_agent_without_a_reward_is_an_error() -> None:
         execute(RewardedExecutor(Silent(), 1.0))
 
 
-# --- experience of rewarded responses (trainer/samples.py) ---
+# --- experience of rewarded responses (host/samples.py) ---
 
 
 def make_maker(estimator: str = "reinforce", **objective: float) -> Any:
     from skd_plugin.config.schema import ObjectiveConfig
-    from skd_plugin.trainer.samples import SKDExperienceMaker
+    from skd_plugin.host.samples import SKDExperienceMaker
 
     advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=True)
     args = SimpleNamespace(
@@ -148,8 +148,8 @@ def make_maker(estimator: str = "reinforce", **objective: float) -> Any:
 
 
 def rollout(maker: Any, responses: list[list[int]], sources: list[list[int]]) -> list[Any]:
-    from skd_plugin.rollout.rule import SamplingRule
-    from skd_plugin.trainer.samples import SKDSamplesGenerator
+    from skd_plugin.engine.sampling_rule import SamplingRule
+    from skd_plugin.host.samples import SKDSamplesGenerator
     from tests.contract.test_openrlhf import make_response
 
     strategy = SimpleNamespace(args=maker.args)
@@ -215,14 +215,14 @@ def test_a_failed_reward_would_be_logged_and_forgotten_by_the_host() -> None:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
     source = inspect.getsource(SingleTurnAgentExecutor.execute)
-    assert "except Exception" in source and "logger.info" in source, "revisit skd_plugin/rollout/rewards.py"
+    assert "except Exception" in source and "logger.info" in source, "revisit skd_plugin/host/rewards.py"
 
 
-# --- prompts and stop strings (trainer/samples.py, rollout/actor.py) ---
+# --- prompts and stop strings (host/samples.py, host/rollout_actor.py) ---
 
 
 def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
-    from skd_plugin.trainer.samples import SKDSamplesGenerator
+    from skd_plugin.host.samples import SKDSamplesGenerator
 
     class Tokenizer(_Tokenizer):
         def __call__(self, text: str, **_: Any) -> Any:
@@ -247,7 +247,7 @@ def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
     ],
 )
 def test_a_stop_string_leaves_nothing_behind_it(text: str, stop: str | None, kept: str) -> None:
-    from skd_plugin.rollout.actor import SKDRollout
+    from skd_plugin.host.rollout_actor import SKDRollout
 
     actor = SimpleNamespace(_tokenizer=_Tokenizer())
     found = SKDRollout._without_overshoot(actor, [ord(char) for char in text], stop)

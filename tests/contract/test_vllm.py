@@ -31,29 +31,29 @@ def find(path: str) -> Any:
 
 
 HASHES = [  # vLLM code, hash, our file, what we assume of it
-    (f"{RUNNER}._sample", "df64e9c9f60e", "rollout/sampler.py", "SKDSampler takes its place"),
-    (f"{RUNNER}.sample_tokens", "77bc8810ced5", "rollout/sampler.py",
+    (f"{RUNNER}._sample", "df64e9c9f60e", "engine/sampler.py", "SKDSampler takes its place"),
+    (f"{RUNNER}.sample_tokens", "77bc8810ced5", "engine/sampler.py",
      "every token of the engine goes through one call of self._sample, before the drafter proposes"),
-    (f"{RUNNER}._bookkeeping_sync", "8996e31d2657", "rollout/sampler.py",
+    (f"{RUNNER}._bookkeeping_sync", "8996e31d2657", "engine/sampler.py",
      "it drops the -1 entries and the discarded rows of what the sampler returns"),
-    (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "rollout/sampler.py",
+    (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "engine/sampler.py",
      "its indices pick the teacher's logits"),
-    (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "rollout/drafter.py",
+    (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "engine/drafter.py",
      "it calls the drafter for every request of the batch and keeps what take_last_draft_probs returns"),
-    (f"{DRAFTER}.propose", "f1fb06572b09", "rollout/drafter.py",
+    (f"{DRAFTER}.propose", "f1fb06572b09", "engine/drafter.py",
      "it calls set_inputs_first_pass once, then _sample_draft_tokens once a drafted token, positions rising by one"),
-    (f"{DRAFTER}._sample_draft_tokens", "dd85f7c5bd19", "rollout/drafter.py", "SKDDrafter takes its place"),
-    (f"{DRAFTER}.set_inputs_first_pass", "ff73a43504da", "rollout/drafter.py",
+    (f"{DRAFTER}._sample_draft_tokens", "dd85f7c5bd19", "engine/drafter.py", "SKDDrafter takes its place"),
+    (f"{DRAFTER}.set_inputs_first_pass", "ff73a43504da", "engine/drafter.py",
      "after it, self.positions[indices] are the positions of the last tokens read"),
-    (f"{DRAFTER}.load_model", "b2bb9269f722", "rollout/drafter.py", "it loads the student through _get_model"),
-    (f"{DRAFTER}._get_model", "c762a5056472", "rollout/drafter.py", "loadable_weights is around it"),
-    (f"{SCHEDULER}.update_from_output", "2131fa06b955", "rollout/sampler.py",
+    (f"{DRAFTER}.load_model", "b2bb9269f722", "engine/drafter.py", "it loads the student through _get_model"),
+    (f"{DRAFTER}._get_model", "c762a5056472", "engine/drafter.py", "loadable_weights is around it"),
+    (f"{SCHEDULER}.update_from_output", "2131fa06b955", "engine/sampler.py",
      "a fully kept block without its bonus token must look as if its last draft had been rejected and replaced"),
-    ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "603506658606", "rollout/sampler.py",
+    ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "603506658606", "engine/sampler.py",
      "it turns rows with -1 into token lists"),
-    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "compat/cpu.py",
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "cpu.py",
      "loadable_weights puts its own in place, which must set whatever the layers call"),
-    ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "rollout/engine.py",
+    ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "engine/offline.py",
      "VLLM_USE_V2_MODEL_RUNNER=0 must choose the V1 runner"),
 ]  # fmt: skip
 
@@ -66,18 +66,18 @@ def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, be
 
 
 SIGNATURES = [
-    (f"{RUNNER}._sample", "logits spec_decode_metadata", "rollout/sampler.py"),
-    (f"{DRAFTER}.__init__", "vllm_config device runner", "rollout/drafter.py"),
-    (f"{DRAFTER}._get_model", "", "rollout/drafter.py"),
-    (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "rollout/drafter.py"),
-    ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "rollout/worker.py"),
-    ("vllm:LLM.collective_rpc", "method timeout args kwargs", "rollout/engine.py"),
-    ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "rollout/actor.py"),
-    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "compat/cpu.py"),
+    (f"{RUNNER}._sample", "logits spec_decode_metadata", "engine/sampler.py"),
+    (f"{DRAFTER}.__init__", "vllm_config device runner", "engine/drafter.py"),
+    (f"{DRAFTER}._get_model", "", "engine/drafter.py"),
+    (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "engine/drafter.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "engine/worker.py"),
+    ("vllm:LLM.collective_rpc", "method timeout args kwargs", "engine/offline.py"),
+    ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "host/rollout_actor.py"),
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "cpu.py"),
     ("vllm.distributed.utils:stateless_init_torch_distributed_process_group",
-     "host port rank world_size backend group_name return_store listen_socket", "compat/cpu.py"),
+     "host port rank world_size backend group_name return_store listen_socket", "cpu.py"),
     ("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.broadcast", "tensor src stream",
-     "compat/cpu.py (GlooGroup) and rollout/weights.py"),
+     "cpu.py (GlooGroup) and host/weight_sync.py"),
 ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_signature(path: str, names: str, ours: str) -> None:
     assert_parameters(find(path), names.split(), f"skd_plugin/{ours}")
 
 
-# --- model runner (rollout/worker.py, rollout/sampler.py) ---
+# --- model runner (engine/worker.py, engine/sampler.py) ---
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_signature(path: str, names: str, ours: str) -> None:
 )
 def test_runner_has_the_attribute(name: str) -> None:
     assert name in attributes_set(find(f"{RUNNER}.__init__")), (
-        f"GPUModelRunner sets no {name} any more; revisit skd_plugin/rollout/worker.py and rollout/sampler.py"
+        f"GPUModelRunner sets no {name} any more; revisit skd_plugin/engine/worker.py and engine/sampler.py"
     )
 
 
 def test_record_of_the_forward_is_there_when_tokens_are_sampled() -> None:
     """SKDWorker.sample_tokens reads the hidden states whose rows are those of the logits, before the runner does."""
-    ours = "revisit SKDWorker.sample_tokens in skd_plugin/rollout/worker.py"
+    ours = "revisit SKDWorker.sample_tokens in skd_plugin/engine/worker.py"
     state = find("vllm.v1.worker.gpu_model_runner:ExecuteModelState")
     assert {"logits", "sample_hidden_states"} <= set(state._fields), ours
     assert "execute_model_state" in attributes_set(find(f"{RUNNER}.__init__")), ours
@@ -117,7 +117,7 @@ def test_record_of_the_forward_is_there_when_tokens_are_sampled() -> None:
 def test_runner_makes_a_plain_draft_model_proposer() -> None:
     """SKDWorker refuses any other drafter and puts its own in place of this one."""
     source = inspect.getsource(find(f"{RUNNER}.__init__"))
-    assert "self.drafter = DraftModelProposer(" in source, "revisit _check_runner in skd_plugin/rollout/worker.py"
+    assert "self.drafter = DraftModelProposer(" in source, "revisit _check_runner in skd_plugin/engine/worker.py"
 
 
 def test_sampler_is_called_through_the_instance() -> None:
@@ -127,8 +127,8 @@ def test_sampler_is_called_through_the_instance() -> None:
     for method in methods:
         for call in (n for n in ast.walk(method) if isinstance(n, ast.Call)):
             callers.setdefault(ast.unparse(call.func), set()).add(method.name)
-    assert callers["self._sample"] == {"sample_tokens"}, "revisit skd_plugin/rollout/worker.py"
-    assert "GPUModelRunner._sample" not in callers, "revisit skd_plugin/rollout/worker.py"
+    assert callers["self._sample"] == {"sample_tokens"}, "revisit skd_plugin/engine/worker.py"
+    assert "GPUModelRunner._sample" not in callers, "revisit skd_plugin/engine/worker.py"
     for sampler in ("self.sampler", "self.rejection_sampler"):
         assert callers[sampler] <= {"_sample", "_dummy_sampler_run"}, "tokens come from another place; see sampler.py"
 
@@ -137,9 +137,9 @@ def test_cpu_runner_shares_the_code_that_we_replace() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     runner = find(RUNNER)
-    assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/rollout/worker.py"
+    assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/engine/worker.py"
     for name in ("_sample", "sample_tokens", "_bookkeeping_sync"):
-        assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/rollout/sampler.py"
+        assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/engine/sampler.py"
 
 
 def test_a_kept_block_reads_as_its_tokens() -> None:
@@ -151,14 +151,14 @@ def test_a_kept_block_reads_as_its_tokens() -> None:
     assert PLACEHOLDER_TOKEN_ID == NOTHING, "revisit skd_plugin/core/accept.py"
     block = torch.tensor([[4, 5, 6, -1], [7, -1, -1, -1], [8, -1, -1, -1]], dtype=torch.int32)
     tokens, _ = RejectionSampler.parse_output(block, 32, [2])
-    assert tokens == [[4, 5, 6], [7], []], "revisit SKDSampler in skd_plugin/rollout/sampler.py"
+    assert tokens == [[4, 5, 6], [7], []], "revisit SKDSampler in skd_plugin/engine/sampler.py"
 
 
 @pytest.mark.parametrize("emitted", [1, 2, 3])
 def test_computed_tokens_after_a_block_without_bonus(emitted: int) -> None:
     """Three drafts: the KV cache holds the last token read and the emitted ones but the last, whatever was emitted."""
     lines = inspect.getsource(find(f"{SCHEDULER}.update_from_output"))
-    assert "num_accepted = max(len(generated_token_ids) - num_sampled, 0)" in lines, "revisit rollout/sampler.py"
+    assert "num_accepted = max(len(generated_token_ids) - num_sampled, 0)" in lines, "revisit engine/sampler.py"
     assert "num_rejected = num_draft_tokens - num_accepted" in lines
     scheduled = 1 + 3  # the last token and three drafts; advanced by the scheduler before the forward
     num_accepted = max(emitted - 1, 0)  # num_sampled_tokens_per_step is 1
@@ -171,21 +171,21 @@ def test_scheduler_samples_one_token_a_step() -> None:
     source = inspect.getsource(module)
     assert "self.num_sampled_tokens_per_step" in source
     default = attributes_set(find(f"{SCHEDULER}.__init__"))
-    assert "num_sampled_tokens_per_step" in default, "revisit the bonus token in skd_plugin/rollout/sampler.py"
+    assert "num_sampled_tokens_per_step" in default, "revisit the bonus token in skd_plugin/engine/sampler.py"
 
 
 @pytest.mark.parametrize(
     ("path", "names", "ours"),
     [
         ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
-         "draft_token_ids num_draft_tokens target_logits_indices bonus_logits_indices", "rollout/sampler.py"),
-        ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "rollout/sampler.py"),
+         "draft_token_ids num_draft_tokens target_logits_indices bonus_logits_indices", "engine/sampler.py"),
+        ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
         ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params output_token_ids",
-         "rollout/requests.py and rollout/sampler.py"),
-        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "rollout/actor.py"),
-        ("vllm.config:VllmConfig", "additional_config speculative_config scheduler_config", "rollout/worker.py"),
+         "engine/request_table.py and engine/sampler.py"),
+        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "host/rollout_actor.py"),
+        ("vllm.config:VllmConfig", "additional_config speculative_config scheduler_config", "engine/worker.py"),
         ("vllm.config:SpeculativeConfig", "method model num_speculative_tokens draft_sample_method draft_model_config",
-         "rollout/engine.py"),
+         "engine/offline.py"),
     ],
 )  # fmt: skip
 def test_fields(path: str, names: str, ours: str) -> None:
@@ -197,15 +197,15 @@ def test_sampler_output_needs_nothing_more() -> None:
     from vllm.v1.outputs import SamplerOutput
 
     required = [f.name for f in dataclasses.fields(SamplerOutput) if f.default is dataclasses.MISSING]
-    assert set(required) == {"sampled_token_ids", "logprobs_tensors"}, "revisit skd_plugin/rollout/sampler.py"
+    assert set(required) == {"sampled_token_ids", "logprobs_tensors"}, "revisit skd_plugin/engine/sampler.py"
 
 
 def test_input_batch_has_what_the_sampler_reads() -> None:
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
-    assert {"num_tokens_no_spec"} <= attributes_set(InputBatch.__init__), "revisit skd_plugin/rollout/sampler.py"
+    assert {"num_tokens_no_spec"} <= attributes_set(InputBatch.__init__), "revisit skd_plugin/engine/sampler.py"
     for name in ("req_ids", "num_reqs"):
-        assert isinstance(getattr(InputBatch, name), property), f"InputBatch.{name}; revisit rollout/sampler.py"
+        assert isinstance(getattr(InputBatch, name), property), f"InputBatch.{name}; revisit engine/sampler.py"
 
 
 def test_metadata_lists_drafts_request_by_request() -> None:
@@ -215,37 +215,37 @@ def test_metadata_lists_drafts_request_by_request() -> None:
     assert made.num_draft_tokens == [2, 0, 1] and made.draft_token_ids.tolist() == [5, 6, 7], "revisit sampler.py"
 
 
-# --- drafter (rollout/drafter.py) ---
+# --- drafter (engine/drafter.py) ---
 
 
 @pytest.mark.parametrize("name", ["_get_model", "set_inputs_first_pass", "_sample_draft_tokens", "propose"])
 def test_draft_proposer_has_the_method(name: str) -> None:
-    assert callable(getattr(find(DRAFTER), name, None)), f"{name} is gone; revisit skd_plugin/rollout/drafter.py"
+    assert callable(getattr(find(DRAFTER), name, None)), f"{name} is gone; revisit skd_plugin/engine/drafter.py"
 
 
 def test_draft_proposer_has_the_attributes() -> None:
     base = find("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer")
     have = attributes_set(base.__init__, base.load_model)
     missing = {"positions", "draft_model_config", "model"} - have
-    assert not missing, f"the drafter has no {missing}; revisit skd_plugin/rollout/drafter.py"
+    assert not missing, f"the drafter has no {missing}; revisit skd_plugin/engine/drafter.py"
 
 
 def test_greedy_requests_are_drafted_by_our_sampler_too() -> None:
     """propose() has no way round _sample_draft_tokens except for the methods that we do not use."""
     source = ast.unparse(tree_of(find(f"{DRAFTER}.propose")))
-    assert source.count("self._sample_draft_tokens(") >= 2, "revisit skd_plugin/rollout/drafter.py"
-    assert "_greedy_sample" not in source, "revisit skd_plugin/rollout/drafter.py"
+    assert source.count("self._sample_draft_tokens(") >= 2, "revisit skd_plugin/engine/drafter.py"
+    assert "_greedy_sample" not in source, "revisit skd_plugin/engine/drafter.py"
 
 
-# --- worker (rollout/worker.py, rollout/weights.py) ---
+# --- worker (engine/worker.py, host/weight_sync.py) ---
 
 
 @pytest.mark.parametrize("path", ["vllm.v1.worker.cpu_worker:CPUWorker", "vllm.v1.worker.gpu_worker:Worker"])
 def test_worker_makes_its_runner_in_init_device(path: str) -> None:
     worker = find(path)
-    assert_parameters(worker.init_device, [], "skd_plugin/rollout/worker.py")
+    assert_parameters(worker.init_device, [], "skd_plugin/engine/worker.py")
     source = inspect.getsource(worker.init_device)
-    assert "self.model_runner" in source, "SKDWorker.init_device finds no runner; revisit skd_plugin/rollout/worker.py"
+    assert "self.model_runner" in source, "SKDWorker.init_device finds no runner; revisit skd_plugin/engine/worker.py"
 
 
 def test_worker_loads_its_model_after_init_device() -> None:
@@ -255,23 +255,23 @@ def test_worker_loads_its_model_after_init_device() -> None:
     source = inspect.getsource(UniProcExecutor)
     order = [source.index(f'"{name}"') if f'"{name}"' in source else source.index(f".{name}(")
              for name in ("init_device", "load_model")]  # fmt: skip
-    assert order == sorted(order), "revisit skd_plugin/rollout/worker.py"
+    assert order == sorted(order), "revisit skd_plugin/engine/worker.py"
 
 
 def test_extension_has_no_name_of_the_worker() -> None:
     """vLLM mixes the extension into our worker class and refuses a name that both have."""
-    from skd_plugin.rollout.weights import StudentWeights
-    from skd_plugin.rollout.worker import SKDWorker
+    from skd_plugin.engine.worker import SKDWorker
+    from skd_plugin.host.weight_sync import StudentWeights
 
     if StudentWeights in SKDWorker.__mro__:
         pytest.skip("an engine of this process has already mixed them")
     shared = [name for name in dir(StudentWeights) if not name.startswith("__") and hasattr(SKDWorker, name)]
-    assert not shared, f"rename {shared} in skd_plugin/rollout/weights.py"
+    assert not shared, f"rename {shared} in skd_plugin/host/weight_sync.py"
 
 
 def test_methods_that_are_called_by_name_exist() -> None:
-    from skd_plugin.rollout.weights import StudentWeights
-    from skd_plugin.rollout.worker import SKDWorker
+    from skd_plugin.engine.worker import SKDWorker
+    from skd_plugin.host.weight_sync import StudentWeights
 
     assert all(hasattr(SKDWorker, name) for name in ("take_traces", "describe_skd", "load_student"))
     assert hasattr(StudentWeights, "receive_student") and hasattr(StudentWeights, "init_process_group")
@@ -280,19 +280,19 @@ def test_methods_that_are_called_by_name_exist() -> None:
 def test_engine_resolves_our_paths() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from skd_plugin.rollout.engine import WORKER_CLS
-    from skd_plugin.rollout.weights import WORKER_EXTENSION_CLS
+    from skd_plugin.engine.offline import WORKER_CLS
+    from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS
 
     assert resolve_obj_by_qualname(WORKER_CLS).__name__ == "SKDWorker"
     assert resolve_obj_by_qualname(WORKER_EXTENSION_CLS).__name__ == "StudentWeights"
 
 
-# --- engine arguments (rollout/engine.py, rollout/actor.py) ---
+# --- engine arguments (engine/offline.py, host/rollout_actor.py) ---
 
 
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from skd_plugin.rollout.engine import engine_arguments
+    from skd_plugin.engine.offline import engine_arguments
 
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     return engine_arguments("teacher", "student", draft_len=2, max_len=16, num_teacher_entries=4)
@@ -304,7 +304,7 @@ def test_engine_args_have_our_fields(arguments: dict[str, Any]) -> None:
     wanted = set(arguments) | {"worker_extension_cls"}
     for args in (EngineArgs, AsyncEngineArgs):
         missing = wanted - {f.name for f in dataclasses.fields(args)}
-        assert not missing, f"{args.__name__} has no {missing}; revisit skd_plugin/rollout/engine.py"
+        assert not missing, f"{args.__name__} has no {missing}; revisit skd_plugin/engine/offline.py"
 
 
 def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
@@ -312,8 +312,8 @@ def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
     from vllm.config.speculative import DraftSampleMethod
 
     given = arguments["speculative_config"]
-    assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit rollout/engine.py"
-    assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/rollout/engine.py"
+    assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit engine/offline.py"
+    assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/engine/offline.py"
 
 
 def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,13 +321,13 @@ def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: p
     from vllm.config import SpeculativeConfig
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-    from skd_plugin.rollout import vocabulary
+    from skd_plugin.engine import vocabulary
 
     name, host = vocabulary.VLLM_CHECK, vocabulary.vllm_check
     because = "it compares the two sizes and does nothing else, so that it can be left out"
-    assert_unchanged(host, "8f7a7b01b765", HOST, "skd_plugin/rollout/vocabulary.py", because)
-    assert f"self.{name}()" in inspect.getsource(SpeculativeConfig), "revisit skd_plugin/rollout/vocabulary.py"
-    assert f"speculative_config.{name}()" in inspect.getsource(DraftModelProposer), "revisit rollout/vocabulary.py"
+    assert_unchanged(host, "8f7a7b01b765", HOST, "skd_plugin/engine/vocabulary.py", because)
+    assert f"self.{name}()" in inspect.getsource(SpeculativeConfig), "revisit skd_plugin/engine/vocabulary.py"
+    assert f"speculative_config.{name}()" in inspect.getsource(DraftModelProposer), "revisit engine/vocabulary.py"
 
     def config(teacher: int, student: int) -> SimpleNamespace:
         models = [SimpleNamespace(get_vocab_size=lambda size=size: size) for size in (teacher, student)]
@@ -337,11 +337,11 @@ def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: p
         host(config(7, 8))
     monkeypatch.setattr(SpeculativeConfig, name, host)
     vocabulary.allow_padding()
-    assert getattr(SpeculativeConfig, name)(config(7, 8)) is None, "revisit skd_plugin/rollout/vocabulary.py"
+    assert getattr(SpeculativeConfig, name)(config(7, 8)) is None, "revisit skd_plugin/engine/vocabulary.py"
 
 
 def test_vocabulary_check_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from skd_plugin.rollout import vocabulary
+    from skd_plugin.engine import vocabulary
 
     monkeypatch.setattr(vocabulary, "vllm_check", None)
     with pytest.raises(RuntimeError, match="run pytest tests/contract"):
@@ -358,7 +358,7 @@ def test_vocabulary_check_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_environment_variable_is_read(name: str) -> None:
     from vllm import envs
 
-    assert name in envs.environment_variables, f"vLLM reads no {name}; revisit rollout/engine.py and compat/cpu.py"
+    assert name in envs.environment_variables, f"vLLM reads no {name}; revisit engine/offline.py and cpu.py"
 
 
 def test_v1_runner_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,33 +367,33 @@ def test_v1_runner_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("0", False), ("1", True)):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
         chosen = find("vllm.config:VllmConfig.use_v2_model_runner")(SimpleNamespace(model_config=None))
-        assert chosen is expected, f"{VllmConfig.__name__}; revisit engine_arguments in skd_plugin/rollout/engine.py"
+        assert chosen is expected, f"{VllmConfig.__name__}; revisit engine_arguments in skd_plugin/engine/offline.py"
 
 
 def test_sampling_parameters_carry_ours() -> None:
     """extra_args survive the copies on the way to the worker; top_k 0 and temperature 1 mean "as the model says"."""
     from vllm import SamplingParams
 
-    from skd_plugin.rollout.engine import vllm_sampling_params
-    from skd_plugin.rollout.rule import SamplingRule
+    from skd_plugin.engine.offline import vllm_sampling_params
+    from skd_plugin.engine.sampling_rule import SamplingRule
 
     params = vllm_sampling_params(SamplingRule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, [2])
     assert isinstance(params, SamplingParams) and params.max_tokens == 6
-    assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/rollout/requests.py"
+    assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/engine/request_table.py"
     changed = copy.deepcopy(params)
     changed.temperature, changed.top_p, changed.top_k, changed.min_tokens, changed.logprobs = 1.0, 1.0, 0, 0, None
     changed.extra_args = {}
-    assert SamplingParams(top_k=0).top_k == 0, "revisit SKDRollout.generate in skd_plugin/rollout/actor.py"
+    assert SamplingParams(top_k=0).top_k == 0, "revisit SKDRollout.generate in skd_plugin/host/rollout_actor.py"
 
 
 def test_scheduler_is_asked_for_each_requests_new_tokens() -> None:
     """SKDScheduler overrides the one place where a request's tokens are looked at for an end token."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from skd_plugin.rollout.scheduler import SKDScheduler
+    from skd_plugin.engine.scheduler import SKDScheduler
 
     source = inspect.getsource(Scheduler.update_from_output)
-    assert "self._update_request_with_output(" in source, "revisit skd_plugin/rollout/scheduler.py"
+    assert "self._update_request_with_output(" in source, "revisit skd_plugin/engine/scheduler.py"
     ours, host = SKDScheduler._update_request_with_output, Scheduler._update_request_with_output
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(host).parameters)
 
@@ -402,7 +402,7 @@ def test_llm_takes_one_parameter_set_a_prompt() -> None:
     from vllm import LLM
 
     parameters = inspect.signature(LLM.generate).parameters
-    assert {"prompts", "sampling_params", "use_tqdm"} <= set(parameters), "revisit SKDEngine in rollout/engine.py"
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(parameters), "revisit SKDEngine in engine/offline.py"
 
 
 def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
@@ -410,9 +410,9 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingType
 
-    from skd_plugin.evaluate.engine import plain_params
+    from skd_plugin.evaluate.answers import plain_params
 
-    ours = "revisit plain_params in skd_plugin/evaluate/engine.py"
+    ours = "revisit plain_params in skd_plugin/evaluate/answers.py"
     params = plain_params(1.0, 7, [2], -5)
     assert params.sampling_type is SamplingType.RANDOM_SEED and params.seed >= 0, ours
     assert plain_params(0.0, 7, [2], 5).sampling_type is SamplingType.GREEDY, ours
@@ -420,17 +420,17 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     update = inspect.getsource(find(f"{RUNNER}._update_states"))
     assert "generator.manual_seed(sampling_params.seed)" in update, ours
     names = {field.name for field in dataclasses.fields(CompletionOutput)}
-    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/engine.py"
+    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/answers.py"
 
 
 def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    assert inspect.iscoroutinefunction(AsyncLLM.collective_rpc), "revisit skd_plugin/rollout/actor.py"
-    assert inspect.iscoroutinefunction(AsyncLLM.reset_prefix_cache), "revisit skd_plugin/trainer/actor.py"
+    assert inspect.iscoroutinefunction(AsyncLLM.collective_rpc), "revisit skd_plugin/host/rollout_actor.py"
+    assert inspect.iscoroutinefunction(AsyncLLM.reset_prefix_cache), "revisit skd_plugin/host/policy_actor.py"
 
 
-# --- loadable weights (compat/cpu.py) ---
+# --- loadable weights (cpu.py) ---
 
 
 @pytest.mark.parametrize("module", ["linear", "vocab_parallel_embedding"])
@@ -438,8 +438,8 @@ def test_packing_is_imported_when_it_is_called(module: str) -> None:
     """An import at the top of the module would keep vLLM's own function in place."""
     loaded = importlib.import_module(f"vllm.model_executor.layers.{module}")
     inside = imports_inside(loaded)
-    assert ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm") in inside, "revisit compat/cpu.py"
-    assert not hasattr(loaded, "dispatch_cpu_unquantized_gemm"), "revisit loadable_weights in skd_plugin/compat/cpu.py"
+    assert ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm") in inside, "revisit cpu.py"
+    assert not hasattr(loaded, "dispatch_cpu_unquantized_gemm"), "revisit loadable_weights in skd_plugin/cpu.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="packing is for CPUs")
@@ -447,7 +447,7 @@ def test_weights_loaded_inside_stay_readable() -> None:
     import vllm.model_executor.layers.utils as layers
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from skd_plugin.compat.cpu import loadable_weights
+    from skd_plugin.cpu import loadable_weights
 
     original = layers.dispatch_cpu_unquantized_gemm
     layer = torch.nn.Module()
@@ -455,7 +455,7 @@ def test_weights_loaded_inside_stay_readable() -> None:
     with loadable_weights():
         UnquantizedLinearMethod().process_weights_after_loading(layer)
     assert layers.dispatch_cpu_unquantized_gemm is original
-    assert layer.weight.shape == (2, 3), "the weight was packed; revisit loadable_weights in skd_plugin/compat/cpu.py"
+    assert layer.weight.shape == (2, 3), "the weight was packed; revisit loadable_weights in skd_plugin/cpu.py"
     layer.weight.data.fill_(1.0)
     out = layer.cpu_linear(torch.ones(1, 3), layer.weight, None)
-    assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/compat/cpu.py"
+    assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/cpu.py"

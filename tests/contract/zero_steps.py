@@ -9,7 +9,7 @@ import json
 import socket
 import sys
 
-from skd_plugin.compat import cpu
+from skd_plugin import cpu
 
 cpu.install()
 
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from skd_plugin.core.chunked import Scores, chunked_divergence  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
-from skd_plugin.trainer.full_vocabulary import FullVocabularyActor  # noqa: E402
+from skd_plugin.host.full_vocabulary import FullVocabularyActor  # noqa: E402
 
 VOCAB, WIDTH, STEPS = 64, 12, 3
 

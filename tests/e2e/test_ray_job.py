@@ -25,10 +25,10 @@ from types import SimpleNamespace
 
 import ray
 
-from skd_plugin.compat import cpu
+from skd_plugin import cpu
 
 cpu.install()  # without a GPU the host's imports need it
-from skd_plugin.trainer.bind import ray_options
+from skd_plugin.host.bind import ray_options
 
 ray.init(**ray_options(SimpleNamespace(cpu=False)))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from skd_plugin.config.schema import RolloutConfig
-from skd_plugin.evaluate.engine import Beside, Job
-from skd_plugin.rollout.engine import Sample
-from skd_plugin.trainer.status import Status
+from skd_plugin.engine.offline import Sample
+from skd_plugin.evaluate.answers import Beside, Job
+from skd_plugin.run_folder import Status
 from tests.conftest import EOS, MAX_LEN
 
 pytestmark = pytest.mark.engine

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skd_plugin.rollout.requests import RequestTable
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.engine.sampling_rule import SamplingRule
 
 pytestmark = pytest.mark.engine
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9]]

@@ -10,7 +10,7 @@ import torch
 from skd_plugin.core.accept import ACCEPTED, FLAGGED, REPLACED, RESAMPLED
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import SOURCE_LETTERS, Trace
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import VOCAB
 from tests.engine.test_law import PROMPTS, SAMPLES, assert_law, generate_mixed
 from tests.unit.test_sampling import slow_warp

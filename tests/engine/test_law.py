@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.rollout.engine import SamplingRule
+from skd_plugin.engine.offline import SamplingRule
 from tests.conftest import EOS, VOCAB
 from tests.unit.test_sampling import slow_warp
 

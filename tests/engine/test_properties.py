@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REFERENCE, REPLACED, RESAMPLED
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, MAX_LEN, VOCAB
 
 pytestmark = pytest.mark.engine

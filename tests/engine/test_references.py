@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from skd_plugin.core.accept import NOTHING, REFERENCE, UNDRAFTED
-from skd_plugin.rollout.references import MissingReference, is_chosen
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.engine.references import MissingReference, is_chosen
+from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, MAX_LEN, VOCAB
 
 pytestmark = pytest.mark.engine

@@ -13,7 +13,7 @@ from skd_plugin import cli
 from skd_plugin.check.self_test import judge
 from skd_plugin.check.trial import Trial, arguments, compare, sample
 from skd_plugin.core import gates
-from skd_plugin.rollout.engine import SKDEngine
+from skd_plugin.engine.offline import SKDEngine
 
 pytestmark = pytest.mark.engine
 

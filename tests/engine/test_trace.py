@@ -9,7 +9,7 @@ import torch
 
 from skd_plugin.core.losses import Targets, categories
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.engine import SamplingRule
+from skd_plugin.engine.offline import SamplingRule
 from tests.conftest import EOS, LOSS_TEMPERATURE, MAX_LEN, VOCAB
 from tests.unit.test_trace import KEYS
 

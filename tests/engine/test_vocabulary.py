@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skd_plugin.core.trace import Trace
-from skd_plugin.rollout.rule import SamplingRule
+from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import PADDED_VOCAB, VOCAB
 from tests.engine.test_law import PROMPTS, SAMPLES, assert_samples_follow
 

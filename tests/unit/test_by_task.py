@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from skd_plugin.report.figures import figures_of
+from skd_plugin.host.by_task import grouped, rollout_by_task, scores, sources
 from skd_plugin.report.folder import read_runs
+from skd_plugin.report.metrics import figures_of
 from skd_plugin.tasks import TASKS
 from skd_plugin.tasks.reward import make_label, task_of
-from skd_plugin.trainer.by_task import grouped, rollout_by_task, scores, sources
 from tests.run_folder import write_run
 from tests.unit.test_metrics import KEPT, SWAPPED, make_trace
 

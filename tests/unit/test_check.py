@@ -34,14 +34,13 @@ from skd_plugin.check.self_test import judge
 from skd_plugin.check.subject import read_subject
 from skd_plugin.check.table import findings_table, verdict
 from skd_plugin.check.trial import Figures, figures
-from skd_plugin.compat import versions
-from skd_plugin.config import SKDConfig
+from skd_plugin.config import versions
 from skd_plugin.config.host_options import host_parser
-from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
 from skd_plugin.core.trace import Trace
-from skd_plugin.terminal import process
-from skd_plugin.trainer.status import Status
+from skd_plugin.run import process
+from skd_plugin.run_folder import Status
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]

@@ -23,8 +23,8 @@ from skd_plugin.check.memory import (
     model_size,
     trainer_memory,
 )
-from skd_plugin.config import SKDConfig
 from skd_plugin.config.host_options import host_parser
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 
 GPU = 80 * GIB

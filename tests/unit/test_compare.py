@@ -23,7 +23,8 @@ from interval import Interval  # noqa: E402
 from plan import ROOT as REPOSITORY  # noqa: E402
 from plan import load_plan  # noqa: E402
 
-from skd_plugin.config import RecipeError, load_run  # noqa: E402
+from skd_plugin.errors import RecipeError  # noqa: E402
+from skd_plugin.prepare.load_run import load_run  # noqa: E402
 
 PLAN = ROOT / "recipes" / "compare" / "plan.yaml"
 

@@ -15,22 +15,22 @@ import torch
 import yaml
 
 from skd_plugin import cli
-from skd_plugin.compat import versions
-from skd_plugin.config import RecipeError, Run, host_rules, load_recipe, load_run
+from skd_plugin.config import host_rules, versions
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
-from skd_plugin.config.models import (
+from skd_plugin.config.recipe import flatten, load_recipe, set_dotted
+from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
+from skd_plugin.core.losses import DIVERGENCES, make_token_loss
+from skd_plugin.core.token_weights import LAWS, make_weigher
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import Run, load_models, load_run, parse_skd
+from skd_plugin.prepare.models import (
     check_output_head,
     check_pair,
     check_prompts,
     check_vocabularies,
     common_vocab_size,
 )
-from skd_plugin.config.recipe import flatten, set_dotted
-from skd_plugin.config.run import load_models, parse_skd
-from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
-from skd_plugin.config.task_data import task_options
-from skd_plugin.core.losses import DIVERGENCES, make_token_loss
-from skd_plugin.core.weights import LAWS, make_weigher
+from skd_plugin.prepare.prompts import task_options
 from skd_plugin.tasks.reward import reference_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -19,10 +19,10 @@ LOSSES = {kind: top_k_loss(make_divergence(kind, beta=0.5, alpha=0.1)) for kind 
 @pytest.fixture(scope="session")
 def distillation():
     """The module under test; OpenRLHF can be imported on a CPU only after `install`."""
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     cpu.install()
-    import skd_plugin.trainer.distillation as module
+    import skd_plugin.host.distillation as module
 
     return module
 
@@ -254,7 +254,7 @@ def test_weight_zero_keeps_its_tokens_in_the_mean(distillation, aggregate_loss) 
 
 def objective(loss, token_level: bool = True):
     """What stands in the host's trainer, with the distillation term alone."""
-    from skd_plugin.trainer.objective import DistillationTerm, Objective
+    from skd_plugin.host.objective import DistillationTerm, Objective
 
     found = Objective({"kd": DistillationTerm(loss, token_level)})
     found.weigh(kd=1.0)
@@ -268,7 +268,7 @@ def experience_of(sequences: torch.Tensor, mask: torch.Tensor, traces: list[Trac
 def plan(host_totals=None):
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-    from skd_plugin.trainer.lesson import LessonPlan
+    from skd_plugin.host.lesson import LessonPlan
 
     return LessonPlan(host_totals or iter_grad_accum_global_norm, lambda trace: torch.ones(len(trace)), "exclude")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vllm import SamplingParams
 
-from skd_plugin.rollout.engine import refuse_unsupported, split_prompt
+from skd_plugin.engine.offline import refuse_unsupported, split_prompt
 
 
 def test_what_the_host_passes_is_fine():

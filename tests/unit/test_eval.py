@@ -11,9 +11,9 @@ import yaml
 from rich.console import Console
 
 from skd_plugin import cli
-from skd_plugin.config import RecipeError
+from skd_plugin.errors import RecipeError
+from skd_plugin.evaluate.answers import Job
 from skd_plugin.evaluate.command import job_of, summarise
-from skd_plugin.evaluate.engine import Job
 from skd_plugin.evaluate.plan import make_plan, student_of
 from skd_plugin.evaluate.table import tables
 from skd_plugin.tasks.arithmetic import Arithmetic
@@ -208,7 +208,7 @@ def test_figures_of_answers(plan, found):
 
 def test_a_graded_task_has_the_best_of_k(plan, found):
     label = json.dumps({"task": "translation", "answer": '[["the", "dog"]]', "end": "</s>", "reference": "x"})
-    from skd_plugin.evaluate.figures import task_values
+    from skd_plugin.evaluate.values import task_values
     from skd_plugin.tasks import Translation
 
     label = json.dumps({**json.loads(label), "answer": Translation().examples("test", 1)[0].label})

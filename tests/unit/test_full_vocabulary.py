@@ -26,15 +26,15 @@ LOSSES = {
 @pytest.fixture(scope="session")
 def modules():
     """The modules under test; OpenRLHF can be imported on a CPU only after `install`."""
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     cpu.install()
-    import skd_plugin.trainer.distillation
-    import skd_plugin.trainer.full_vocabulary
-    import skd_plugin.trainer.lesson
-    import skd_plugin.trainer.objective
+    import skd_plugin.host.distillation
+    import skd_plugin.host.full_vocabulary
+    import skd_plugin.host.lesson
+    import skd_plugin.host.objective
 
-    return skd_plugin.trainer
+    return skd_plugin.host
 
 
 @pytest.fixture

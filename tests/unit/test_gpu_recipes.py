@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory import GIB, in_gib
 from skd_plugin.check.time_model import GPUS
-from skd_plugin.config import Run, load_run
 from skd_plugin.config.host_options import host_parser
+from skd_plugin.prepare.load_run import Run, load_run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpus.md"

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from skd_plugin.trainer.launch import own_programs_first
+from skd_plugin.host.launch import own_programs_first
 
 
 def test_ninja_is_this_environments(tmp_path):

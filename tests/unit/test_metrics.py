@@ -12,7 +12,7 @@ import torch
 
 from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
 from skd_plugin.core.trace import Trace
-from skd_plugin.trainer.metrics import JsonLines, draft_waste, mean_kl, rollout_metrics
+from skd_plugin.host.metrics import JsonLines, draft_waste, mean_kl, rollout_metrics
 
 NAN = float("nan")
 # SAME: replaced by the very token proposed; LOST: a token of a reference after a preemption, which nobody drafted.

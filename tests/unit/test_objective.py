@@ -15,13 +15,13 @@ LENGTHS = [(3, 4), (2, 3), (4, 6)]
 
 @pytest.fixture(scope="module")
 def parts() -> SimpleNamespace:
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     cpu.install()
     from openrlhf.models import PolicyLoss
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-    from skd_plugin.trainer import distillation, lesson, objective
+    from skd_plugin.host import distillation, lesson, objective
 
     return SimpleNamespace(
         PolicyLoss=PolicyLoss,
@@ -171,7 +171,7 @@ def test_weights_have_mean_one_over_the_step(parts) -> None:
     gradient = step.gradient(1.0, 0.0, ((0, 1), (2,)))
     scaled = Step(parts, {}, weigher=lambda trace: 100 * weigh(trace)).gradient(1.0, 0.0, ((0, 1), (2,)))
     torch.testing.assert_close(scaled, gradient, rtol=1e-4, atol=1e-7)
-    from skd_plugin.trainer.distillation import token_losses
+    from skd_plugin.host.distillation import token_losses
 
     values = token_losses(*step.batch.all, LOSSES["forward_kl"]).detach()
     mask = step.batch.action_mask.bool()

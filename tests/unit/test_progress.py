@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from skd_plugin.terminal.progress import Follower, duration, read_metrics, summary_table
-from skd_plugin.trainer.status import Status
+from skd_plugin.run.progress import Follower, duration, read_metrics, summary_table
+from skd_plugin.run_folder import Status
 
 STEP = {"skd/loss": 0.5, "skd/accept_rate": 0.25, "skd/kl": 0.3, "tokens_per_s": 200.0}
 
@@ -106,7 +106,7 @@ def test_figure_that_does_not_exist_is_a_dash(folder: Folder) -> None:
 
 def test_time_left_follows_the_steps_seen(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("skd_plugin.terminal.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("skd_plugin.run.progress.time.monotonic", lambda: now[0])
     Status(folder.path).stage("training", planned_steps=12)
     follower = Follower(folder.path, folder.console)
     for step, at in ((2, 100.0), (3, 130.0), (4, 150.0)):

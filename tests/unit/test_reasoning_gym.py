@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from reasoning_gym.factory import DATASETS
 
-from skd_plugin.config.recipe import RecipeError
-from skd_plugin.config.run import load_run
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import load_run
 from skd_plugin.tasks import Task, TaskError, find_task, reasoning_gym
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.reward import make_label, reward_func

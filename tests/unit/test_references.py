@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_plugin.rollout.references import MissingReference, follow, is_chosen, padded, reference_ids
+from skd_plugin.engine.references import MissingReference, follow, is_chosen, padded, reference_ids
 
 
 class Letters:

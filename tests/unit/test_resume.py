@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.config.run import Run
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.terminal import resume
-from skd_plugin.trainer.status import Status
+from skd_plugin.prepare.load_run import Run
+from skd_plugin.run import resume
+from skd_plugin.run_folder import Status
 
 
 @pytest.fixture

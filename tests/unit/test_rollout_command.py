@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.config import RecipeError
-from skd_plugin.rollout.command import Prompt, check_references, read_prompts
+from skd_plugin.errors import RecipeError
+from skd_plugin.rollout_command import Prompt, check_references, read_prompts
 
 
 class Letters:

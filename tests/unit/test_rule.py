@@ -8,7 +8,14 @@ import pytest
 
 from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.gates import GATES
-from skd_plugin.rollout.rule import ACCEPTANCE_SIGN, CONFIDENCE_GATES, KEEP_ALL, METHODS, RulePlan, SamplingRule
+from skd_plugin.engine.sampling_rule import (
+    ACCEPTANCE_SIGN,
+    CONFIDENCE_GATES,
+    KEEP_ALL,
+    METHODS,
+    RulePlan,
+    SamplingRule,
+)
 
 CONTROLLER = {"kind": "target_acceptance", "rate": 0.8, "start": 10}
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from skd_plugin.check.dry_run import one_step
-from skd_plugin.config import RecipeError, Run, load_run
-from skd_plugin.config.run import load_models, parse_skd
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.config.task_data import longest_response, task_options, write_tasks
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import Run, load_models, load_run, parse_skd
+from skd_plugin.prepare.prompts import longest_response, task_options, write_tasks
 from skd_plugin.tasks import TASKS, TaskError, find_task
 from skd_plugin.tasks.mixing import parts, shares
 from skd_plugin.tasks.reward import Sampling, reward_func, sampling_of, task_of

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skd_plugin.core.accept import NOTHING
+from skd_plugin.core.token_weights import LAWS, make_weigher
 from skd_plugin.core.trace import Trace
-from skd_plugin.core.weights import LAWS, make_weigher
 from tests.traces import trace_of
 
 VOCAB = 50

@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def importable_host() -> None:
-    from skd_plugin.compat import cpu
+    from skd_plugin import cpu
 
     cpu.install()
 
@@ -26,7 +26,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def trainer(model: torch.nn.Module) -> Any:
     """The part of SKDActorTrainer that makes buckets; DeepSpeed's engine holds the model as `.module`."""
-    from skd_plugin.trainer.actor import SKDActorTrainer
+    from skd_plugin.host.policy_actor import SKDActorTrainer
 
     made = object.__new__(SKDActorTrainer)
     made.actor = SimpleNamespace(model=SimpleNamespace(module=model))
@@ -34,8 +34,8 @@ def trainer(model: torch.nn.Module) -> Any:
 
 
 def test_unpacked_weights_are_the_packed_ones() -> None:
-    from skd_plugin.rollout.weights import Bucket
-    from skd_plugin.trainer.actor import _flatten
+    from skd_plugin.host.policy_actor import _flatten
+    from skd_plugin.host.weight_sync import Bucket
 
     originals = [torch.randn(shape) for shape in ((2, 3), (4,), (), (1, 5, 2))]
     parameters = [torch.nn.Parameter(tensor) for tensor in originals]
@@ -50,7 +50,7 @@ def test_unpacked_weights_are_the_packed_ones() -> None:
 
 
 def test_names_and_shapes_must_match() -> None:
-    from skd_plugin.rollout.weights import Bucket
+    from skd_plugin.host.weight_sync import Bucket
 
     with pytest.raises(ValueError):
         Bucket(["a"], [(2,), (2,)], torch.float32).unpack(torch.zeros(4))
@@ -61,15 +61,15 @@ def test_names_and_shapes_must_match() -> None:
 @pytest.mark.parametrize("limit", [1, 40, 60, 1 << 20])
 def test_buckets_hold_every_parameter_once(trainer, model, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the model's order, of one dtype each, and within the limit unless a parameter alone exceeds it."""
-    from skd_plugin.trainer import actor
+    from skd_plugin.host import policy_actor
 
-    monkeypatch.setattr(actor, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(policy_actor, "BUCKET_BYTES", limit)
     received = []
     for bucket, parameters in trainer._buckets():
         assert {p.dtype for p in parameters} == {bucket.dtype}
         num_bytes = bucket.size * torch.empty(0, dtype=bucket.dtype).element_size()
         assert len(parameters) == 1 or num_bytes <= limit
-        received += bucket.unpack(actor._flatten(parameters))
+        received += bucket.unpack(policy_actor._flatten(parameters))
     expected = list(model.named_parameters())
     assert [name for name, _ in received] == [name for name, _ in expected]
     for (name, found), (_, wanted) in zip(received, expected, strict=True):
@@ -78,7 +78,7 @@ def test_buckets_hold_every_parameter_once(trainer, model, limit: int, monkeypat
 
 def test_a_bucket_is_filled_up_to_the_limit(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of the parameters in turn: 48, 16, 16 (of another dtype), 20, 20, 4, 4."""
-    monkeypatch.setattr("skd_plugin.trainer.actor.BUCKET_BYTES", 40)
+    monkeypatch.setattr("skd_plugin.host.policy_actor.BUCKET_BYTES", 40)
     sizes = [len(bucket.names) for bucket, _ in trainer._buckets()]
     assert sizes == [1, 1, 1, 2, 2]
 
@@ -90,7 +90,7 @@ def test_a_large_limit_makes_one_bucket_a_run_of_dtypes(trainer) -> None:
 
 def test_sharded_parameter_has_its_whole_shape(model: torch.nn.Module) -> None:
     """Under ZeRO-3 a parameter is an empty shard outside GatheredParameters; its shape is beside it."""
-    from skd_plugin.trainer.actor import _bucket
+    from skd_plugin.host.policy_actor import _bucket
 
     shard = torch.nn.Parameter(torch.empty(0))
     shard.ds_shape = torch.Size((6, 7))
@@ -101,7 +101,7 @@ class Worker:
     """What StudentWeights finds around it in vLLM's worker; `group` plays the trainer's broadcast."""
 
     def __init__(self, flat: torch.Tensor) -> None:
-        from skd_plugin.rollout.weights import StudentWeights
+        from skd_plugin.host.weight_sync import StudentWeights
 
         self.extension = StudentWeights()
         self.loaded: list[tuple[str, torch.Tensor]] = []

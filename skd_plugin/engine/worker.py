@@ -1,0 +1,86 @@
+"""The engine's worker with SKD's sampler and drafter in it. Passed to vLLM by path as `worker_cls`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from skd_plugin.core.trace import Trace
+from skd_plugin.engine import vocabulary
+from skd_plugin.engine.drafter import SKDDrafter
+from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.engine.sampler import SKDSampler
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as VllmWorker
+
+
+class SKDWorker(VllmWorker):
+    """Installs SKD before a model is loaded, and refuses to start where the sampler could not be the one that runs."""
+
+    def init_device(self) -> None:
+        vocabulary.allow_padding()
+        super().init_device()
+        runner = self.model_runner
+        _check_runner(runner)
+        options = self.vllm_config.additional_config
+        self._skd_table = RequestTable(
+            runner.requests,
+            runner.device,
+            options["skd_teacher_entries"],
+            options["skd_loss_temperature"],
+            vocabulary.sizes(self.vllm_config)["vocab_size"],
+        )
+        runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
+        runner._sample = SKDSampler(runner, self._skd_table)
+        self._keeps_hidden = options.get("skd_teacher_hidden", False)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        # The runner throws its record of the teacher's forward away before it calls the sampler.
+        state = self.model_runner.execute_model_state
+        if self._keeps_hidden and state is not None:
+            self.model_runner._sample.keep_hidden(state.sample_hidden_states)
+        return super().sample_tokens(grammar_output)
+
+    def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
+        return self._skd_table.take(trace_ids)
+
+    def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.model_runner.drafter.load_student(weights)
+
+    def describe_skd(self) -> dict[str, str | int]:
+        """What is really in place, for the start-up check."""
+        runner = self.model_runner
+        return {
+            "sampler": type(runner._sample).__qualname__,
+            "drafter": type(runner.drafter).__qualname__,
+            "teacher": runner.model_config.model,
+            "student": runner.speculative_config.draft_model_config.model,
+            "draft_len": runner.num_spec_tokens,
+            **vocabulary.sizes(self.vllm_config),
+        }
+
+
+def _check_runner(runner: object) -> None:
+    """Raises RuntimeError if vLLM chose a model runner, a drafter or a schedule that SKD cannot work in."""
+    remedy = "Start the engine with the arguments of skd_plugin.engine.offline.engine_arguments."
+    if not isinstance(runner, GPUModelRunner):
+        raise RuntimeError(
+            f"SKD's sampler lives in vLLM's V1 model runner, but vLLM started {type(runner).__module__}."
+            f"{type(runner).__qualname__}. Set VLLM_USE_V2_MODEL_RUNNER=0. {remedy}"
+        )
+    drafter = getattr(runner, "drafter", None)
+    if type(drafter) is not DraftModelProposer:
+        raise RuntimeError(
+            f"SKD needs the student as vLLM's draft model (speculative method 'draft_model'), but the drafter is "
+            f"{type(drafter).__qualname__}. {remedy}"
+        )
+    if runner.use_async_scheduling:
+        raise RuntimeError(f"SKD needs synchronous scheduling, but async_scheduling is on. {remedy}")

@@ -1,0 +1,15 @@
+"""What a person is told when something of theirs is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecipeError(ValueError):
+    """The user's recipe is wrong. The message says what was found, what was expected and what to do."""
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")

@@ -1,0 +1,99 @@
+"""The one place where names of OpenRLHF are rebound, so that its own `train_ppo_ray` builds SKD's parts.
+
+The host's `train()` names what is rebound here: its strategy factory, its engine, policy and critic actors and its
+trainer. Everything else of the host stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from skd_plugin import cpu
+from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.host.controller import SKDTrainer
+from skd_plugin.host.critic import SKDCritic
+from skd_plugin.host.policy_actor import SKDPolicy
+from skd_plugin.host.rollout_actor import EngineSpec, SKDRollout
+from skd_plugin.prepare.load_run import Run
+from skd_plugin.seams import plain_class
+
+
+def bind(run: Run) -> None:
+    """Raises RuntimeError if a name to be rebound is not where it is expected."""
+    import openrlhf.trainer.ppo_trainer as ppo_trainer
+    import openrlhf.trainer.ray.launcher as launcher
+    import openrlhf.trainer.ray.ppo_actor as ppo_actor
+    import openrlhf.trainer.ray.ppo_critic as ppo_critic
+    import openrlhf.trainer.ray.vllm_engine as vllm_engine
+    import openrlhf.utils as host_utils
+
+    get_strategy = host_utils.get_strategy
+
+    def strategy_with_skd(args: Any) -> Any:
+        """The first call of the host's train(): from here on `args.skd` is everywhere that the host's args are."""
+        args.skd = run.skd
+        if run.cpu:
+            args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to the host: plain float32, 3x faster on a CPU
+        return get_strategy(args)
+
+    _rebind(host_utils, "get_strategy", strategy_with_skd)
+    _rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))
+    _rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
+    _rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
+    _rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
+    if run.cpu:
+        for name in ("ReferenceModelActor", "RewardModelActor"):
+            _rebind(launcher, name, ray.remote(num_gpus=1)(_on_cpu(getattr(launcher, name))))
+
+
+def _rebind(module: Any, name: str, replacement: Any) -> None:
+    if not hasattr(module, name):
+        raise RuntimeError(f"{module.__name__} has no '{name}' any more, so SKD cannot take its place (host/bind.py)")
+    setattr(module, name, replacement)
+
+
+def _on_cpu(host_actor: Any) -> type:
+    """The host's actor of a frozen model, in float32 on a CPU."""
+
+    class OnCpu(plain_class(host_actor)):
+        def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            cpu.adapt_host_trainer()
+            super().init_model_from_pretrained(*args, **kwargs)
+
+    return OnCpu
+
+
+def _rollout_class(run: Run) -> type[SKDRollout]:
+    """SKDRollout with the recipe in it: the host creates the actor with arguments of its own only."""
+    spec = EngineSpec(
+        teacher=run.skd.teacher.model_name_or_path,
+        draft_len=run.skd.rollout.draft_len,
+        num_teacher_entries=run.skd.loss.top_k,
+        loss_temperature=run.skd.loss.temperature,
+        teacher_hidden=run.skd.loss.vocabulary == "full",
+        rule=SamplingRule.of(run.skd.rollout),
+        seed=run.skd.rollout.seed,
+        reward_timeout_s=run.skd.objective.reward_timeout_s,
+        vllm_options=run.skd.vllm,
+    )
+
+    class ConfiguredRollout(SKDRollout):
+        async def __init__(self, *args: Any, **kwargs: Any) -> None:
+            await super().__init__(*args, skd=spec, **kwargs)
+
+    return ConfiguredRollout
+
+
+def ray_options(run: Run) -> dict[str, Any]:
+    """Arguments of ray.init: the host's own environment, and what a CPU needs in every worker."""
+    env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+    env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
+    options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
+    if run.cpu:
+        env |= cpu.ENV
+        options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.cpu.install"
+        options |= {"address": "local", "num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
+    return options

@@ -1,0 +1,88 @@
+"""The process that becomes OpenRLHF: binds SKD's parts, then runs the host's own script as `__main__`.
+
+python -m skd_plugin.host.launch RUN_DIR/config.yaml
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from skd_plugin import cpu
+from skd_plugin.config.host_options import HOST_MODULE
+from skd_plugin.prepare.load_run import Run
+from skd_plugin.run_folder import Status
+
+
+def main(config_path: str) -> None:
+    end_with_the_parent()
+    run = Run.load(config_path)
+    status = Status(run.folder)
+    sys.excepthook = _report_to(status)
+    status.stage("loading the libraries")
+    os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
+    if run.cpu:
+        os.environ.update(cpu.ENV)
+        cpu.install()
+    import ray
+
+    from skd_plugin.host.bind import bind, ray_options
+
+    status.stage("starting Ray")
+    ray.init(**ray_options(run))
+    bind(run)
+    status.stage("starting the engine and the trainer")
+    sys.argv = [HOST_MODULE, *run.host_argv()]
+    runpy.run_module(HOST_MODULE, run_name="__main__")
+    if status.read()["stage"] != "saving":
+        raise RuntimeError("the host came to its end without SKD's trainer: it no longer uses the names we rebind")
+    status.stage("done")
+    ray.shutdown()
+
+
+def own_programs_first(path: str) -> str:
+    """PATH with this environment's programs in front, as if it were activated.
+
+    DeepSpeed builds its operators with the `ninja` that it finds. Two versions that take turns do not know each
+    other's records, and each builds everything anew: a minute and a half at the start of a run.
+    """
+    return os.pathsep.join([str(Path(sys.executable).parent), *([path] if path else [])])
+
+
+def end_with_the_parent() -> None:
+    """Should `skd` itself be killed, this process is told to end, and Ray's processes end with it (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _with_advice(error: BaseException, text: str) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{text}. Make room, or point skd.run_dir at another disk"
+    return text
+
+
+def _report_to(status: Status):
+    """An excepthook: the traceback goes to the log as ever, its last line also into the status file."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a remote call raised
+        lines = "".join(traceback.format_exception_only(type(cause), cause)).strip().splitlines()
+        try:
+            status.stage("failed", error=_with_advice(cause, lines[-1]))
+        except OSError as full:  # the status file is on the disk that is full; the supervisor reads the log then
+            print(f"could not write {status}: {full}", file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

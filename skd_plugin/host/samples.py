@@ -1,0 +1,143 @@
+"""From rollouts to training batches: the host's sample generator and experience maker, with the traces kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
+
+from skd_plugin.core.rng import derive_seed
+from skd_plugin.core.trace import Trace
+from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.host.lesson import in_layout, students_own
+from skd_plugin.host.rollout_actor import TRACE_KEY
+
+
+class SKDSamplesGenerator(SamplesGenerator):
+    """Tells the engines by which rule to sample, and keeps each response's trace in `Experience.info`.
+
+    A field of a subclass would be dropped when the host splits and joins batches; a per-sample list in `info` is not.
+    """
+
+    def __init__(self, *args: Any, rule: SamplingRule, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule = rule
+        self.seed = seed
+        self.step = 0  # of training; mixed into the random streams, so that a prompt met again is answered anew
+
+    def generate_samples(self, **generate_kwargs: Any) -> Any:
+        self._sample_by(self.rule, derive_seed(self.seed, self.step))
+        samples, *others, exhausted = super().generate_samples(**generate_kwargs)
+        if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
+            # The end of the dataset does not fill a batch. The host would fail where it has fewer samples than actors,
+            # or stop in the middle of DeepSpeed's accumulation.
+            samples = []
+        return samples, *others, exhausted
+
+    @torch.no_grad()
+    def generate_eval_samples(self, *, rule: SamplingRule, **generate_kwargs: Any) -> list[Experience]:
+        """Responses to all held-out prompts, in the order in which they were finished.
+
+        All at once: the host would wait for each rollout batch of them to end before it sends the next.
+        """
+        self._sample_by(rule, derive_seed(self.seed, -1))
+        samples, _, _ = self._generate_vllm(
+            dataloader_iter=iter(self.eval_dataloader),
+            num_prompts=len(self.eval_dataloader),
+            dynamic_filtering=False,
+            **generate_kwargs,
+        )
+        return samples
+
+    def _sample_by(self, rule: SamplingRule, seed: int) -> None:
+        batch_vllm_engine_call(self.vllm_engines, "set_rule", rule, seed)
+
+    def _dispatch_prompts_to_vllm(self, prompts: list[str], labels: list[str], **kwargs: Any) -> list[Any]:
+        for prompt in prompts:
+            self._check_length(prompt, kwargs["max_len"], kwargs["max_new_tokens"] or 1)
+        return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
+
+    def _check_length(self, prompt: str, max_len: int, room: int) -> None:
+        """Raises ValueError for a prompt that the host's executors would cut at its start."""
+        length = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if not 2 <= length <= max_len - room:
+            raise ValueError(
+                f"a prompt has {length} tokens, but 2 to {max_len - room} fit: openrlhf.data.max_len = {max_len}, of "
+                f"which {room} are kept for the response. Leave it out of the dataset, or raise data.max_len. The "
+                f"prompt begins with {prompt[:80]!r}"
+            )
+
+    def _process_response_into_experience(self, response: dict[str, Any], **generate_kwargs: Any) -> Experience:
+        """The host's experience, with the trace, and with the log-probability of each token under the law it was drawn
+        from: the student's, or the teacher's for a token of the teacher.
+        """
+        trace = response[TRACE_KEY]
+        response["rollout_log_probs"] = _behaviour(response, trace)
+        experience = super()._process_response_into_experience(response, **generate_kwargs)
+        experience.info[TRACE_KEY] = [trace]
+        return experience
+
+
+def _behaviour(response: dict[str, Any], trace: Trace) -> list[float]:
+    """log-probability of every token of the sequence, as the host wants it: 0 where nothing was sampled."""
+    sampled = sum(end - start for start, end in response["action_ranges"])
+    if sampled != len(trace):
+        raise RuntimeError(
+            f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(trace)}; "
+            "an executor must return the engine's token ids unchanged"
+        )
+    values = iter(torch.where(students_own(trace), trace.student_logp, trace.teacher_logp).tolist())
+    logp = [0.0] * len(response["observation_tokens"])
+    for start, end in response["action_ranges"]:
+        logp[start:end] = [next(values) for _ in range(start, end)]
+    return logp
+
+
+class SKDExperienceMaker(RemoteExperienceMaker):
+    """Experience for both terms: the host's, and the teacher's view of each token as one more advantage."""
+
+    @torch.no_grad()
+    def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
+        if self.reward_model_group is None:
+            for sample in rollout_samples:
+                if sample.rewards is None:  # learning from the teacher alone: the recipe names no reward
+                    sample.rewards = torch.zeros(len(sample.sequences))
+                    sample.info["reward"] = sample.rewards
+        return super().make_experience_batch(rollout_samples)
+
+    @torch.no_grad()
+    def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
+        """The host's advantages, and c (log p - log q) of the sampled token (c: `teacher_advantage`) added to each.
+
+        The expectation of that under the student is -c KL(q||p): the reverse KL of one token as a reward that ends
+        with that token. It is added behind the host's normalisation, so that c keeps its meaning.
+
+        The penalty for leaving the reference model is for the student's own tokens; a teacher's token pays none.
+        """
+        for experience in experiences:
+            experience.kl = experience.kl * in_layout(experience.action_mask, experience.info[TRACE_KEY], students_own)
+        experiences = super().compute_advantages_and_returns(experiences)
+        for experience in experiences:
+            gain = in_layout(experience.action_mask, experience.info[TRACE_KEY], _teachers_gain)
+            experience.advantages = experience.advantages + self.args.skd.objective.teacher_advantage * gain
+        return experiences
+
+
+def _teachers_gain(trace: Trace) -> torch.Tensor:
+    return (trace.teacher_logp - trace.student_logp).nan_to_num(0.0)  # nothing is known of an undrafted token
+
+
+class RewardFreeExperienceMaker(RemoteExperienceMaker):
+    """Experience for distillation alone: no forward of any model between the rollout and the training step."""
+
+    @torch.no_grad()
+    def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
+        batches = self.split_rollout_samples(rollout_samples)
+        for batch in batches:
+            if batch.rewards is None:  # the host prints and averages a reward; there is none
+                batch.info["reward"] = torch.full((len(batch.sequences),), float("nan"))
+        return batches

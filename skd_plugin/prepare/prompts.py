@@ -1,0 +1,183 @@
+"""The tasks of a recipe: checked, and their prompts written into the run folder, where the host reads them."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from skd_plugin.config.schema import SKDConfig, TaskConfig
+from skd_plugin.errors import RecipeError, unknown_key
+from skd_plugin.prepare.models import check_prompts, host_prompts
+from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
+from skd_plugin.tasks.base import SPLITS
+from skd_plugin.tasks.mixing import parts, shares
+from skd_plugin.tasks.reasoning_gym import PREFIX
+
+
+def longest_response(skd: SKDConfig, given: int | None) -> int | None:
+    """Tokens, of the task that needs most; without tasks `given`, the run's own limit. None is what max_len leaves."""
+    return max((_limit(config, given) for config in skd.all_tasks), default=given)
+
+
+def _limit(config: TaskConfig, given: int | None) -> int:
+    """A task's own limit, or else the run's, or else what its class says."""
+    limits = config.max_new_tokens, given, _task_class(config).max_new_tokens
+    return next(limit for limit in limits if limit is not None)
+
+
+def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
+    """The host's data and reward options for tasks of ours. A reward of the user's own takes the checker's place."""
+    for name in ("data.prompt_dataset", "eval.dataset"):
+        if host.get(name):
+            raise RecipeError(f"openrlhf.{name} is given, but skd.task makes the prompts; leave one of them out")
+    folder = Path(skd.run_dir) / "data"
+    options = {
+        "data.prompt_dataset": str(folder / "train.jsonl"),
+        "data.input_key": "input",
+        "data.label_key": "label",
+        "eval.dataset": str(folder / "test.jsonl"),
+        "reward.remote_url": host.get("reward.remote_url") or reward.__file__,
+    }
+    if not any(config.eval_prompts for config in skd.all_tasks):
+        del options["eval.dataset"]
+    if host.get("train.agent_func_path"):
+        del options["reward.remote_url"]  # the agent says what its response is worth
+    if host.get("reward.model_name_or_path"):
+        del options["reward.remote_url"]
+        options.pop("eval.dataset", None)  # the host evaluates by reward functions only
+    return options
+
+
+def write_tasks(
+    skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_prompt_len: int, given: int | None
+) -> int:
+    """The tasks' prompts into the run folder, after all of them have been found to fit.
+
+    Args:
+        given: the limit on a response that the recipe names for all tasks, if it does.
+
+    Returns:
+        The number of training prompts.
+    """
+    tasks = _tasks(skd)
+    pool = [_draw(task, "train", c, c.train_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)]
+    if skd.rollout.needs_references:
+        _check_references(tasks, pool)
+    counts = _mixture(skd, [len(examples) for examples in pool])
+    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
+        lines["train"] += _lines(
+            config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given)
+        )
+    lines["test"] = held_out(skd, tokenizer, given)
+    for rows in lines.values():
+        check_prompts(host_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
+    if len(tasks) > 1:  # the host may read only the first lines (data.max_samples), which should not be of one task
+        random.Random("skd.tasks").shuffle(lines["train"])
+    folder = Path(skd.run_dir) / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in lines.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(lines["train"])
+
+
+def _check_references(tasks: list[Task], pool: list[list[Example]]) -> None:
+    for task, examples in zip(tasks, pool, strict=True):
+        for example in examples:
+            if not example.reference:
+                raise RecipeError(
+                    f"a prompt of task {task.name} has no reference, which the method needs: {example.prompt!r}"
+                )
+
+
+def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[dict[str, Any]]:
+    """The tasks' held-out prompts, as rows of the dataset that the host would read."""
+    rows: list[dict[str, Any]] = []
+    for config, task in zip(skd.all_tasks, _tasks(skd), strict=True):
+        examples = _draw(task, "test", config, config.eval_prompts)
+        rows += _lines(config, task, examples, tokenizer, _sampling(skd, config, given))
+    return rows
+
+
+def _sampling(skd: SKDConfig, config: TaskConfig, given: int | None) -> reward.Sampling:
+    """What a task has of its own beside others; a single task has the run's values."""
+    limit = _limit(config, given)
+    return reward.Sampling(config.top_k, limit if limit != longest_response(skd, given) else None)
+
+
+def _tasks(skd: SKDConfig) -> list[Task]:
+    tasks = [_make(config) for config in skd.all_tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"skd.tasks: {max(names, key=names.count)} is there twice; its curves would be one")
+    return tasks
+
+
+def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:
+    """Training prompts of each task: as many together as there are; a task may repeat some, or leave some out."""
+    if sum(available) == 0:
+        raise RecipeError("skd.tasks: every train_prompts is 0; there is nothing to train on")
+    weights = [c.weight if c.weight is not None else n for c, n in zip(skd.all_tasks, available, strict=True)]
+    return parts(sum(available), shares(weights, skd.mix_temperature))
+
+
+def _lines(
+    config: TaskConfig, task: Task, examples: Any, tokenizer: Any, sampling: reward.Sampling
+) -> list[dict[str, Any]]:
+    key = _key(config)
+    return [
+        {
+            "input": example.prompt,
+            "label": reward.make_label(key, example.label, tokenizer.eos_token, example.reference, sampling),
+            "datasource": task.name,
+        }
+        for example in examples
+    ]
+
+
+def _key(config: TaskConfig) -> str:
+    """By which every process finds the task's class: its name, or the whole path of its file."""
+    return str(Path(config.name).resolve()) if config.name.endswith(".py") else config.name
+
+
+def _task_class(config: TaskConfig) -> type[Task]:
+    if not config.name.endswith(".py") and not config.name.startswith(PREFIX) and config.name not in TASKS:
+        raise RecipeError(
+            f"skd.task.name: {unknown_key(config.name, TASKS)}; there are {', '.join(sorted(TASKS))}, "
+            f"{PREFIX}DATASET, and a task file of your own"
+        )
+    try:
+        return find_task(_key(config))
+    except TaskError as error:
+        raise RecipeError(f"skd.task.name: {error}") from error
+
+
+def _make(config: TaskConfig) -> Task:
+    """The task, with the recipe's options of it."""
+    kind = _task_class(config)
+    for package in getattr(kind, "packages", ()):
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"task {kind.name} is scored by {package}, which is not installed; pip install 'skd_plugin[tasks]'"
+            )
+    given = {name: value for name in ("path", "template") if (value := getattr(config, name)) is not None}
+    for name in given:
+        if name not in getattr(kind, "options", ()):
+            raise RecipeError(f"skd.task.{name} is for tasks that read a dataset, but {kind.name} makes its prompts")
+    try:
+        return kind(**given)
+    except TaskError as error:
+        raise RecipeError(f"skd.task: {error}") from error
+
+
+def _draw(task: Task, split: str, config: TaskConfig, wanted: int | str) -> list[Example]:
+    if wanted == 0:
+        return []
+    try:
+        return task.examples(split, None if wanted == "full" else int(wanted), config.seed)
+    except TaskError as error:
+        raise RecipeError(f"skd.task: {error}") from error

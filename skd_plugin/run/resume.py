@@ -1,0 +1,108 @@
+"""A run that was cut off goes on from its last checkpoint when the same command is given again.
+
+What a killed run can leave: lines of steps behind the checkpoint, a half-written line, a half-written checkpoint, an
+actor's checkpoint without the critic's, and a `latest` file that names any of these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from skd_plugin.prepare.load_run import Run
+from skd_plugin.run_folder import Status, replace_text
+
+METRIC_FILE = "metric.json"  # the host writes it into a checkpoint when all ranks have written theirs
+GROUPS = ("_actor", "_critic")  # folders of checkpoints, by the host's names
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is in a run folder: nothing, a finished run, or one that was cut off."""
+
+    exists: bool = False
+    step: int | None = None  # of the checkpoint to go on from
+    reason: str = ""  # why it is not gone on with
+
+
+def look_at(run: Run) -> Earlier:
+    """Whether the run in the folder can be gone on with; changes nothing."""
+    if not (run.folder / "metrics.jsonl").exists():
+        return Earlier()
+    reason = "" if run.host.get("ckpt.load_enable") else _why_not(run)  # the user may say so, whatever has changed
+    if reason:
+        return Earlier(True, reason=reason)
+    step = last_step(run)
+    return Earlier(True, step, "" if step else "it had no checkpoint yet")
+
+
+def _why_not(run: Run) -> str:
+    """Why this run is another one than that in the folder; empty where it is not."""
+    if Status(run.folder).read().get("stage") == "done":
+        return "it is finished"
+    if not run.skd.resume:
+        return "skd.resume is false"
+    changed = _changed_options(run)
+    return f"its recipe was another one ({', '.join(changed)})" if changed else ""
+
+
+def prepare(run: Run, step: int) -> Run:
+    """Brings the folder back to what it was behind `step`; returns the run that goes on from there."""
+    for group in _groups(run):
+        for tag, number in _tags(group).items():
+            if number > step or not _is_complete(group / tag):
+                shutil.rmtree(group / tag)
+        newest = max(_tags(group).items(), key=lambda item: (item[1], item[0]))[0]
+        replace_text(group / "latest", newest)
+    for name in ("metrics.jsonl", "traces.jsonl"):
+        _cut_behind(run.folder / name, step)
+    return Run(run.skd, {**run.host, "ckpt.load_enable": True}, run.cpu)
+
+
+def last_step(run: Run) -> int | None:
+    """The newest step of which every group of models has a whole checkpoint."""
+    common: set[int] | None = None
+    for group in _groups(run):
+        steps = {number for tag, number in _tags(group).items() if _is_complete(group / tag)}
+        common = steps if common is None else common & steps
+    return max(common) if common else None
+
+
+def _groups(run: Run) -> list[Path]:
+    folder = Path(run.host["ckpt.path"])
+    needed = GROUPS if run.host.get("algo.advantage.estimator") == "gae" else GROUPS[:1]
+    return [folder / name for name in needed]
+
+
+def _tags(group: Path) -> dict[str, int]:
+    """Checkpoint folders and their steps: "global_step20", and "best_global_step20" of the best evaluation."""
+    if not group.is_dir():
+        return {}
+    found = ((path.name, re.fullmatch(r"(?:best_)?global_step(\d+)", path.name)) for path in group.iterdir())
+    return {name: int(match[1]) for name, match in found if match}
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / METRIC_FILE).exists()
+
+
+def _changed_options(run: Run) -> list[str]:
+    """Names of the options that differ from those of the run in the folder."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return ["config.yaml is missing"]
+    before, now = Run.load(path).flat_options(), run.flat_options()
+    differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    return sorted(differing - {"openrlhf.ckpt.load_enable"})
+
+
+def _cut_behind(path: Path, step: int) -> None:
+    """Keeps the whole lines up to `step`: those behind it will be written again."""
+    if not path.exists():
+        return
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    replace_text(path, "".join(line + "\n" for line in kept))
