@@ -1,11 +1,18 @@
-"""How far a run is, in one small file of its folder: the launcher and the trainer write, the terminal reads."""
+"""The folder of a run: what is in it, and how it is written and read. `skd train` and its children write, all read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+Record = dict[str, Any]  # a line of JSON
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -15,14 +22,116 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-class Status:
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "status.json"
+@dataclass(frozen=True)
+class JsonLines:
+    """A file to which whole lines are appended. Its last line may be half written: of a run that goes on or was cut
+    off."""
 
-    def read(self) -> dict[str, Any]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+    path: Path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps({key: _strict(value) for key, value in record.items()})
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the file anew, with its folder where that is missing."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+
+    def read(self) -> list[Record]:
+        """Every whole line; none where there is no file."""
+        return self.read_from(0)[0]
+
+    def read_from(self, offset: int) -> tuple[list[Record], int]:
+        """Records of the whole lines from byte `offset` on, and the offset to go on from."""
+        if not self.path.exists():
+            return [], offset
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+    def cut_after(self, step: int) -> None:
+        """Keeps the whole lines up to `step`: those after it will be written again."""
+        if self.path.exists():
+            lines = self.path.read_text().rpartition("\n")[0].splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            replace_text(self.path, "".join(line + "\n" for line in kept))
+
+
+def _strict(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: a number that does not exist is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Status:
+    """How far a run is, in one small file of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "status.json"
+
+    def read(self) -> Record:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def stage(self, name: str, **facts: Any) -> None:
         kept = {key: value for key, value in self.read().items() if key != "error"}  # of an earlier attempt
         content = {**kept, "stage": name, **facts}
-        replace_text(self._path, json.dumps(content))
+        replace_text(self.path, json.dumps(content))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Every path in a run folder, and the records in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Every option of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> JsonLines:
+        """A line a training step, and a line an evaluation."""
+        return JsonLines(self.path / "metrics.jsonl")
+
+    @property
+    def traces(self) -> JsonLines:
+        """A line a response: skd.traces_per_step of each step."""
+        return JsonLines(self.path / "traces.jsonl")
+
+    @property
+    def status(self) -> Status:
+        return Status(self.path)
+
+    @property
+    def log(self) -> Path:
+        """What OpenRLHF, Ray and vLLM print."""
+        return self.path / "host.log"
+
+    @property
+    def model(self) -> Path:
+        """The finished student."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        """TensorBoard's."""
+        return self.path / "tensorboard"
+
+    def prompts(self, split: str) -> JsonLines:
+        """The prompts that a task has made for "train" or "test"."""
+        return JsonLines(self.path / "data" / f"{split}.jsonl")
+
+    def read_config(self) -> Record:
+        return yaml.safe_load(self.config.read_text())
+
+    def write_config(self, content: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.config, yaml.safe_dump(dict(content), sort_keys=False))

@@ -9,7 +9,7 @@ from typing import Any
 
 from plan import Plan, Run
 
-from skd_plugin.run_folder import replace_text
+from skd_plugin.run_folder import RunFolder, replace_text
 
 Row = dict[str, Any]
 
@@ -18,7 +18,7 @@ def measure_adaptivity(plan: Plan, folder: Path) -> list[Row]:
     if plan.adaptivity is None:
         return []
     runs = [plan.run(cell, plan.adaptivity.method, plan.seeds[0]) for cell in plan.adaptivity.cells]
-    finished = [run for run in runs if (folder / run.name / "model").is_dir()]
+    finished = [run for run in runs if RunFolder(folder / run.name).model.is_dir()]
     return [row for run in finished for row in _kept(run, folder / run.name, plan.adaptivity.prompts)]
 
 
@@ -42,7 +42,7 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     from skd_plugin.prepare.load_run import Run as Config
     from skd_plugin.tasks import find_task
 
-    config = Config.load(folder / "config.yaml")
+    config = Config.load(RunFolder(folder))
     skd, student = config.skd, config.host["actor.model_name_or_path"]
     tokenizer = AutoTokenizer.from_pretrained(student)
     examples = find_task(skd.task.name)().examples("test", count, seed=run.seed)

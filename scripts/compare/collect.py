@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from csv import DictReader, DictWriter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from plan import Plan, Run
 
 from skd_plugin.prepare.load_run import Run as Config
+from skd_plugin.run_folder import RunFolder
 
 Row = dict[str, Any]
 NAMES = ("task", "start", "method")  # columns of a table that hold no numbers
@@ -17,17 +17,18 @@ NAMES = ("task", "start", "method")  # columns of a table that hold no numbers
 
 def runs_table(plan: Plan, folder: Path) -> list[Row]:
     """Of the runs that have come to their end."""
-    return [row_of(run, plan, folder / run.name) for run in plan.runs() if (folder / run.name / "model").is_dir()]
+    folders = ((run, RunFolder(folder / run.name)) for run in plan.runs())
+    return [row_of(run, plan, its) for run, its in folders if its.model.is_dir()]
 
 
-def row_of(run: Run, plan: Plan, folder: Path) -> Row:
+def row_of(run: Run, plan: Plan, folder: RunFolder) -> Row:
     """Seconds are those of roll-outs and updates, without start, evaluations and checkpoints.
 
     Teacher tokens are the positions of responses at which the teacher computed a distribution, student tokens the
     proposals; both are counted while sampling. A block of draft_len proposals takes draft_len + 1 positions.
     """
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    config = Config.load(folder / "config.yaml")
+    records = folder.metrics.read()
+    config = Config.load(folder)
     steps = [record for record in records if "skd/kd_coef" in record]
     evaluations = [record for record in records if f"eval/{run.task}/kl" in record]
     last, first = evaluations[-1], evaluations[0]

@@ -20,9 +20,9 @@ import torch
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.memory import in_gib
 from skd_plugin.prepare.load_run import Run, load_run
-from skd_plugin.run.progress import duration, read_metrics
+from skd_plugin.run.progress import duration
 from skd_plugin.run.supervisor import supervise
-from skd_plugin.run_folder import Status
+from skd_plugin.run_folder import RunFolder
 
 MEMORY_POLL_S = 1.0
 
@@ -77,19 +77,19 @@ def run_dry(recipe: str, overrides: Sequence[str], run: Run, run_dir: Path) -> l
     if status == 130:
         shutil.rmtree(folder)
         raise KeyboardInterrupt
-    findings = report(folder, status, peak.bytes_of_gpu)
+    findings = report(RunFolder(folder), status, peak.bytes_of_gpu)
     if all(finding.level != "failed" for finding in findings):  # else its log is named in the table
         shutil.rmtree(folder)
     return findings
 
 
-def report(folder: Path, status: int, peak: dict[int, int]) -> list[Finding]:
+def report(folder: RunFolder, status: int, peak: dict[int, int]) -> list[Finding]:
     """From what the step left in its run folder."""
-    log = f"read {folder / 'host.log'}"
+    log = f"read {folder.log}"
     if status != 0:
-        error = Status(folder).read().get("error") or f"skd train ended with status {status}"
+        error = folder.status.read().get("error") or f"skd train ended with status {status}"
         return [Finding("dry run", error, "failed", log)]
-    steps = [record for record in read_metrics(folder)[0] if "skd/loss" in record]
+    steps = [record for record in folder.metrics.read() if "skd/loss" in record]
     if not steps:
         return [Finding("dry run", "it ended without a step", "failed", log)]
     findings = [_step(steps[-1], log), Finding("dry run: time", _times(steps[-1]))]

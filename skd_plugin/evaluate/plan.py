@@ -13,6 +13,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import Models, Run, complete_models
 from skd_plugin.prepare.models import check_prompts, host_prompts
 from skd_plugin.prepare.prompts import held_out
+from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.base import HELD_OUT
 from skd_plugin.tasks.reward import reference_of, sampling_of, task_of
 
@@ -99,27 +100,26 @@ def make_plan(
 
 def student_of(name: str) -> Student:
     """A model by its folder or its name on the Hub; of a run folder, the model that it ended with."""
-    folder = Path(name)
-    if not (folder / "config.yaml").is_file():
+    folder = RunFolder(Path(name))
+    if not folder.config.is_file():
         return Student(name, name)
-    if not (folder / "model" / "config.json").is_file():
+    if not (folder.model / "config.json").is_file():
         raise RecipeError(
             f"the run {name} has no model/: it has not come to its end; give its skd train command again"
         )
-    return Student(name, str(folder / "model"))
+    return Student(name, str(folder.model))
 
 
 def _content(where: str, overrides: Sequence[str]) -> dict[str, Any]:
-    folder = Path(where)
-    if not folder.is_dir():
+    folder = RunFolder(Path(where))
+    if not folder.path.is_dir():
         return load_recipe(where, overrides)
-    path = folder / "config.yaml"
-    if not path.is_file():
+    if not folder.config.is_file():
         raise RecipeError(
             f"{where} is a folder without config.yaml, so it is no run; give a recipe, and a model as --student"
         )
-    run = Run.load(path)
-    return override({"openrlhf": run.host, "skd": run.skd.model_dump()}, overrides, path)
+    run = Run.load(folder)
+    return override({"openrlhf": run.host, "skd": run.skd.model_dump()}, overrides, folder.config)
 
 
 def _models(content: dict[str, Any], named: list[Student]) -> tuple[Models, bool]:

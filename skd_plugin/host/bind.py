@@ -18,7 +18,7 @@ from skd_plugin.host.critic import SKDCritic
 from skd_plugin.host.policy_actor import SKDPolicy
 from skd_plugin.host.rollout_actor import EngineSpec, SKDRollout
 from skd_plugin.prepare.load_run import Run
-from skd_plugin.seams import plain_class
+from skd_plugin.seams import plain_class, rebind
 
 
 def bind(run: Run) -> None:
@@ -39,20 +39,14 @@ def bind(run: Run) -> None:
             args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to the host: plain float32, 3x faster on a CPU
         return get_strategy(args)
 
-    _rebind(host_utils, "get_strategy", strategy_with_skd)
-    _rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))
-    _rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
-    _rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
-    _rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
+    rebind(host_utils, "get_strategy", strategy_with_skd)
+    rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))
+    rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
+    rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
+    rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
     if run.cpu:
         for name in ("ReferenceModelActor", "RewardModelActor"):
-            _rebind(launcher, name, ray.remote(num_gpus=1)(_on_cpu(getattr(launcher, name))))
-
-
-def _rebind(module: Any, name: str, replacement: Any) -> None:
-    if not hasattr(module, name):
-        raise RuntimeError(f"{module.__name__} has no '{name}' any more, so SKD cannot take its place (host/bind.py)")
-    setattr(module, name, replacement)
+            rebind(launcher, name, ray.remote(num_gpus=1)(_on_cpu(getattr(launcher, name))))
 
 
 def _on_cpu(host_actor: Any) -> type:

@@ -17,10 +17,10 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host import by_task
-from skd_plugin.host.metrics import JsonLines, mean_kl, objective_metrics, rollout_metrics
+from skd_plugin.host.metrics import mean_kl, objective_metrics, rollout_metrics
 from skd_plugin.host.rollout_actor import TRACE_KEY
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
-from skd_plugin.run_folder import Status
+from skd_plugin.run_folder import RunFolder
 from skd_plugin.seams import plain_class
 from skd_plugin.tasks import reward
 
@@ -67,9 +67,7 @@ class SKDTrainer(HostTrainer):
             strategy,
             self.tokenizer,
         )
-        self.status = Status(Path(self.skd.run_dir))
-        self.metrics = JsonLines(Path(self.skd.run_dir) / "metrics.jsonl")
-        self.traces = JsonLines(Path(self.skd.run_dir) / "traces.jsonl")
+        self.folder = RunFolder(Path(self.skd.run_dir))
         self._scored = strategy.args.reward.remote_url != [NO_REWARD]
         self._by_checker = strategy.args.reward.remote_url == [reward.__file__]
         self._task_of = by_task.sources(
@@ -87,17 +85,17 @@ class SKDTrainer(HostTrainer):
         self.samples_generator.rule = self.plan.at(self._step)
         if self.eval_dataloader is not None:
             self._measure_before_training()
-        self.status.stage("training", planned_steps=self.planned_steps)
+        self.folder.status.stage("training", planned_steps=self.planned_steps)
         super().fit(global_step)
         if self.eval_dataloader is not None and self._evaluated_step != self._step:
             self.evaluate(self._step)
-        self.status.stage("saving")
+        self.folder.status.stage("saving")
 
     def _measure_before_training(self) -> None:
         """What a resumed run has measured already is not measured again; what it was killed before, is."""
-        evaluations = [(r["step"], key) for r in self.metrics.read() for key in r if key.startswith("eval/")]
+        evaluations = [(r["step"], key) for r in self.folder.metrics.read() for key in r if key.startswith("eval/")]
         if self.skd.eval.teacher and self._scored and not any("/teacher_" in key for _, key in evaluations):
-            self.status.stage("measuring the teacher")
+            self.folder.status.stage("measuring the teacher")
             self._log_eval(0, self._evaluate_rule(self.rule.teacher_only(0.0), "teacher_"))
         done = any(step == self._step and "/teacher_" not in key for step, key in evaluations)
         if self._step:
@@ -106,7 +104,7 @@ class SKDTrainer(HostTrainer):
         else:
             due = self.skd.eval.at_start
         if due and not done:
-            self.status.stage("measuring the student")
+            self.folder.status.stage("measuring the student")
             if self._step:
                 self.broadcast_to_vllm()  # the engine still has the student of the beginning
             self.evaluate(self._step)
@@ -134,7 +132,7 @@ class SKDTrainer(HostTrainer):
             names = self._tasks_of(rollout_samples)
             self._rollout_figures |= by_task.rollout_by_task(traces, names, self.skd.rollout.draft_len)
         for sample in _spread(rollout_samples, self.skd.traces_per_step):
-            self.traces.append({"step": global_step + 1, **self._trace_record(sample)})
+            self.folder.traces.append({"step": global_step + 1, **self._trace_record(sample)})
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
         self._step = self.samples_generator.step = step
@@ -169,7 +167,7 @@ class SKDTrainer(HostTrainer):
         if passed is not None:  # the host counts samples for prompts, and comes to it behind the training step
             figures["rl/filter_pass_rate"] = passed / self.args.rollout.n_samples_per_prompt / 100
         # Before the checkpoint is written: a run that is resumed from it has this line.
-        self.metrics.append({"step": global_step, **figures})
+        self.folder.metrics.append({"step": global_step, **figures})
         states = {**(client_states or {}), RULE_STATE: self.plan.state_dict()}
         super().save_logs_and_checkpoints(global_step, {**status, **figures}, states)
 
@@ -216,7 +214,7 @@ class SKDTrainer(HostTrainer):
         for logger in (self.wandb_logger, self.tensorboard_logger):
             if logger:
                 logger.log_eval(global_step, {k.removeprefix("eval/"): v for k, v in logs.items()})  # it puts one back
-        self.metrics.append({"step": global_step, **{k: v for k, v in logs.items() if k.startswith("eval/")}})
+        self.folder.metrics.append({"step": global_step, **{k: v for k, v in logs.items() if k.startswith("eval/")}})
         return logs
 
     def _trace_record(self, sample: Experience) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The process that becomes OpenRLHF: binds SKD's parts, then runs the host's own script as `__main__`.
 
-python -m skd_plugin.host.launch RUN_DIR/config.yaml
+python -m skd_plugin.host.launch RUN_DIR
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from types import TracebackType
 from skd_plugin import cpu
 from skd_plugin.config.host_options import HOST_MODULE
 from skd_plugin.prepare.load_run import Run
-from skd_plugin.run_folder import Status
+from skd_plugin.run_folder import RunFolder, Status
 
 
-def main(config_path: str) -> None:
+def main(run_dir: str) -> None:
     end_with_the_parent()
-    run = Run.load(config_path)
-    status = Status(run.folder)
+    run = Run.load(RunFolder(Path(run_dir)))
+    status = run.folder.status
     sys.excepthook = _report_to(status)
     status.stage("loading the libraries")
     os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
@@ -78,7 +78,7 @@ def _report_to(status: Status):
         try:
             status.stage("failed", error=_with_advice(cause, lines[-1]))
         except OSError as full:  # the status file is on the disk that is full; the supervisor reads the log then
-            print(f"could not write {status}: {full}", file=sys.stderr)
+            print(f"could not write {status.path}: {full}", file=sys.stderr)
         sys.__excepthook__(kind, error, trace)
 
     return report

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,23 +106,3 @@ def _share(chosen: torch.Tensor) -> float:
 def _first_replaced(trace: Trace) -> int:
     replaced = torch.isin(trace.source, torch.tensor((REPLACED, RESAMPLED), dtype=trace.source.dtype)).nonzero()
     return int(replaced[0]) if len(replaced) else len(trace)
-
-
-class JsonLines:
-    """A file to which whole lines are appended; a reader never sees half of one that is on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-
-    def append(self, record: dict[str, Any]) -> None:
-        line = json.dumps({key: _strict(value) for key, value in record.items()})
-        with self._path.open("a") as file:
-            file.write(line + "\n")
-
-
-def _strict(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: a figure that does not exist is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from skd_plugin.config import host_rules
@@ -22,6 +21,7 @@ from skd_plugin.config.versions import check_versions
 from skd_plugin.errors import RecipeError, unknown_key
 from skd_plugin.prepare.models import check_output_head, check_pair, check_prompts, host_prompts
 from skd_plugin.prepare.prompts import longest_response, task_options, write_tasks
+from skd_plugin.run_folder import RunFolder
 
 PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
 
@@ -33,8 +33,8 @@ class Run:
     cpu: bool
 
     @property
-    def folder(self) -> Path:
-        return Path(self.skd.run_dir)
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.skd.run_dir))
 
     def host_argv(self) -> list[str]:
         return host_arguments(self.host, host_parser())
@@ -44,18 +44,13 @@ class Run:
         ours = flatten(self.skd.model_dump(), "skd.")
         return {**ours, **{f"openrlhf.{key}": value for key, value in self.host.items()}}
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Writes config.yaml; `Run.load` reads it back in the process that starts the host."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.yaml"
-        path.write_text(
-            yaml.safe_dump({"openrlhf": self.host, "skd": self.skd.model_dump(), "cpu": self.cpu}, sort_keys=False)
-        )
-        return path
+        self.folder.write_config({"openrlhf": self.host, "skd": self.skd.model_dump(), "cpu": self.cpu})
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
-        content = yaml.safe_load(Path(path).read_text())
+    def load(cls, folder: RunFolder) -> Run:
+        content = folder.read_config()
         return cls(SKDConfig(**content["skd"]), content["openrlhf"], content["cpu"])
 
 
@@ -206,12 +201,12 @@ def _on_cpu(skd: SKDConfig) -> bool:
 
 
 def _run_folder_options(skd: SKDConfig) -> dict[str, Any]:
-    folder = Path(skd.run_dir)
+    folder = RunFolder(Path(skd.run_dir))
     return {
-        "ckpt.output_dir": str(folder / "model"),
-        "ckpt.path": str(folder / "checkpoints"),
-        "logger.tensorboard_dir": str(folder),
-        "logger.wandb.run_name": "tensorboard",  # the host's name for the folder of its events
+        "ckpt.output_dir": str(folder.model),
+        "ckpt.path": str(folder.checkpoints),
+        "logger.tensorboard_dir": str(folder.events.parent),
+        "logger.wandb.run_name": folder.events.name,  # so the host names the folder of its events
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -12,6 +11,7 @@ from typing import Any
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
 from skd_plugin.prepare.models import check_prompts, host_prompts
+from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.base import SPLITS
 from skd_plugin.tasks.mixing import parts, shares
@@ -34,12 +34,12 @@ def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
     for name in ("data.prompt_dataset", "eval.dataset"):
         if host.get(name):
             raise RecipeError(f"openrlhf.{name} is given, but skd.task makes the prompts; leave one of them out")
-    folder = Path(skd.run_dir) / "data"
+    folder = RunFolder(Path(skd.run_dir))
     options = {
-        "data.prompt_dataset": str(folder / "train.jsonl"),
+        "data.prompt_dataset": str(folder.prompts("train").path),
         "data.input_key": "input",
         "data.label_key": "label",
-        "eval.dataset": str(folder / "test.jsonl"),
+        "eval.dataset": str(folder.prompts("test").path),
         "reward.remote_url": host.get("reward.remote_url") or reward.__file__,
     }
     if not any(config.eval_prompts for config in skd.all_tasks):
@@ -78,10 +78,8 @@ def write_tasks(
         check_prompts(host_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
     if len(tasks) > 1:  # the host may read only the first lines (data.max_samples), which should not be of one task
         random.Random("skd.tasks").shuffle(lines["train"])
-    folder = Path(skd.run_dir) / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in lines.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        RunFolder(Path(skd.run_dir)).prompts(split).replace(rows)
     return len(lines["train"])
 
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.status import Status as Spinner
 from rich.table import Table
 
-from skd_plugin.run_folder import Status
-
-
-def read_metrics(folder: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Records of metrics.jsonl behind byte `offset`, and the offset to go on from; the last line may be on its way."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        new = file.read()
-    whole = new[: new.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
-
+from skd_plugin.run_folder import RunFolder
 
 LOSSES = {"skd/loss": "loss", "rl/loss": "policy loss"}
 
@@ -37,15 +22,15 @@ def is_step(record: dict[str, Any]) -> bool:
 class Follower:
     """Prints what is new in a run folder since the last look."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
+    def __init__(self, folder: RunFolder, console: Console) -> None:
         self._folder, self._console = folder, console
-        self._offset = read_metrics(folder)[1]
+        self._offset = folder.metrics.read_from(0)[1]
         self._first_step: tuple[int, float] | None = None
 
     def show_news(self, spinner: Spinner) -> None:
-        status = Status(self._folder).read()
+        status = self._folder.status.read()
         spinner.update(status.get("stage", "starting"))
-        records, self._offset = read_metrics(self._folder, self._offset)
+        records, self._offset = self._folder.metrics.read_from(self._offset)
         for record in records:
             self._console.print(self._line(record, status.get("planned_steps")))
 
@@ -72,9 +57,9 @@ class Follower:
         return f"eta {duration(seconds / steps * (planned_steps - step))}"
 
 
-def summary_table(folder: Path, wall_s: float) -> Table:
+def summary_table(folder: RunFolder, wall_s: float) -> Table:
     """What the run did to the student, before and after."""
-    records, _ = read_metrics(folder)
+    records = folder.metrics.read()
     steps = [r for r in records if is_step(r)]
     evals = [r for r in records if not is_step(r)]
     teacher = {k.replace("teacher_", ""): v for r in evals for k, v in r.items() if "/teacher_" in k}

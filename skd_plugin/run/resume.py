@@ -6,14 +6,13 @@ actor's checkpoint without the critic's, and a `latest` file that names any of t
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from skd_plugin.prepare.load_run import Run
-from skd_plugin.run_folder import Status, replace_text
+from skd_plugin.run_folder import replace_text
 
 METRIC_FILE = "metric.json"  # the host writes it into a checkpoint when all ranks have written theirs
 GROUPS = ("_actor", "_critic")  # folders of checkpoints, by the host's names
@@ -30,7 +29,7 @@ class Earlier:
 
 def look_at(run: Run) -> Earlier:
     """Whether the run in the folder can be gone on with; changes nothing."""
-    if not (run.folder / "metrics.jsonl").exists():
+    if not run.folder.metrics.path.exists():
         return Earlier()
     reason = "" if run.host.get("ckpt.load_enable") else _why_not(run)  # the user may say so, whatever has changed
     if reason:
@@ -41,7 +40,7 @@ def look_at(run: Run) -> Earlier:
 
 def _why_not(run: Run) -> str:
     """Why this run is another one than that in the folder; empty where it is not."""
-    if Status(run.folder).read().get("stage") == "done":
+    if run.folder.status.read().get("stage") == "done":
         return "it is finished"
     if not run.skd.resume:
         return "skd.resume is false"
@@ -57,8 +56,8 @@ def prepare(run: Run, step: int) -> Run:
                 shutil.rmtree(group / tag)
         newest = max(_tags(group).items(), key=lambda item: (item[1], item[0]))[0]
         replace_text(group / "latest", newest)
-    for name in ("metrics.jsonl", "traces.jsonl"):
-        _cut_behind(run.folder / name, step)
+    for lines in (run.folder.metrics, run.folder.traces):
+        lines.cut_after(step)
     return Run(run.skd, {**run.host, "ckpt.load_enable": True}, run.cpu)
 
 
@@ -72,9 +71,8 @@ def last_step(run: Run) -> int | None:
 
 
 def _groups(run: Run) -> list[Path]:
-    folder = Path(run.host["ckpt.path"])
     needed = GROUPS if run.host.get("algo.advantage.estimator") == "gae" else GROUPS[:1]
-    return [folder / name for name in needed]
+    return [run.folder.checkpoints / name for name in needed]
 
 
 def _tags(group: Path) -> dict[str, int]:
@@ -91,18 +89,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _changed_options(run: Run) -> list[str]:
     """Names of the options that differ from those of the run in the folder."""
-    path = run.folder / "config.yaml"
-    if not path.exists():
-        return ["config.yaml is missing"]
-    before, now = Run.load(path).flat_options(), run.flat_options()
+    if not run.folder.config.exists():
+        return [f"{run.folder.config.name} is missing"]
+    before, now = Run.load(run.folder).flat_options(), run.flat_options()
     differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     return sorted(differing - {"openrlhf.ckpt.load_enable"})
-
-
-def _cut_behind(path: Path, step: int) -> None:
-    """Keeps the whole lines up to `step`: those behind it will be written again."""
-    if not path.exists():
-        return
-    whole = path.read_text().rpartition("\n")[0].splitlines()
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    replace_text(path, "".join(line + "\n" for line in kept))

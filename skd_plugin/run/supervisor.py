@@ -16,7 +16,7 @@ from rich.console import Console
 from skd_plugin.prepare.load_run import Run
 from skd_plugin.run import resume
 from skd_plugin.run.progress import Follower, summary_table
-from skd_plugin.run_folder import Status
+from skd_plugin.run_folder import RunFolder
 
 POLL_S = 0.5
 GRACE_S = 10.0  # for the host to end by itself after a signal
@@ -27,12 +27,12 @@ def supervise(run: Run) -> int:
     """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
     console = Console(highlight=False, soft_wrap=True)
     run = _after_the_earlier_run(run, console)
-    config_path = run.save()
-    console.print(f"Run folder {run.folder}; the host's own output goes to host.log there")
+    run.save()
+    console.print(f"Run folder {run.folder.path}; the host's own output goes to {run.folder.log.name} there")
     if run.skd.rollout.notice:
         console.print(run.skd.rollout.notice)
-    run_id, started = f"{run.folder}:{uuid.uuid4().hex}", time.monotonic()
-    host = _start_host(config_path, run.folder / "host.log", run_id)
+    run_id, started = f"{run.folder.path}:{uuid.uuid4().hex}", time.monotonic()
+    host = _start_host(run.folder, run_id)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     follower = Follower(run.folder, console)
     try:
@@ -42,25 +42,25 @@ def supervise(run: Run) -> int:
                 time.sleep(POLL_S)
             follower.show_news(spinner)
     except KeyboardInterrupt:
-        Status(run.folder).stage("stopped", error="stopped by the user")
+        run.folder.status.stage("stopped", error="stopped by the user")
         console.print(f"Stopped. {_how_to_go_on(run)}")
         return 130
     finally:
         _end_host(host, run_id)
     if host.returncode != 0:
-        error = Status(run.folder).read().get("error") or f"the host process ended with status {host.returncode}"
+        error = run.folder.status.read().get("error") or f"the host process ended with status {host.returncode}"
         console.print(f"[red]The run failed:[/red] {error}", markup=True)
-        console.print(f"The whole story is in {run.folder / 'host.log'}. {_how_to_go_on(run)}")
+        console.print(f"The whole story is in {run.folder.log}. {_how_to_go_on(run)}")
         return 1
     console.print(summary_table(run.folder, time.monotonic() - started))
-    console.print(f"The student is in {run.folder / 'model'}; everything else is beside it")
+    console.print(f"The student is in {run.folder.model}; everything else is beside it")
     return 0
 
 
-def _start_host(config_path: Path, log: Path, run_id: str) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
+def _start_host(folder: RunFolder, run_id: str) -> subprocess.Popen[bytes]:
+    with folder.log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "skd_plugin.host.launch", str(config_path)],
+            [sys.executable, "-m", "skd_plugin.host.launch", str(folder.path)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -108,13 +108,13 @@ def _after_the_earlier_run(run: Run, console: Console) -> Run:
 
 
 def _put_aside(run: Run) -> Path:
-    number = 1
-    while (kept := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
+    folder, number = run.folder.path, 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    run.folder.rename(kept)
+    folder.rename(kept)
     if (kept / "data").exists():  # the prompts of this run have just been written there
-        run.folder.mkdir()
-        (kept / "data").rename(run.folder / "data")
+        folder.mkdir()
+        (kept / "data").rename(folder / "data")
     return kept
 
 

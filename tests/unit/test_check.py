@@ -40,7 +40,7 @@ from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
 from skd_plugin.core.trace import Trace
 from skd_plugin.run import process
-from skd_plugin.run_folder import Status
+from skd_plugin.run_folder import RunFolder, Status
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]
@@ -441,14 +441,14 @@ STEP = {
 
 def step_report(folder: Path, **changes):
     (folder / "metrics.jsonl").write_text(json.dumps(STEP | changes) + "\n")
-    return dry_run.report(folder, 0, {})
+    return dry_run.report(RunFolder(folder), 0, {})
 
 
 def test_report_of_a_good_step(tmp_path):
     step, times = step_report(tmp_path)
     assert step.level == "ok" and "loss 0.5" in step.found and "90.0%" in step.found
     assert "rollout 1.0s, train 1m15s, sync 0.1s" in times.found
-    memory = dry_run.report(tmp_path, 0, {1: 3 << 30, 0: 2 << 30})[-1]
+    memory = dry_run.report(RunFolder(tmp_path), 0, {1: 3 << 30, 0: 2 << 30})[-1]
     assert memory.found.endswith("GPU 0 2.0 GiB, GPU 1 3.0 GiB")
 
 
@@ -463,16 +463,16 @@ def test_report_of_undrafted_tokens(tmp_path):
 
 def test_report_of_a_run_that_failed(tmp_path):
     Status(tmp_path).stage("failed", error="ValueError: no room")
-    (found,) = dry_run.report(tmp_path, 1, {})
+    (found,) = dry_run.report(RunFolder(tmp_path), 1, {})
     assert found == Finding("dry run", "ValueError: no room", "failed", f"read {tmp_path / 'host.log'}")
-    (silent,) = dry_run.report(tmp_path, 0, {})
+    (silent,) = dry_run.report(RunFolder(tmp_path), 0, {})
     assert silent.level == "failed" and "without a step" in silent.found
 
 
 def test_one_step_of_a_recipe(tmp_path):
     run = read_subject(str(RECIPE), SMALL, tmp_path / "check").run
     short = dry_run.one_step(str(RECIPE), SMALL, run, tmp_path / "dry")
-    assert short.folder == tmp_path / "dry" and not (tmp_path / "check" / "config.yaml").exists()
+    assert short.folder.path == tmp_path / "dry" and not (tmp_path / "check" / "config.yaml").exists()
     assert len((tmp_path / "dry" / "data" / "train.jsonl").read_text().splitlines()) == 64
     given = vars(host_parser().parse_args(short.host_argv()))
     assert given["eval.dataset"] is None and given["ckpt.save_steps"] == -1
@@ -484,7 +484,7 @@ def test_a_failed_dry_run_keeps_its_folder(tmp_path, monkeypatch):
     run = read_subject(str(RECIPE), SMALL, tmp_path / "check").run
 
     def fail(short):
-        Status(short.folder).stage("failed", error="RuntimeError: no")
+        short.folder.status.stage("failed", error="RuntimeError: no")
         return 1
 
     monkeypatch.setattr(dry_run, "supervise", fail)

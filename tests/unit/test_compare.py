@@ -139,10 +139,11 @@ def finished(folder: Path, run, config: Path, score: float) -> None:
 @pytest.fixture
 def table(plan, tmp_path):
     first = plan.runs()[0]
-    config = load_run(first.recipe, [*first.overrides, f"skd.run_dir={tmp_path / 'first'}"]).save()
+    saved = load_run(first.recipe, [*first.overrides, f"skd.run_dir={tmp_path / 'first'}"])
+    saved.save()
     for place, run in enumerate(plan.runs()):
         if run.task == "arithmetic":
-            finished(tmp_path, run, config, 0.5 + 0.001 * place)
+            finished(tmp_path, run, saved.folder.config, 0.5 + 0.001 * place)
     return collect.runs_table(plan, tmp_path)
 
 

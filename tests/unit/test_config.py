@@ -290,7 +290,8 @@ def test_page_of_the_rollout_has_every_option() -> None:
 
 def test_moving_values_survive_the_run_folder(quickstart) -> None:
     run = quickstart("skd.rollout.top_k={kind: cosine, from: 40, to: 5}")
-    assert Run.load(run.save()) == run
+    run.save()
+    assert Run.load(run.folder) == run
 
 
 def test_sequence_level_distillation_has_one_loss() -> None:
@@ -309,7 +310,7 @@ def test_sequence_level_distillation_has_one_loss() -> None:
 def test_references_come_with_a_task(quickstart) -> None:
     """And are in the labels that the host carries."""
     run = quickstart("skd.rollout.method=supervised")
-    lines = [json.loads(line) for line in (run.folder / "data" / "train.jsonl").read_text().splitlines()]
+    lines = run.folder.prompts("train").read()
     assert all("the answer is" in reference_of(line["label"]) for line in lines)
 
 
@@ -621,7 +622,7 @@ def test_prompts_that_do_not_fit() -> None:
 def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
     run = quickstart()
     assert run.cpu is not torch.cuda.is_available()
-    assert run.folder == tmp_path / "run" and run.folder.is_absolute()
+    assert run.folder.path == tmp_path / "run" and run.folder.path.is_absolute()
     arguments = run.host_argv()
     parsed = vars(host_parser().parse_args(arguments))
     assert parsed["actor.model_name_or_path"] == str(PAIR / "student")
@@ -637,10 +638,9 @@ def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
 def test_run_survives_its_file(quickstart) -> None:
     run = quickstart("skd.vllm={gpu_memory_utilization: 0.3}")
     assert run.skd.vllm == {"gpu_memory_utilization": 0.3}
-    path = run.save()
-    assert path == run.folder / "config.yaml"
-    assert Run.load(path) == run
-    assert Run.load(path).host_argv() == run.host_argv()
+    run.save()
+    assert Run.load(run.folder) == run
+    assert Run.load(run.folder).host_argv() == run.host_argv()
 
 
 def test_fewer_prompts_than_a_step_needs(write, quickstart) -> None:

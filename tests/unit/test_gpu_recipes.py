@@ -110,7 +110,7 @@ def test_command_of_a_recipe_loads(plan: Any, load: Any) -> None:
     assert not run.cpu and run.skd.device == "cuda"
     resolved = vars(host_parser().parse_args(run.host_argv()))
     assert resolved["rollout.max_new_tokens"] == plan.response_limit
-    lines = (run.folder / "data" / "train.jsonl").read_text().splitlines()
+    lines = run.folder.prompts("train").path.read_text().splitlines()
     assert len(lines) == plan.options["rollout.batch_size"]
 
 

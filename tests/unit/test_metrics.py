@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.metrics import JsonLines, draft_waste, mean_kl, rollout_metrics
+from skd_plugin.host.metrics import draft_waste, mean_kl, rollout_metrics
 
 NAN = float("nan")
 # SAME: replaced by the very token proposed; LOST: a token of a reference after a preemption, which nobody drafted.
@@ -128,22 +126,3 @@ def test_undrafted_token_is_no_draft() -> None:
     """Two blocks of three are drafted, around one token that nobody proposed; two drafts are thrown away."""
     kinds = [SWAPPED, UNKNOWN, KEPT, KEPT, KEPT]
     assert draft_waste([make_trace(kinds)], 3) == pytest.approx(2 / 6)
-
-
-def test_lines_are_appended_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    JsonLines(path).append({"step": 1, "a": 0.5, "b": NAN, "c": None, "d": "text"})
-    JsonLines(path).append({"step": 2, "traces": [1, 2]})
-    lines = path.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "a": 0.5, "b": None, "c": None, "d": "text"},
-        {"step": 2, "traces": [1, 2]},
-    ]
-    assert path.read_text().endswith("\n")
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
-def test_infinity_is_null_too(tmp_path: Path, value: float) -> None:
-    path = tmp_path / "metrics.jsonl"
-    JsonLines(path).append({"kl": value})
-    assert path.read_text() == '{"kl": null}\n'

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from skd_plugin.run.progress import Follower, duration, read_metrics, summary_table
-from skd_plugin.run_folder import Status
+from skd_plugin.run.progress import Follower, duration, summary_table
+from skd_plugin.run_folder import RunFolder, Status
 
 STEP = {"skd/loss": 0.5, "skd/accept_rate": 0.25, "skd/kl": 0.3, "tokens_per_s": 200.0}
 
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_only_news_are_shown(folder: Folder) -> None:
     folder.write({"step": 1, **STEP})
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     follower.show_news(folder.spinner)
     assert folder.shown() == [], "an earlier line is no news"
     folder.write({"step": 2, **STEP})
@@ -62,7 +62,7 @@ def test_only_news_are_shown(folder: Folder) -> None:
 
 
 def test_half_written_line_waits_for_its_end(folder: Folder) -> None:
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     text = json.dumps({"step": 7, **STEP}) + "\n"
     folder.write({"step": 6, **STEP})
     folder.write(text[:30])
@@ -74,19 +74,20 @@ def test_half_written_line_waits_for_its_end(folder: Folder) -> None:
 
 
 def test_metrics_are_read_from_an_offset(folder: Folder) -> None:
-    assert read_metrics(folder.path) == ([], 0)
+    metrics = RunFolder(folder.path).metrics
+    assert metrics.read_from(0) == ([], 0)
     folder.write({"step": 1})
-    records, offset = read_metrics(folder.path)
+    records, offset = metrics.read_from(0)
     assert records == [{"step": 1}]
     folder.write({"step": 2, "text": "ü"})
-    records, end = read_metrics(folder.path, offset)
+    records, end = metrics.read_from(offset)
     assert records == [{"step": 2, "text": "ü"}]
-    assert end == (folder.path / "metrics.jsonl").stat().st_size
+    assert end == metrics.path.stat().st_size
 
 
 def test_step_line_has_its_figures(folder: Folder) -> None:
     Status(folder.path).stage("training", planned_steps=40)
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     folder.write({"step": 3, **STEP, "rl/reward": 0.625})
     follower.show_news(folder.spinner)
     (line,) = folder.shown()
@@ -96,7 +97,7 @@ def test_step_line_has_its_figures(folder: Folder) -> None:
 
 
 def test_figure_that_does_not_exist_is_a_dash(folder: Folder) -> None:
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     folder.write({"step": 1, "skd/loss": None, "skd/accept_rate": None, "skd/kl": None, "tokens_per_s": None})
     folder.write({"step": 1, "eval/heldout/kl": None, "eval/heldout/response_len": 3.0})
     follower.show_news(folder.spinner)
@@ -108,7 +109,7 @@ def test_time_left_follows_the_steps_seen(folder: Folder, monkeypatch: pytest.Mo
     now = [100.0]
     monkeypatch.setattr("skd_plugin.run.progress.time.monotonic", lambda: now[0])
     Status(folder.path).stage("training", planned_steps=12)
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     for step, at in ((2, 100.0), (3, 130.0), (4, 150.0)):
         now[0] = at
         folder.write({"step": step, **STEP})
@@ -118,7 +119,7 @@ def test_time_left_follows_the_steps_seen(folder: Folder, monkeypatch: pytest.Mo
 
 
 def test_evaluation_line(folder: Folder) -> None:
-    follower = Follower(folder.path, folder.console)
+    follower = Follower(RunFolder(folder.path), folder.console)
     folder.write({"step": 0, "eval/arithmetic/teacher_accuracy": 0.9375})
     folder.write({"step": 0, "eval/arithmetic/accuracy": 0.125, "eval/arithmetic/kl": 0.75})
     follower.show_news(folder.spinner)
@@ -128,7 +129,7 @@ def test_evaluation_line(folder: Folder) -> None:
 
 
 def rows_of(folder: Folder, wall_s: float) -> dict[str, list[str]]:
-    table = summary_table(folder.path, wall_s)
+    table = summary_table(RunFolder(folder.path), wall_s)
     columns = [list(column.cells) for column in table.columns]
     return {name: cells for name, *cells in zip(*columns, strict=True)}
 
@@ -158,19 +159,3 @@ def test_summary_of_a_run_without_steps_or_evaluations(folder: Folder) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (61, "1m01s"), (7325, "2h02m")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_status_keeps_its_facts(tmp_path: Path) -> None:
-    status = Status(tmp_path)
-    assert status.read() == {}
-    status.stage("training", planned_steps=10)
-    status.stage("failed", error="boom")
-    assert Status(tmp_path).read() == {"stage": "failed", "planned_steps": 10, "error": "boom"}
-    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_the_error_of_an_earlier_attempt_is_forgotten(tmp_path):
-    status = Status(tmp_path)
-    status.stage("stopped", error="stopped by the user")
-    status.stage("training", planned_steps=3)
-    assert status.read() == {"stage": "training", "planned_steps": 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.prepare.load_run import Run
 from skd_plugin.run import resume
-from skd_plugin.run_folder import Status
 
 
 @pytest.fixture
@@ -20,9 +18,9 @@ def run(tmp_path: Path) -> Run:
     skd = SKDConfig(teacher={"model_name_or_path": "t"}, run_dir=str(tmp_path))
     found = Run(skd, {"ckpt.path": str(tmp_path / "checkpoints"), "actor.adam.lr": 1e-3}, cpu=True)
     found.save()
-    Status(tmp_path).stage("training")
+    found.folder.status.stage("training")
     lines = [{"step": 0, "eval/x/kl": 1.0}, *({"step": step, "skd/loss": 1.0} for step in range(1, 5))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found.folder.metrics.replace(lines)
     return found
 
 
@@ -36,7 +34,7 @@ def checkpoint(run: Run, step: int, *, group: str = "_actor", whole: bool = True
 
 
 def recorded_steps(run: Run) -> list[int]:
-    return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in run.folder.metrics.read()]
 
 
 def tags(run: Run, group: str = "_actor") -> set[str]:
@@ -64,7 +62,7 @@ def test_goes_on_from_the_last_whole_checkpoint(run: Run) -> None:
 
 def test_a_half_written_line_is_dropped(run: Run) -> None:
     checkpoint(run, 4)
-    with (run.folder / "metrics.jsonl").open("a") as file:
+    with run.folder.metrics.path.open("a") as file:
         file.write('{"step": 5, "skd/lo')
     resume.prepare(run, 4)
     assert recorded_steps(run) == [0, 1, 2, 3, 4]
@@ -72,9 +70,9 @@ def test_a_half_written_line_is_dropped(run: Run) -> None:
 
 def test_traces_are_cut_with_the_metrics(run: Run) -> None:
     checkpoint(run, 2)
-    (run.folder / "traces.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    run.folder.traces.path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
     resume.prepare(run, 2)
-    assert (run.folder / "traces.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert run.folder.traces.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_actor_and_critic_go_on_from_the_same_step(run: Run) -> None:
@@ -108,7 +106,7 @@ def test_an_empty_latest_is_mended(run: Run) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda run: Status(run.folder).stage("done"), "it is finished"),
+        (lambda run: run.folder.status.stage("done"), "it is finished"),
         (lambda run: None, "it had no checkpoint yet"),
     ],
 )

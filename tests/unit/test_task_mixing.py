@@ -260,8 +260,8 @@ def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
     assert counts == [{"arithmetic": 8, "echo": 4}, {"arithmetic": 3, "echo": 2}]
     label = next(row["label"] for row in lines(tmp_path / "run", "test") if row["datasource"] == "echo")
     assert task_of(label).name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
-    path = run.save()
-    assert Run.load(path) == run and len(Run.load(path).skd.tasks) == 2
+    run.save()
+    assert Run.load(run.folder) == run and len(Run.load(run.folder).skd.tasks) == 2
 
 
 def test_dry_run_of_several_tasks_is_one_step(recipe: Path, tmp_path: Path) -> None:

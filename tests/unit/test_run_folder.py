@@ -1,0 +1,76 @@
+"""The files of a run folder, half written ones too, and the replacing of names in libraries."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+from skd_plugin.run_folder import JsonLines, RunFolder, Status
+from skd_plugin.seams import rebind
+
+NAN = float("nan")
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path).append({"step": 1, "a": 0.5, "b": NAN, "c": None, "d": "text"})
+    JsonLines(path).append({"step": 2, "traces": [1, 2]})
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "a": 0.5, "b": None, "c": None, "d": "text"},
+        {"step": 2, "traces": [1, 2]},
+    ]
+    assert path.read_text().endswith("\n")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinity_is_null_too(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path).append({"kl": value})
+    assert path.read_text() == '{"kl": null}\n'
+
+
+def test_status_keeps_its_facts(tmp_path: Path) -> None:
+    status = Status(tmp_path)
+    assert status.read() == {}
+    status.stage("training", planned_steps=10)
+    status.stage("failed", error="boom")
+    assert Status(tmp_path).read() == {"stage": "failed", "planned_steps": 10, "error": "boom"}
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_the_error_of_an_earlier_attempt_is_forgotten(tmp_path):
+    status = Status(tmp_path)
+    status.stage("stopped", error="stopped by the user")
+    status.stage("training", planned_steps=3)
+    assert status.read() == {"stage": "training", "planned_steps": 3}
+
+
+def test_lines_are_cut_after_a_step(tmp_path: Path) -> None:
+    """With what is half written."""
+    lines = JsonLines(tmp_path / "lines.jsonl")
+    lines.cut_after(2)  # there is no file
+    lines.path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"step": 2, "a')
+    lines.cut_after(2)
+    assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_config_makes_its_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "run")
+    folder.write_config({"skd": {"b": 1, "a": None}, "cpu": True})
+    assert folder.read_config() == {"skd": {"b": 1, "a": None}, "cpu": True}
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+
+
+def test_rebinding_takes_a_name_that_is_there() -> None:
+    module = types.ModuleType("library.part")
+    module.name = 1
+    rebind(module, "name", 2)
+    assert module.name == 2
+    with pytest.raises(RuntimeError, match=r"library\.part has no 'other' any more, so the sampler cannot take its"):
+        rebind(module, "other", 2, needed_by="the sampler")
+    with pytest.raises(RuntimeError, match=r"test_run_folder\..*Library has no 'method' any more.* of tests is"):
+        rebind(type("Library", (), {}), "method", None)
