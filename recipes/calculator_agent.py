@@ -9,14 +9,13 @@
 Written as any agent of OpenRLHF is; nothing in it knows of SKD. What the calculator writes is never trained.
 """
 
-import json
 import re
 from copy import deepcopy
 
 import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 
-from skd_plugin.tasks import find_task
+from skd_plugin.tasks.label import Label
 
 SUM = re.compile(r"(\d+) ([+-]) (\d+) =$")
 
@@ -27,16 +26,14 @@ class Calculator(AgentInstanceBase):
 
     async def step(self, states, **kwargs):
         self._written += states["action_text"]
-        label = json.loads(states["label"])
+        label = Label.parse(states["label"])
         asked = SUM.search(self._written)
         if asked:
             left, sign, right = asked.groups()
             result = f" {int(left) + int(right) if sign == '+' else int(left) - int(right)} ."
             self._written += result
             return {"rewards": torch.tensor(0.0), "environment_feedback": result, "done": False}
-        score = torch.tensor(
-            find_task(label["task"])().score(self._written.removesuffix(label["end"]), label["answer"])
-        )
+        score = torch.tensor(label.checker().score(self._written.removesuffix(label.end_token), label.answer))
         return {"rewards": score, "scores": score, "environment_feedback": "", "done": True}
 
 

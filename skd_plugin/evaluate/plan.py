@@ -15,7 +15,7 @@ from skd_plugin.prepare.models import check_prompts, host_prompts
 from skd_plugin.prepare.prompts import held_out
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.base import HELD_OUT
-from skd_plugin.tasks.reward import reference_of, sampling_of, task_of
+from skd_plugin.tasks.label import Label
 
 MEASURES = ("scores", "distance", "prefixes", "speculation")
 BESIDE_THE_TEACHER = MEASURES[1:]
@@ -185,15 +185,15 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     prompts = host_prompts(rows, options, tokenizer)
     check_prompts(prompts, tokenizer, models.max_len - (models.max_new_tokens or 1))
     ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
-    labels = [row.get(options["data.label_key"]) for row in rows]
-    own = [sampling_of(label) for label in labels]
-    longest = [sampling.max_new_tokens or models.max_new_tokens or models.max_len for sampling in own]
+    texts = [row.get(options["data.label_key"]) for row in rows]
+    labels = [Label.parse(text) for text in texts]
+    longest = [label.sampling.max_new_tokens or models.max_new_tokens or models.max_len for label in labels]
     return HeldOut(
         prompt_ids=ids,
         limits=[min(limit, models.max_len - len(prompt)) for limit, prompt in zip(longest, ids, strict=True)],
-        top_k=[sampling.top_k for sampling in own],
-        labels=[label if task_of(label) else None for label in labels],
-        references=[reference_of(label) for label in labels],
+        top_k=[label.sampling.top_k for label in labels],
+        labels=[text if label.checker() else None for text, label in zip(texts, labels, strict=True)],
+        references=[label.reference for label in labels],
         tasks=[row.get("datasource", HELD_OUT) for row in rows],
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 from skd_plugin.evaluate.speculation import count_blocks
 from skd_plugin.evaluate.statistics import Point, Values, best_of, distinct
 from skd_plugin.tasks import Task
-from skd_plugin.tasks.base import further_figures
-from skd_plugin.tasks.reward import answer_of, task_of
+from skd_plugin.tasks.base import further_metrics
+from skd_plugin.tasks.label import Label
 
 NGRAMS = (1, 2, 3)
 DRAFT_LENS = range(1, 9)
@@ -43,8 +43,9 @@ class _Scorer:
     """The task of some labels, asked once a text and prompt."""
 
     def __init__(self, labels: Sequence[str | None]) -> None:
-        self.task: Task | None = task_of(labels[0])
-        self._answers = [answer_of(label) for label in labels if label is not None]
+        parsed = [Label.parse(label) for label in labels]
+        self.task: Task | None = parsed[0].checker()
+        self._answers = [label.answer for label in parsed]
 
     def each(self, texts: Sequence[str]) -> list[float]:
         """One text a prompt."""
@@ -52,7 +53,7 @@ class _Scorer:
         return [self.task.score(text, answer) for text, answer in zip(texts, self._answers, strict=True)]
 
     def further(self, texts: Sequence[str]) -> Mapping[str, float]:
-        return further_figures(self.task, texts, self._answers)
+        return further_metrics(self.task, texts, self._answers)
 
 
 def _greedy(answers: Sequence[dict[str, Any]], scorer: _Scorer) -> Named:

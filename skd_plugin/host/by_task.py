@@ -1,4 +1,4 @@
-"""Figures of each task of a run, by the `datasource` that the dataset gives every prompt."""
+"""Metrics of each task of a run, by the `datasource` that the dataset gives every prompt."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.metrics import rollout_metrics
-from skd_plugin.tasks.base import HELD_OUT, further_figures
-from skd_plugin.tasks.reward import answer_of, task_of
+from skd_plugin.tasks.base import HELD_OUT, further_metrics
+from skd_plugin.tasks.label import Label
 
 UNNAMED = "default"  # what the host calls their source
-PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # figures that a run of several tasks has for each
+PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # metrics that a run of several tasks has for each
 
 
 def sources(*datasets: Any) -> dict[str, str]:
@@ -34,19 +34,19 @@ def grouped(items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
 
 def rollout_by_task(traces: Sequence[Trace], names: Sequence[str], draft_len: int) -> dict[str, float]:
     """`skd/accept_rate/<task>` and the like, of the tasks that the step has."""
-    figures = {name: rollout_metrics(group, draft_len) for name, group in grouped(traces, names).items()}
-    return {f"{key}/{name}": found[key] for name, found in figures.items() for key in PER_TASK if key in found}
+    metrics = {name: rollout_metrics(group, draft_len) for name, group in grouped(traces, names).items()}
+    return {f"{key}/{name}": found[key] for name, found in metrics.items() for key in PER_TASK if key in found}
 
 
 def scores(
     rewards: Sequence[float], responses: Sequence[str], labels: Sequence[str], *, by_checker: bool
 ) -> dict[str, float]:
-    """Mean reward of one task's responses, and the task's further figures.
+    """Mean reward of one task's responses, and the task's further metrics.
 
     Args:
         by_checker: the rewards are the task's own scores; else the mean is called accuracy, whatever it is.
     """
-    task = task_of(labels[0]) if by_checker else None
+    task = Label.parse(labels[0]).checker() if by_checker else None
     metric = task.metric if task else "accuracy"
-    answers = [answer_of(label) for label in labels] if task else []
-    return {metric: sum(rewards) / len(rewards), **further_figures(task, responses, answers)}
+    answers = [Label.parse(label).answer for label in labels]
+    return {metric: sum(rewards) / len(rewards), **further_metrics(task, responses, answers)}

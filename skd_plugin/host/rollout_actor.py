@@ -24,7 +24,7 @@ from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.host.rewards import RewardedExecutor
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.seams import plain_class
-from skd_plugin.tasks.reward import AS_THE_RUN, Sampling, reference_of, sampling_of
+from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
 TRACE_KEY = "skd"  # of a response, and of Experience.info
@@ -187,7 +187,7 @@ class _TracingExecutor(AgentExecutorBase):
         self._inner = inner
 
     async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
-        turns = _TurnRecorder(llm_engine, reference_of(label), sampling_of(label))
+        turns = _TurnRecorder(llm_engine, Label.parse(label))
         response = await self._inner.execute(prompt=prompt, label=label, llm_engine=turns, **kwargs)
         response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])
         return response
@@ -196,14 +196,14 @@ class _TracingExecutor(AgentExecutorBase):
 class _TurnRecorder:
     """The engine as one sample's executor sees it."""
 
-    def __init__(self, engine: Any, reference: str | None, own: Sampling) -> None:
-        self._engine = engine
-        self._reference, self._own = reference, own
+    def __init__(self, engine: Any, label: Label) -> None:
+        self._engine, self._label = engine, label
         self.nothing = Trace.empty(engine.num_teacher_entries)  # of an executor that asks for no token at all
         self.traces: list[Trace] = []
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        output = await self._engine.generate(*args, reference=self._reference, own=self._own, **kwargs)
+        known = {"reference": self._label.reference, "own": self._label.sampling}
+        output = await self._engine.generate(*args, **known, **kwargs)
         self.traces.append(output.skd_trace)
         return output
 

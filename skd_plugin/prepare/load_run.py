@@ -250,11 +250,11 @@ def _check_dataset(options: dict[str, Any], tokenizer: Any, *, needs_references:
 
 def _check_references(rows: list[dict[str, Any]], label_key: str, path: Path) -> None:
     """Raises RecipeError for the first line without a reference."""
-    from skd_plugin.tasks.reward import reference_of
+    from skd_plugin.tasks.label import Label
 
     for number, row in enumerate(rows, start=1):
         label = row.get(label_key)
         if label is not None and not isinstance(label, str):
             raise RecipeError(f"{path}: '{label_key}' of prompt {number} is {label!r}, but a reference is a text")
-        if not reference_of(label):
+        if not Label.parse(label).reference:
             raise RecipeError(f"{path}: prompt {number} has no reference in '{label_key}' (openrlhf.data.label_key)")

@@ -14,6 +14,7 @@ from skd_plugin.prepare.models import check_prompts, host_prompts
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.base import SPLITS
+from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
 from skd_plugin.tasks.reasoning_gym import PREFIX
 
@@ -101,10 +102,10 @@ def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[dict[str
     return rows
 
 
-def _sampling(skd: SKDConfig, config: TaskConfig, given: int | None) -> reward.Sampling:
+def _sampling(skd: SKDConfig, config: TaskConfig, given: int | None) -> Sampling:
     """What a task has of its own beside others; a single task has the run's values."""
     limit = _limit(config, given)
-    return reward.Sampling(config.top_k, limit if limit != longest_response(skd, given) else None)
+    return Sampling(config.top_k, limit if limit != longest_response(skd, given) else None)
 
 
 def _tasks(skd: SKDConfig) -> list[Task]:
@@ -123,14 +124,12 @@ def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:
     return parts(sum(available), shares(weights, skd.mix_temperature))
 
 
-def _lines(
-    config: TaskConfig, task: Task, examples: Any, tokenizer: Any, sampling: reward.Sampling
-) -> list[dict[str, Any]]:
+def _lines(config: TaskConfig, task: Task, examples: Any, tokenizer: Any, sampling: Sampling) -> list[dict[str, Any]]:
     key = _key(config)
     return [
         {
             "input": example.prompt,
-            "label": reward.make_label(key, example.label, tokenizer.eos_token, example.reference, sampling),
+            "label": Label(example.reference, key, example.label, tokenizer.eos_token, sampling).to_json(),
             "datasource": task.name,
         }
         for example in examples

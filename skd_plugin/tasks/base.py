@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 SPLITS = ("train", "test")
-HELD_OUT = "heldout"  # name in the figures of prompts whose dataset names no source
+HELD_OUT = "heldout"  # name in the metrics of prompts whose dataset names no source
 
 
 class TaskError(ValueError):
@@ -44,7 +44,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-        """Further figures of an evaluation, over all its responses; the mean of `score` is not among them."""
+        """Further metrics of an evaluation, over all its responses; the mean of `score` is not among them."""
         return {}
 
 
@@ -61,7 +61,7 @@ def split_of(text: str, one_in: int = 8) -> str:
     return "test" if digest % one_in == 0 else "train"
 
 
-def further_figures(task: Task | None, responses: Sequence[str], answers: Sequence[str]) -> Mapping[str, float]:
+def further_metrics(task: Task | None, responses: Sequence[str], answers: Sequence[str]) -> Mapping[str, float]:
     """What a task says of its responses beside their scores; a task of the user's own may say nothing."""
     if task is None or not hasattr(task, "metrics"):
         return {}

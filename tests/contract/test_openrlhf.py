@@ -456,8 +456,9 @@ def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
     from skd_plugin.tasks import reward
+    from skd_plugin.tasks.label import Label
 
-    label = reward.make_label("arithmetic", "73", "\n", " the answer is 73")
+    label = Label(" the answer is 73", "arithmetic", "73", "\n").to_json()
     executor = SingleTurnAgentExecutor([reward.__file__])
     right = _execute(executor, _Engine(" the answer is 73\n"), "ab", label)
     wrong = _execute(executor, _Engine(" the answer is 7\n"), "ab", label)

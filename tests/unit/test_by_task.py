@@ -11,7 +11,7 @@ from skd_plugin.host.by_task import grouped, rollout_by_task, scores, sources
 from skd_plugin.report.folder import read_runs
 from skd_plugin.report.metrics import figures_of
 from skd_plugin.tasks import TASKS
-from skd_plugin.tasks.reward import make_label, task_of
+from skd_plugin.tasks.label import Label
 from tests.run_folder import write_run
 from tests.unit.test_metrics import KEPT, SWAPPED, make_trace
 
@@ -39,13 +39,13 @@ def test_rates_of_two_tasks() -> None:
 
 def test_scores_are_the_tasks_own() -> None:
     example, other = TASKS["summary"]().examples("test", 2)
-    labels = [make_label("summary", e.label, "</s>", e.reference) for e in (example, other)]
+    labels = [Label(e.reference, "summary", e.label, "</s>").to_json() for e in (example, other)]
     figures = scores([1.0, 0.5], [example.reference, ""], labels, by_checker=True)
     assert figures == {"rouge_l": 0.75, "rouge_1": 0.5, "rouge_2": 0.5, "exact": 0.5, "fact_recall": 0.5}
 
 
 def test_rewards_of_the_users_are_not_called_by_the_tasks_metric() -> None:
-    label = make_label("summary", "{}", "</s>", "r")
+    label = Label("r", "summary", "{}", "</s>").to_json()
     assert scores([3.0, 1.0], ["", ""], [label] * 2, by_checker=False) == {"accuracy": 2.0}
     assert scores([1.0], ["x"], ["#### 72"], by_checker=True) == {"accuracy": 1.0}
 
@@ -56,14 +56,14 @@ def test_task_without_further_metrics(tmp_path: Path) -> None:
         "class TASK:\n    name, metric, max_new_tokens = 'bare', 'accuracy', 3\n"
         "    def examples(self, split, count, seed=0): ...\n    def score(self, response, label): ...\n"
     )
-    label = make_label(str(file), "1", "", "1")
-    assert task_of(label).name == "bare"
+    label = Label("1", str(file), "1").to_json()
+    assert Label.parse(label).checker().name == "bare"
     assert scores([0.25], ["1"], [label], by_checker=True) == {"accuracy": 0.25}
 
 
 @pytest.mark.parametrize("label", [None, "", "72", "[1]", '{"answer": 1}', "{"])
 def test_labels_of_no_task(label: str | None) -> None:
-    assert task_of(label) is None
+    assert Label.parse(label).checker() is None
 
 
 def test_report_names_the_curves_of_a_task(tmp_path: Path) -> None:

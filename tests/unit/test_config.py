@@ -31,7 +31,7 @@ from skd_plugin.prepare.models import (
     common_vocab_size,
 )
 from skd_plugin.prepare.prompts import task_options
-from skd_plugin.tasks.reward import reference_of
+from skd_plugin.tasks.label import Label
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -311,7 +311,7 @@ def test_references_come_with_a_task(quickstart) -> None:
     """And are in the labels that the host carries."""
     run = quickstart("skd.rollout.method=supervised")
     lines = run.folder.prompts("train").read()
-    assert all("the answer is" in reference_of(line["label"]) for line in lines)
+    assert all("the answer is" in Label.parse(line["label"]).reference for line in lines)
 
 
 @pytest.mark.parametrize(

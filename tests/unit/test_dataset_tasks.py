@@ -13,7 +13,7 @@ import pytest
 from skd_plugin.tasks import DATASETS, TASKS, TaskError
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.dataset import DatasetTask
-from skd_plugin.tasks.reward import make_label
+from skd_plugin.tasks.label import Label
 
 FORM = (
     "Solve the following math problem step-by-step.\nSimplify your answer as much as possible. Present your final "
@@ -172,7 +172,7 @@ def test_what_comet_is_given(tmp_path: Path) -> None:
         tmp_path / "d", "test", [{"sentence_asm_Beng": f"a{n}", "sentence_eng_Latn": f"e{n}"} for n in (1, 2)]
     )
     rows = [
-        {"input": e.prompt, "label": make_label("flores", e.label, "</s>", e.reference)}
+        {"input": e.prompt, "label": Label(e.reference, "flores", e.label, "</s>").to_json()}
         for e in TASKS["flores"](str(folder)).examples("test", None)
     ]
     write(tmp_path / "run", "test", rows)

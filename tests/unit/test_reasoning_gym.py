@@ -14,7 +14,8 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import load_run
 from skd_plugin.tasks import Task, TaskError, find_task, reasoning_gym
 from skd_plugin.tasks.base import split_of
-from skd_plugin.tasks.reward import make_label, reward_func
+from skd_plugin.tasks.label import Label
+from skd_plugin.tasks.reward import reward_func
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 WITHOUT_ANSWERS = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # docs/tasks.md
@@ -102,7 +103,7 @@ def test_figures_and_the_last_answer_counts() -> None:
 
 def test_host_reward_finds_the_task() -> None:
     example = make("gsm_symbolic").examples("test", 1)[0]
-    label = make_label("reasoning_gym:gsm_symbolic", example.label, "</s>", example.reference)
+    label = Label(example.reference, "reasoning_gym:gsm_symbolic", example.label, "</s>").to_json()
     query = f"{example.prompt}{example.reference}</s>"
     assert reward_func([query], [example.prompt], [label]) == {"rewards": 1.0, "scores": 1.0}
 

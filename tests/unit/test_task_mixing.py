@@ -17,8 +17,9 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import Run, load_models, load_run, parse_skd
 from skd_plugin.prepare.prompts import longest_response, task_options, write_tasks
 from skd_plugin.tasks import TASKS, TaskError, find_task
+from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
-from skd_plugin.tasks.reward import Sampling, reward_func, sampling_of, task_of
+from skd_plugin.tasks.reward import reward_func
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 HOST = {"data.apply_chat_template": False, "data.input_template": None, "data.input_key": "input"}
@@ -141,7 +142,7 @@ def test_labels_lead_to_the_checker_of_their_task(tmp_path: Path) -> None:
     for row in lines(tmp_path, "test"):
         reference = json.loads(row["label"])["reference"]
         assert reward_func([row["input"] + reference + "</s>"], [row["input"]], [row["label"]])["rewards"] == 1.0
-        assert task_of(row["label"]).name == row["datasource"]
+        assert Label.parse(row["label"]).checker().name == row["datasource"]
 
 
 def test_a_run_without_held_out_prompts_is_not_evaluated(tmp_path: Path) -> None:
@@ -168,14 +169,14 @@ def test_a_task_among_several_has_its_own_limit_and_k(tmp_path: Path, given: int
     for split in ("train", "test"):
         for line in lines(tmp_path, split):
             expected = limits.get(line["datasource"]), 4 if line["datasource"] == "summary" else None
-            assert sampling_of(line["label"])[::-1] == expected
+            assert Label.parse(line["label"]).sampling[::-1] == expected
 
 
 def test_labels_without_anything_of_their_own(tmp_path: Path) -> None:
     written(tmp_path, task=several("arithmetic")[0])
     assert all("sampling" not in json.loads(line["label"]) for line in lines(tmp_path, "train"))
     for label in (None, 3, "a reference", '{"sampling": {"top_k": 4}}', "[1]"):
-        assert sampling_of(label) == (None, None)
+        assert Label.parse(label).sampling == (None, None)
 
 
 def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
     counts = [Counter(line["datasource"] for line in lines(tmp_path / "run", split)) for split in ("train", "test")]
     assert counts == [{"arithmetic": 8, "echo": 4}, {"arithmetic": 3, "echo": 2}]
     label = next(row["label"] for row in lines(tmp_path / "run", "test") if row["datasource"] == "echo")
-    assert task_of(label).name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
+    assert Label.parse(label).checker().name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
     run.save()
     assert Run.load(run.folder) == run and len(Run.load(run.folder).skd.tasks) == 2
 
@@ -292,7 +293,7 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     for answer, score in (("lima", 1.0), ("paris", 0.0)):
         query = f"{row['input']} {answer}</s>"
         assert reward_func([query], [row["input"]], [row["label"]])["rewards"] == score
-    assert task_of(row["label"]).metrics(["it is lima"], ["lima"]) == {"mentioned": 1.0}
+    assert Label.parse(row["label"]).checker().metrics(["it is lima"], ["lima"]) == {"mentioned": 1.0}
     with pytest.raises(RecipeError, match="capitals has 4 train prompts, but 5 are asked for"):
         load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}", "skd.task.train_prompts=5"])
 
@@ -305,7 +306,7 @@ def test_the_recipe_of_four_tasks(tmp_path: Path) -> None:
     assert Counter(row["datasource"] for row in rows) == dict.fromkeys(
         ("arithmetic", "translation", "summary", "instructions"), 1600
     )
-    own = {row["datasource"]: sampling_of(row["label"]) for row in rows}
+    own = {row["datasource"]: Label.parse(row["label"]).sampling for row in rows}
     assert own == {
         "arithmetic": Sampling(),
         "translation": Sampling(top_k=5, max_new_tokens=64),

@@ -8,7 +8,8 @@ import pytest
 
 from skd_plugin.tasks import TASKS, Task, arithmetic, find_task
 from skd_plugin.tasks.arithmetic import MAX_VALUE, NUM_STEPS, Arithmetic, vocabulary
-from skd_plugin.tasks.reward import make_label, reference_of, reward_func
+from skd_plugin.tasks.label import Label
+from skd_plugin.tasks.reward import reward_func
 
 STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+) \.")
 
@@ -113,7 +114,7 @@ def test_every_word_is_in_the_vocabulary(task: Arithmetic) -> None:
 def test_reward_function_scores_the_response_alone(answer: str, score: float, end: str) -> None:
     """The host hands in prompt and response as one text, with the end token if the response has one."""
     prompt = "the answer is 1"
-    label = make_label("arithmetic", "73", "</s>", " the answer is 73")
+    label = Label(" the answer is 73", "arithmetic", "73", "</s>").to_json()
     rewards = reward_func([f"{prompt} so the answer is {answer}{end}"], [prompt], [label])
     assert rewards == {"rewards": score, "scores": score}
 
@@ -125,9 +126,10 @@ def test_reward_function_takes_one_response() -> None:
 
 def test_reference_of_a_label() -> None:
     """Of our own label, of a user's JSON, of a plain text (also one that is JSON itself), and of none."""
-    assert reference_of(make_label("arithmetic", "73", "</s>", " the answer is 73")) == " the answer is 73"
-    assert reference_of('{"reference": "yes", "answer": 1}') == "yes"
+    ours = Label(" the answer is 73", "arithmetic", "73", "</s>")
+    assert Label.parse(ours.to_json()) == ours
+    assert Label.parse('{"reference": "yes", "answer": 1}').reference == "yes"
     for text in ("a plain text", "42", '{"name": "a JSON answer"}', "{"):
-        assert reference_of(text) == text
+        assert Label.parse(text).reference == text
     for nothing in ("", None, 42, ["a"], '{"reference": null}', '{"reference": ""}'):
-        assert reference_of(nothing) is None
+        assert Label.parse(nothing).reference is None
