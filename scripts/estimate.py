@@ -37,10 +37,9 @@ from skd_plugin.check.time_model import (
 )
 from skd_plugin.config.host_rules import planned_steps
 from skd_plugin.config.recipe import load_recipe
-from skd_plugin.config.schema import SKDConfig
-from skd_plugin.prepare.load_run import parse_skd
-from skd_plugin.prepare.models import load_model_config
-from skd_plugin.prepare.prompts import longest_response
+from skd_plugin.config.schema import SKDConfig, parse_skd
+from skd_plugin.models import load_model_config
+from skd_plugin.prepare.task_prompts import longest_response
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTANCE = 0.95  # of the proposals at K = 25; skd/accept_rate of a run says what it is

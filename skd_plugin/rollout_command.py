@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.rows import check_references, read_rows
 
 
 class Prompt(NamedTuple):
     ids: list[int]
     reference: str | None
-    line: int  # of the file
+    where: str  # file and line
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
@@ -28,14 +29,14 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
     models = load_models(recipe, overrides)
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
-    given = read_prompts(Path(prompts), models.tokenizer, max_len, max_new_tokens)
+    given = read_prompts(Path(prompts), models.tokenizer, models.longest_prompt)
     repeated = [prompt for prompt in given for _ in range(samples)]
     limits = [min(max_new_tokens or max_len, max_len - len(prompt.ids)) for prompt in repeated]
     if skd.rollout.notice:
         print(skd.rollout.notice, file=sys.stderr)
     rule = SamplingRule.of(skd.rollout)
     if rule.reference_share:
-        check_references(given, prompts)
+        check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
     engine = SKDEngine(
         **engine_arguments(
             skd.teacher.model_name_or_path,
@@ -65,53 +66,31 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     return 0
 
 
-def read_prompts(path: Path, tokenizer: Any, max_len: int, max_new_tokens: int | None) -> list[Prompt]:
-    """The prompt of each line, and its reference if it has one.
+def read_prompts(path: Path, tokenizer: Any, longest: int) -> list[Prompt]:
+    """The prompt of each line, of at most `longest` tokens, and its reference if it has one.
 
     Raises:
         RecipeError: no such file, a line that is neither form, a prompt too short or too long; names the line.
     """
-    if not path.is_file():
-        raise RecipeError(f"--prompts: there is no file {path}")
-    longest = max_len - (max_new_tokens or 1)
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        ids = _prompt_ids(line, f"{path}, line {number}", tokenizer)
+    for number, record in read_rows(path, option="--prompts"):
+        where = f"{path}, line {number}"
+        ids = _prompt_ids(record, where, tokenizer)
         if not 2 <= len(ids) <= longest:
-            raise RecipeError(f"{path}, line {number}: the prompt has {len(ids)} tokens; 2 to {longest} fit")
-        prompts.append(Prompt(ids, _reference(json.loads(line), f"{path}, line {number}"), number))
+            raise RecipeError(f"{where}: the prompt has {len(ids)} tokens; 2 to {longest} fit")
+        reference = record.get("reference")
+        if reference is not None and not (isinstance(reference, str) and reference):
+            raise RecipeError(f'{where}: "reference" is {reference!r}, but must be a text')
+        prompts.append(Prompt(ids, reference, where))
     if not prompts:
         raise RecipeError(f"{path} holds no prompt")
     return prompts
 
 
-def check_references(prompts: list[Prompt], path: str) -> None:
-    """Raises RecipeError for the first prompt without a reference: which ones are needed is drawn."""
-    for prompt in prompts:
-        if prompt.reference is None:
-            raise RecipeError(
-                f'{path}, line {prompt.line}: skd.rollout.method needs a reference, so a line is {{"prompt": "...", '
-                '"reference": "..."}'
-            )
-
-
-def _reference(record: dict[str, Any], where: str) -> str | None:
-    reference = record.get("reference")
-    if reference is not None and not (isinstance(reference, str) and reference):
-        raise RecipeError(f'{where}: "reference" is {reference!r}, but must be a text')
-    return reference
-
-
-def _prompt_ids(line: str, where: str, tokenizer: Any) -> list[int]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{where} is not JSON: {error}") from error
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+def _prompt_ids(record: dict[str, Any], where: str, tokenizer: Any) -> list[int]:
+    if isinstance(record.get("prompt"), str):
         return tokenizer(record["prompt"], add_special_tokens=False).input_ids
-    ids = record.get("prompt_ids") if isinstance(record, dict) else None
+    ids = record.get("prompt_ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
         raise RecipeError(
             f'{where}: a line is {{"prompt": "..."}} or {{"prompt_ids": [1, 2, 3]}} with ids below {len(tokenizer)}'

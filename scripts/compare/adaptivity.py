@@ -35,16 +35,17 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     from skd_plugin.engine.offline import SKDEngine, engine_arguments, set_vllm_up
 
     set_vllm_up()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from skd_plugin.config.run import Run as Config
     from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.host.metrics import rollout_metrics
-    from skd_plugin.prepare.load_run import Run as Config
+    from skd_plugin.models import load_tokenizer
     from skd_plugin.tasks import find_task
 
     config = Config.load(RunFolder(folder))
     skd, student = config.skd, config.host["actor.model_name_or_path"]
-    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer = load_tokenizer(student, "student")
     examples = find_task(skd.task.name)().examples("test", count, seed=run.seed)
     prompts = [tokenizer(example.prompt, add_special_tokens=False).input_ids for example in examples]
     engine = SKDEngine(

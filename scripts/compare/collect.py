@@ -8,7 +8,7 @@ from typing import Any
 
 from plan import Plan, Run
 
-from skd_plugin.prepare.load_run import Run as Config
+from skd_plugin.config.run import Run as Config
 from skd_plugin.run_folder import RunFolder
 
 Row = dict[str, Any]

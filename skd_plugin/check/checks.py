@@ -38,7 +38,7 @@ class Checks:
     def _recipe(self) -> Iterator[Finding]:
         versions = environment.check_versions()
         yield from versions
-        self._subject = read_subject(self._path, self._overrides, self._folder / "run")
+        self._subject = read_subject(self._path, self._overrides)
         yield environment.check_device(self._subject.cpu, self._subject.options)
         if any(finding.level == "failed" for finding in versions):  # which is the one error that load_run then gives
             yield Finding("recipe", "not read: the versions come first", "not run")
@@ -54,7 +54,7 @@ class Checks:
         yield from (finding for finding in missing if finding.remedy != subject.error)  # the recipe's line says it
         if subject.run is not None and self._student is not None:
             try:
-                self._prompts = read_prompts(subject.options, self._student.tokenizer)
+                self._prompts = read_prompts(subject.run, subject.options, self._student.tokenizer)
                 yield recipe.check_steps(subject.options, self._prompts, self._student.tokenizer)
             except PromptError as error:
                 yield Finding("prompts", str(error), "failed", "see openrlhf.data in the recipe")
@@ -93,4 +93,4 @@ class Checks:
 
     def _dry_run(self) -> Iterator[Finding]:
         self._progress("dry run: one step of the real run, with everything that it starts (minutes)")
-        yield from dry_run.run_dry(self._path, self._overrides, self._subject.run, self._subject.run_dir)
+        yield from dry_run.run_dry(self._path, self._overrides, self._subject.run)

@@ -19,7 +19,9 @@ import torch
 
 from skd_plugin.check.finding import Finding
 from skd_plugin.check.memory import in_gib
-from skd_plugin.prepare.load_run import Run, load_run
+from skd_plugin.config.host_options import host_defaults
+from skd_plugin.config.run import Run
+from skd_plugin.prepare.load_run import load_run
 from skd_plugin.run.progress import duration
 from skd_plugin.run.supervisor import supervise
 from skd_plugin.run_folder import RunFolder
@@ -29,7 +31,7 @@ MEMORY_POLL_S = 1.0
 
 def one_step(recipe: str, overrides: Sequence[str], run: Run, folder: Path) -> Run:
     """The recipe with prompts for one step, without evaluation and checkpoints."""
-    prompts = {**_host_defaults(), **run.host}["rollout.batch_size"]
+    prompts = {**host_defaults(), **run.host}["rollout.batch_size"]
     shorter = [
         f"skd.run_dir={folder}",
         "skd.eval.teacher=false",
@@ -53,18 +55,13 @@ def _shortened(task: dict[str, Any], prompts: int) -> dict[str, Any]:
     return task | {name: min(task[name], limit) for name, limit in limits.items() if task[name] != "full"}
 
 
-def _host_defaults() -> dict[str, Any]:
-    from skd_plugin.config.host_options import host_parser
-
-    return {action.dest: action.default for action in host_parser()._actions if action.option_strings}
-
-
-def run_dry(recipe: str, overrides: Sequence[str], run: Run, run_dir: Path) -> list[Finding]:
-    """`run_dir`: the real run's; the temporary folder is made beside it, on the disk that the run will use.
+def run_dry(recipe: str, overrides: Sequence[str], run: Run) -> list[Finding]:
+    """The temporary folder is made beside the run's, on the disk that the run will use.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; everything that was started has been ended.
     """
+    run_dir = run.folder.path
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.dry-run-", dir=run_dir.parent))
     try:

@@ -7,7 +7,8 @@ from typing import Any
 
 from skd_plugin.check.finding import Finding, first_line
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.models import check_vocabularies, load_model_config, load_tokenizer
+from skd_plugin.models import generation_end_ids, load_model_config, load_tokenizer
+from skd_plugin.prepare.model_checks import check_vocabularies
 
 HEAD, TAIL = 110, 60  # characters shown of a long prompt; its end shows the turn that the student is asked to begin
 
@@ -27,17 +28,7 @@ class Model:
 
 def load_model(name: str, role: str) -> Model:
     """Raises RecipeError if there is no such model."""
-    return Model(load_model_config(name, role), load_tokenizer(name, role), _generation_end(name))
-
-
-def _generation_end(name: str) -> frozenset[int]:
-    from transformers import GenerationConfig
-
-    try:
-        end = GenerationConfig.from_pretrained(name, trust_remote_code=True).eos_token_id
-    except OSError:
-        return frozenset()  # a model need not have one
-    return frozenset([] if end is None else [end] if isinstance(end, int) else end)
+    return Model(load_model_config(name, role), load_tokenizer(name, role), generation_end_ids(name))
 
 
 def check_vocabulary(teacher: Model, student: Model, *, refused: bool) -> Finding:

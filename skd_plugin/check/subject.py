@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from skd_plugin.check.finding import first_line
 from skd_plugin.config import host_rules
-from skd_plugin.config.host_options import host_parser
+from skd_plugin.config.host_options import HostOptions, host_defaults, host_parser
 from skd_plugin.config.recipe import load_recipe
-from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.run import Run
+from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.load_run import Run, load_run, parse_skd
+from skd_plugin.host.prompts import load_rows, render_prompts
+from skd_plugin.prepare.load_run import load_run, on_cpu
+from skd_plugin.prepare.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,7 @@ class Subject:
 
     skd: SKDConfig | None
     options: dict[str, Any] | None  # all of OpenRLHF's, dotted, resolved
-    run: Run | None  # in a temporary folder
-    run_dir: Path | None  # the real one
+    run: Run | None
     error: str | None
     cpu: bool
 
@@ -39,81 +40,51 @@ class Subject:
         return self.options.get("actor.model_name_or_path") if self.options else None
 
 
-def read_subject(recipe: str, overrides: Sequence[str], folder: Path) -> Subject:
-    """`folder` takes the place of the run folder, where `load_run` writes the prompts of a task.
-
-    Raises:
-        RecipeError: the file is no recipe; there is nothing to check.
-    """
+def read_subject(recipe: str, overrides: Sequence[str]) -> Subject:
+    """Raises RecipeError: the file is no recipe; there is nothing to check."""
     content = load_recipe(recipe, overrides)
-    run = skd = options = run_dir = error = None
+    run = skd = options = error = None
     try:
         skd = parse_skd(content.get("skd") or {})
-        run_dir = Path(skd.run_dir).resolve()
         options = given_options(content, skd)
-        run = load_run(recipe, [*overrides, f"skd.run_dir={folder}"])
+        run = load_run(recipe, overrides)
     except RecipeError as wrong:
         error = str(wrong)
     if run is not None:
         options = vars(host_parser().parse_args(run.host_argv()))
-    return Subject(skd, options, run, run_dir, error, run.cpu if run else on_cpu(skd))
-
-
-def on_cpu(skd: SKDConfig | None) -> bool:
-    import torch
-
-    return not torch.cuda.is_available() if skd is None or skd.device == "auto" else skd.device == "cpu"
+    return Subject(skd, options, run, error, run.cpu if run else on_cpu(skd.device if skd else "auto"))
 
 
 def given_options(content: dict[str, Any], skd: SKDConfig) -> dict[str, Any]:
-    """The host's options as a recipe and the defaults give them: the best that is known before they are checked."""
-    defaults = {action.dest: action.default for action in host_parser()._actions if action.option_strings}
-    return {**defaults, **host_rules.complete(content.get("openrlhf") or {}, cpu=on_cpu(skd))}
+    """OpenRLHF's options as a recipe and the defaults give them: the best that is known before they are checked."""
+    return {**host_defaults(), **host_rules.complete(content.get("openrlhf") or {}, cpu=on_cpu(skd.device))}
 
 
 class PromptError(Exception):
     """The prompts cannot be had; the message says why."""
 
 
-def read_prompts(options: dict[str, Any], tokenizer: Any) -> list[str]:
+def read_prompts(run: Run, options: HostOptions, tokenizer: Any) -> list[str]:
     """Every prompt of the run, as the host makes them.
 
     Raises:
         PromptError: the dataset does not load, or its rows do not make prompts.
     """
-    from openrlhf.datasets.prompts_dataset import preprocess_data
-
-    template = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
-    key, limit = options["data.input_key"], options["data.max_samples"]
     try:
-        rows = _rows(options)
-        return [
-            preprocess_data(row, options["data.input_template"], key, apply_chat_template=template)[0]
-            for _, row in zip(range(limit), rows, strict=False)
-        ]
+        return render_prompts(islice(_rows(run, options), options["data.max_samples"]), options, tokenizer)
     except KeyError as error:
         raise PromptError(f"a row has no column {error} (openrlhf.data.input_key)") from error
     except (OSError, ValueError, ImportError) as error:  # what `datasets` and a chat template raise
         raise PromptError(first_line(error)) from error
 
 
-def _rows(options: dict[str, Any]) -> Any:
+def _rows(run: Run, options: HostOptions) -> Iterable[Mapping[str, Any]]:
+    if run.data:
+        return run.data["train"]
     path = Path(options["data.prompt_dataset"])
     if path.suffix in (".json", ".jsonl") and path.is_file():
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    from openrlhf.datasets.utils import blending_datasets
-
-    strategy = SimpleNamespace(
-        print=lambda *_: None, is_rank_0=lambda: False, args=SimpleNamespace(use_ms=options["use_ms"])
-    )
-    return blending_datasets(
-        options["data.prompt_dataset"],
-        options["data.prompt_probs"],
-        strategy,
-        options["train.seed"],
-        max_count=options["data.max_samples"],
-        dataset_split=options["data.prompt_split"],
-    )
+        return [row.values for row in read_rows(path, option="openrlhf.data.prompt_dataset")]
+    return load_rows(options)
 
 
 def on_a_cluster() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from skd_plugin.config.recipe import flatten
 from skd_plugin.errors import RecipeError, unknown_key
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
+
+HostOptions = Mapping[str, Any]  # options of OpenRLHF by their dotted names, which are its own, and of any type
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +37,11 @@ def host_parser() -> argparse.ArgumentParser:
     namespace: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=_Parser), "datetime": datetime}
     exec(compile(ast.Module(declarations, type_ignores=[]), HOST_MODULE, "exec"), namespace)
     return namespace["parser"]
+
+
+def host_defaults() -> dict[str, Any]:
+    """OpenRLHF's own value of every option of it."""
+    return {action.dest: action.default for action in host_parser()._actions if action.option_strings}
 
 
 def check_by_host(arguments: list[str]) -> None:
@@ -92,7 +100,7 @@ def _main_body() -> list[ast.stmt]:
     raise RuntimeError(f"{HOST_MODULE} no longer has an `if __name__ == '__main__'` block; see skd_plugin/config")
 
 
-def host_arguments(section: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+def host_arguments(section: HostOptions, parser: argparse.ArgumentParser) -> list[str]:
     """The `openrlhf:` section as a command line of the host.
 
     Raises:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.recipe import flatten
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
 
 NO_REWARD = "skd:no-reward"  # stands in reward.remote_url, without which the host starts a reward model
@@ -59,14 +61,18 @@ REWARD_FREE: dict[str, tuple[Any, str]] = {
 }
 
 
-def complete(host: dict[str, Any], *, cpu: bool) -> dict[str, Any]:
-    """Dotted host options with the defaults of a distillation run; what the user wrote wins."""
+def complete(host: HostOptions, *, cpu: bool) -> dict[str, Any]:
+    """OpenRLHF's options by their dotted names with the defaults of a distillation run; what the user wrote wins."""
     return {**DEFAULTS, **(CPU_DEFAULTS if cpu else {}), **flatten(host)}
 
 
-def check(options: dict[str, Any], *, uses_rewards: bool) -> None:
-    """Raises RecipeError at the first option that a distillation run cannot honour, and at missing ones."""
-    for key, (allowed, reason) in {**FIXED, **({} if uses_rewards else REWARD_FREE)}.items():
+def check(options: HostOptions, skd: SKDConfig) -> None:
+    """Raises RecipeError at the first option that a distillation run cannot honour, and at missing ones.
+
+    Args:
+        options: all of them, with OpenRLHF's own defaults.
+    """
+    for key, (allowed, reason) in {**FIXED, **({} if skd.objective.uses_rewards else REWARD_FREE)}.items():
         if key in options and options[key] is not None and options[key] != allowed:
             hint = "; set skd.objective.rl_coef above 0 to mix rewards in" if key in REWARD_FREE else ""
             raise RecipeError(f"openrlhf.{key} is {options[key]!r}, but must be {allowed!r}: {reason}{hint}")
@@ -80,6 +86,15 @@ def check(options: dict[str, Any], *, uses_rewards: bool) -> None:
             "checkpoint before it writes the next, and a run that dies in between would have none"
         )
     _check_batches(options)
+    if skd.objective.uses_rewards:
+        _check_rewards(options, teacher_advantage=skd.objective.teacher_advantage)
+    if skd.rollout.needs_references:
+        _check_references(options, method=skd.rollout.method)
+    if skd.loss.vocabulary == "full" and options.get("ds.deepcompile"):
+        raise RecipeError(
+            "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, "
+            "which a compiled model would not call; turn one of them off"
+        )
 
 
 def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:
@@ -91,7 +106,7 @@ def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:
     return prompts // batch_size * episodes
 
 
-def _check_batches(options: dict[str, Any]) -> None:
+def _check_batches(options: HostOptions) -> None:
     if options["train.batch_size"] % options["train.micro_batch_size"]:
         raise RecipeError(
             f"openrlhf.train.batch_size = {options['train.batch_size']} is not a multiple of train.micro_batch_size = "
@@ -105,16 +120,7 @@ def _check_batches(options: dict[str, Any]) -> None:
         )
 
 
-def check_full_vocabulary(options: dict[str, Any]) -> None:
-    """Raises RecipeError for what does not go with skd.loss.vocabulary=full."""
-    if options.get("ds.deepcompile"):
-        raise RecipeError(
-            "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, "
-            "which a compiled model would not call; turn one of them off"
-        )
-
-
-def check_rewards(options: dict[str, Any], *, teacher_advantage: float) -> None:
+def _check_rewards(options: HostOptions, *, teacher_advantage: float) -> None:
     """Raises RecipeError where the policy loss has nothing to learn from."""
     sources = ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path")
     if options.get("reward.remote_url") == NO_REWARD and not teacher_advantage:
@@ -124,7 +130,7 @@ def check_rewards(options: dict[str, Any], *, teacher_advantage: float) -> None:
         )
 
 
-def check_references(options: dict[str, Any], *, method: str) -> None:
+def _check_references(options: HostOptions, *, method: str) -> None:
     """Raises RecipeError where the prompts have no references, or would have the same one several times."""
     name = f"skd.rollout.method {method}"
     if options.get("train.agent_func_path"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from skd_plugin.config.movable import TargetAcceptanceConfig, extremes, movable, value_at
+from skd_plugin.config.movable import VALUE_FORMS, TargetAcceptanceConfig, extremes, movable, value_at
 from skd_plugin.config.section import Section, refuse_idle
+from skd_plugin.errors import RecipeError, unknown_key
 
 
 class TeacherConfig(Section):
@@ -372,3 +373,22 @@ def field_docs(section: type[BaseModel] = SKDConfig, prefix: str = "skd") -> dic
             default = None if info.is_required() else info.default
             docs[f"{prefix}.{name}"] = default, info.description or ""
     return docs
+
+
+def parse_skd(section: dict[str, Any]) -> SKDConfig:
+    """The `skd:` section of a recipe.
+
+    Raises:
+        RecipeError: an unknown option (the nearest one is named), or a value that is refused.
+    """
+    try:
+        return SKDConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("skd", *(str(part) for part in first["loc"] if part not in VALUE_FORMS)))
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(unknown_key(key, field_docs())) from error
+        if first["type"] == "value_error":  # a check of ours between two options
+            raise RecipeError(f"{key}: {first['ctx']['error']}") from error
+        got = "" if first["type"] == "missing" else f"; got {first['input']!r}"
+        raise RecipeError(f"{key}: {first['msg'].lower()}{got}") from error

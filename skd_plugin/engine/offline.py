@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from skd_plugin.config.context import context_needed
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.references import is_chosen, reference_ids
 from skd_plugin.engine.request_table import RequestParams
 from skd_plugin.engine.sampling_rule import SamplingRule
-from skd_plugin.prepare.models import context_needed
+from skd_plugin.models import load_tokenizer
 
 WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
 CPU_CACHE_BYTES = 1 << 30  # key-value cache of an engine on a CPU
@@ -179,14 +180,13 @@ class SKDEngine:
 
     def __init__(self, **arguments: Any) -> None:
         set_vllm_up()
-        from transformers import AutoTokenizer
         from vllm import LLM
 
         self._llm = LLM(disable_log_stats=True, **arguments)
         self._trace_ids = count()
         self.description = self._llm.collective_rpc("describe_skd")[0]
         student = arguments["speculative_config"]["model"]
-        self._tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
+        self._tokenizer = load_tokenizer(student, "student")
 
     def generate(
         self,

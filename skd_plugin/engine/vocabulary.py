@@ -18,7 +18,7 @@ vllm_check = getattr(SpeculativeConfig, VLLM_CHECK, None)
 def allow_padding() -> None:
     """Takes vLLM's check of equal sizes away, in this process. Its own rejection sampler needs it; SKD's does not.
 
-    Whether the tokens of the two models agree is checked before, from their tokenizers (prepare/models.py).
+    Whether the tokens of the two models agree is checked before, from their tokenizers (prepare/model_checks.py).
 
     Raises:
         RuntimeError: vLLM has no such check any more, so that nothing is known of what it does with two sizes.

@@ -20,6 +20,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.offline import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments, set_vllm_up
 from skd_plugin.engine.sampling_rule import KEEP_ALL, SamplingRule
+from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import Status
 
 CUTS = (0.25, 0.5, 0.75)
@@ -54,7 +55,6 @@ class Job:
 def alone(job: Job, status: Status) -> dict[str, Any]:
     """The student in plain vLLM: greedy responses, and sampled ones, a list a prompt."""
     set_vllm_up()
-    from transformers import AutoTokenizer
     from vllm import LLM
 
     status.stage("starting vLLM with the student alone")
@@ -62,7 +62,7 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(WHOLE_PROMPTS, job.max_len)}
     arguments = machine_arguments() | {"max_model_len": job.max_len} | whole | job.vllm
     llm = LLM(model=job.student, disable_log_stats=True, **arguments)
-    tokenizer = AutoTokenizer.from_pretrained(job.student, trust_remote_code=True)
+    tokenizer = load_tokenizer(job.student, "student")
     end, special = end_tokens(tokenizer), set(tokenizer.all_special_ids)
 
     def answers(temperature: float, numbers: Iterable[int]) -> list[dict[str, Any]]:

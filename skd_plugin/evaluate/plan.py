@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.recipe import load_recipe, override
+from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.load_run import Models, Run, complete_models
-from skd_plugin.prepare.models import check_prompts, host_prompts
-from skd_plugin.prepare.prompts import held_out
+from skd_plugin.host.prompts import render_prompts
+from skd_plugin.prepare.load_run import Models, complete_models
+from skd_plugin.prepare.model_checks import check_prompts
+from skd_plugin.prepare.rows import Row, read_rows
+from skd_plugin.prepare.task_prompts import held_out
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.base import HELD_OUT
 from skd_plugin.tasks.label import Label
@@ -174,16 +177,16 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
 
 def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     tokenizer = models.tokenizer_of(teacher or student.model, student.model)
-    options = {**models.defaults, **models.given}
+    options = dict(models.options)
     if models.skd.all_tasks:
         options |= {"data.input_key": "input", "data.label_key": "label"}
         rows = held_out(models.skd, tokenizer, models.given_limit)
     else:
-        rows = _rows(options)
+        rows = [row.values for row in _own_rows(options)]
     if not rows:
         raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
-    prompts = host_prompts(rows, options, tokenizer)
-    check_prompts(prompts, tokenizer, models.max_len - (models.max_new_tokens or 1))
+    prompts = render_prompts(rows, options, tokenizer)
+    check_prompts(prompts, tokenizer, models.longest_prompt)
     ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     texts = [row.get(options["data.label_key"]) for row in rows]
     labels = [Label.parse(text) for text in texts]
@@ -198,16 +201,12 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     )
 
 
-def _rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+def _own_rows(options: HostOptions) -> list[Row]:
     """Of a held-out dataset of the user's own."""
     name = options["eval.dataset"]
     if not name:
         raise RecipeError("there are no held-out prompts: give the recipe a skd.task, or openrlhf.eval.dataset")
-    path, key = Path(name), options["data.input_key"]
+    path = Path(name)
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         raise RecipeError(f"openrlhf.eval.dataset = {name}: skd eval reads a local .json or .jsonl file, a row a line")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if key not in row:
-            raise RecipeError(f"{path} has no column '{key}' in row {number} (openrlhf.data.input_key)")
-    return rows
+    return read_rows(path, option="openrlhf.eval.dataset", column=options["data.input_key"])

@@ -12,12 +12,12 @@ from typing import Any
 import ray
 
 from skd_plugin import cpu
+from skd_plugin.config.run import Run
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.host.controller import SKDTrainer
 from skd_plugin.host.critic import SKDCritic
 from skd_plugin.host.policy_actor import SKDPolicy
 from skd_plugin.host.rollout_actor import EngineSpec, SKDRollout
-from skd_plugin.prepare.load_run import Run
 from skd_plugin.seams import plain_class, rebind
 
 

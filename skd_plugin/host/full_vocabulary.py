@@ -11,7 +11,6 @@ teacher, M numbers read of a token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,6 @@ from skd_plugin.core.losses import Targets, TokenLoss
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.distillation import taught_tokens
 from skd_plugin.host.lesson import Lesson
-from skd_plugin.prepare.models import output_head_names
 
 CHECKED_TOKENS = 16  # of each batch, at which the teacher's head must give what the engine's teacher said
 HEAD_TOLERANCE = 0.25  # nats, mean over them; bfloat16 logits are rounded to about 0.1
@@ -194,41 +192,3 @@ class FullVocabularyTeacher:
                 f"nats from those of the engine (mean of {len(taught)} tokens; at most {HEAD_TOLERANCE} is rounding)."
                 " This teacher's logits are more than a product with its head: use skd.loss.vocabulary=top_k"
             )
-
-
-def load_output_head(model: str, dtype: torch.dtype, device: Any) -> torch.Tensor:
-    """The output head [V, J] of a checkpoint, without the rest of the model; `model` is a folder or a hub name.
-
-    Raises:
-        RuntimeError: the checkpoint holds no such tensor.
-    """
-    from transformers.utils import cached_file
-
-    names = output_head_names(model, "teacher")
-    find = partial(cached_file, model, _raise_exceptions_for_missing_entries=False)
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = find(f"{stem}.{suffix}.index.json")
-        if index is not None:
-            with open(index) as file:
-                places = json.load(file)["weight_map"]
-            files = {name: find(places[name]) for name in names if name in places}
-        else:
-            whole = find(f"{stem}.{suffix}")
-            files = dict.fromkeys(names, whole) if whole is not None else {}
-        for name, path in files.items():
-            head = _tensor(path, name)
-            if head is not None:
-                return head.to(device=device, dtype=dtype)
-    raise RuntimeError(
-        f"the checkpoint '{model}' has no tensor {' or '.join(names)} in safetensors or bin files; save it again with "
-        "transformers' save_pretrained, or use skd.loss.vocabulary=top_k"
-    )
-
-
-def _tensor(path: str, name: str) -> torch.Tensor | None:
-    if not path.endswith(".safetensors"):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True).get(name)
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (it is no dictionary)

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from skd_plugin import cpu
 from skd_plugin.config.host_options import HOST_MODULE
-from skd_plugin.prepare.load_run import Run
+from skd_plugin.config.run import Run
 from skd_plugin.run_folder import RunFolder, Status
 
 

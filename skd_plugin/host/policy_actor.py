@@ -19,16 +19,11 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host.distillation import DistillationLoss
-from skd_plugin.host.full_vocabulary import (
-    FullVocabularyActor,
-    FullVocabularyLoss,
-    FullVocabularyTeacher,
-    load_output_head,
-)
+from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyLoss, FullVocabularyTeacher
 from skd_plugin.host.lesson import LessonPlan
 from skd_plugin.host.objective import DistillationTerm, Objective, PolicyTerm
 from skd_plugin.host.weight_sync import Bucket
-from skd_plugin.prepare.models import common_vocab_size
+from skd_plugin.models import common_vocab_size, load_output_head
 from skd_plugin.seams import plain_class
 
 BUCKET_BYTES = 512 << 20  # one message of the weight sync; a larger parameter travels alone

@@ -13,7 +13,6 @@ from zlib import crc32
 
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase
-from transformers import AutoTokenizer
 
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
@@ -23,6 +22,7 @@ from skd_plugin.engine.references import is_chosen, reference_ids
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.host.rewards import RewardedExecutor
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
+from skd_plugin.models import load_tokenizer
 from skd_plugin.seams import plain_class
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 
@@ -65,7 +65,7 @@ class SKDRollout(HostRollout):
         self.num_teacher_entries = skd.num_teacher_entries
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
-        self._tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
+        self._tokenizer = load_tokenizer(student, "student")
         self._student_end = end_tokens(self._tokenizer)
         self.set_rule(skd.rule, skd.seed)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from skd_plugin.prepare.load_run import Run
+from skd_plugin.config.run import Run
 from skd_plugin.run_folder import replace_text
 
 METRIC_FILE = "metric.json"  # the host writes it into a checkpoint when all ranks have written theirs
@@ -58,7 +58,7 @@ def prepare(run: Run, step: int) -> Run:
         replace_text(group / "latest", newest)
     for lines in (run.folder.metrics, run.folder.traces):
         lines.cut_after(step)
-    return Run(run.skd, {**run.host, "ckpt.load_enable": True}, run.cpu)
+    return replace(run, host={**run.host, "ckpt.load_enable": True})
 
 
 def last_step(run: Run) -> int | None:

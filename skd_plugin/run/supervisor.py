@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from skd_plugin.prepare.load_run import Run
+from skd_plugin.config.run import Run
 from skd_plugin.run import resume
 from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder
@@ -26,7 +26,7 @@ RUN_ID = "SKD_RUN_ID"  # environment variable by which every process of a run is
 def supervise(run: Run) -> int:
     """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
     console = Console(highlight=False, soft_wrap=True)
-    run = _after_the_earlier_run(run, console)
+    run = after_the_earlier_run(run, console)
     run.save()
     console.print(f"Run folder {run.folder.path}; the host's own output goes to {run.folder.log.name} there")
     if run.skd.rollout.notice:
@@ -95,7 +95,7 @@ def _processes_of(run_id: str) -> list[psutil.Process]:
     return found
 
 
-def _after_the_earlier_run(run: Run, console: Console) -> Run:
+def after_the_earlier_run(run: Run, console: Console) -> Run:
     """Goes on with an earlier run in the folder where that is possible, or else moves it out of the way."""
     earlier = resume.look_at(run)
     if not earlier.exists:
@@ -112,9 +112,6 @@ def _put_aside(run: Run) -> Path:
     while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(kept)
-    if (kept / "data").exists():  # the prompts of this run have just been written there
-        folder.mkdir()
-        (kept / "data").rename(folder / "data")
     return kept
 
 

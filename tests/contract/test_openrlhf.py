@@ -158,7 +158,7 @@ SIGNATURES = [
      "master_address master_port rank_offset world_size group_name backend use_ray", "host/weight_sync.py"),
     (f"{WRAP}.update_weight", "name dtype shape empty_cache", "host/weight_sync.py"),
     ("openrlhf.datasets.prompts_dataset:preprocess_data",
-     "data input_template input_key label_key apply_chat_template", "prepare/models.py"),
+     "data input_template input_key label_key apply_chat_template", "prepare/model_checks.py"),
     ("openrlhf.utils:get_strategy", "args", "host/bind.py"),
 ]  # fmt: skip
 
@@ -722,7 +722,7 @@ def test_prompts_are_checked_in_the_form_that_the_host_gives_them() -> None:
     from openrlhf.datasets.prompts_dataset import preprocess_data
 
     row = {"q": "two", "a": "2"}
-    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit prepare/models.py"
+    assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit host/prompts.py"
     chat = preprocess_data(row, None, "q", apply_chat_template=lambda turns, **_: json.dumps(turns))[0]
     assert json.loads(chat) == [{"role": "user", "content": "two"}]
 

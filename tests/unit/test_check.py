@@ -470,34 +470,40 @@ def test_report_of_a_run_that_failed(tmp_path):
 
 
 def test_one_step_of_a_recipe(tmp_path):
-    run = read_subject(str(RECIPE), SMALL, tmp_path / "check").run
+    run = read_subject(str(RECIPE), SMALL).run
     short = dry_run.one_step(str(RECIPE), SMALL, run, tmp_path / "dry")
-    assert short.folder.path == tmp_path / "dry" and not (tmp_path / "check" / "config.yaml").exists()
-    assert len((tmp_path / "dry" / "data" / "train.jsonl").read_text().splitlines()) == 64
+    assert short.folder.path == tmp_path / "dry" and not short.folder.path.exists()
+    assert len(short.data["train"]) == 64
     given = vars(host_parser().parse_args(short.host_argv()))
     assert given["eval.dataset"] is None and given["ckpt.save_steps"] == -1
     assert given["data.max_samples"] == given["rollout.batch_size"] == 64
     assert not short.skd.eval.teacher and not short.skd.eval.at_start
 
 
+def real(folder: Path) -> str:
+    return f"skd.run_dir={folder / 'runs' / 'real'}"
+
+
 def test_a_failed_dry_run_keeps_its_folder(tmp_path, monkeypatch):
-    run = read_subject(str(RECIPE), SMALL, tmp_path / "check").run
+    given = [*SMALL, real(tmp_path)]
+    run = read_subject(str(RECIPE), given).run
 
     def fail(short):
         short.folder.status.stage("failed", error="RuntimeError: no")
         return 1
 
     monkeypatch.setattr(dry_run, "supervise", fail)
-    (found,) = dry_run.run_dry(str(RECIPE), SMALL, run, tmp_path / "runs" / "real")
+    (found,) = dry_run.run_dry(str(RECIPE), given, run)
     (kept,) = (tmp_path / "runs").iterdir()
     assert kept.name.startswith("real.dry-run-") and str(kept) in found.remedy
 
 
 def test_ctrl_c_in_a_dry_run_leaves_no_folder(tmp_path, monkeypatch):
-    run = read_subject(str(RECIPE), SMALL, tmp_path / "check").run
+    given = [*SMALL, real(tmp_path)]
+    run = read_subject(str(RECIPE), given).run
     monkeypatch.setattr(dry_run, "supervise", lambda short: 130)
     with pytest.raises(KeyboardInterrupt):
-        dry_run.run_dry(str(RECIPE), SMALL, run, tmp_path / "runs" / "real")
+        dry_run.run_dry(str(RECIPE), given, run)
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -597,7 +603,7 @@ def test_a_dataset_of_ones_own(own_recipe, capsys):
     ("rows", "override", "words"),
     [
         ([{"input": "abc"}] * 3, "skd.rollout.seed=1", "there are 3 prompts"),
-        ([{"input": "abc"}] * 4 + [{"text": "abc"}], "skd.rollout.seed=1", "no column 'input' in row 5"),
+        ([{"input": "abc"}] * 4 + [{"text": "abc"}], "skd.rollout.seed=1", "rows.jsonl, line 5 has no column 'input'"),
         ([{"input": "abc"}] * 4, "openrlhf.data.apply_chat_template=true", "has no chat template"),
     ],
 )

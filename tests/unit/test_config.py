@@ -16,21 +16,24 @@ import yaml
 
 from skd_plugin import cli
 from skd_plugin.config import host_rules, versions
-from skd_plugin.config.host_options import check_by_host, host_arguments, host_parser
+from skd_plugin.config.host_options import check_by_host, host_arguments, host_defaults, host_parser
 from skd_plugin.config.recipe import flatten, load_recipe, set_dotted
-from skd_plugin.config.schema import LossConfig, LossKind, ReweightConfig, RolloutConfig, SKDConfig, field_docs
+from skd_plugin.config.run import Run
+from skd_plugin.config.schema import (
+    LossConfig,
+    LossKind,
+    ReweightConfig,
+    RolloutConfig,
+    SKDConfig,
+    field_docs,
+    parse_skd,
+)
 from skd_plugin.core.losses import DIVERGENCES, make_token_loss
 from skd_plugin.core.token_weights import LAWS, make_weigher
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.load_run import Run, load_models, load_run, parse_skd
-from skd_plugin.prepare.models import (
-    check_output_head,
-    check_pair,
-    check_prompts,
-    check_vocabularies,
-    common_vocab_size,
-)
-from skd_plugin.prepare.prompts import task_options
+from skd_plugin.models import common_vocab_size
+from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run
+from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts, check_vocabularies
 from skd_plugin.tasks.label import Label
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -310,7 +313,7 @@ def test_sequence_level_distillation_has_one_loss() -> None:
 def test_references_come_with_a_task(quickstart) -> None:
     """And are in the labels that the host carries."""
     run = quickstart("skd.rollout.method=supervised")
-    lines = run.folder.prompts("train").read()
+    lines = run.data["train"]
     assert all("the answer is" in Label.parse(line["label"]).reference for line in lines)
 
 
@@ -339,11 +342,11 @@ def test_references_of_a_dataset(quickstart, write) -> None:
     with pytest.raises(RecipeError, match=r"two_stage needs references: name .* openrlhf\.data\.label_key"):
         load(5)
     for count in (2, 3):
-        with pytest.raises(RecipeError, match=r"prompt 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"):
+        with pytest.raises(RecipeError, match=r"line 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"):
             load(count, "openrlhf.data.label_key=a")
-    with pytest.raises(RecipeError, match=r"'a' of prompt 3 is 5, but a reference is a text"):
+    with pytest.raises(RecipeError, match=r"line 3: 'a' is 5, but a reference is a text"):
         load(4, "openrlhf.data.label_key=a")
-    with pytest.raises(RecipeError, match=r"prompt 1 has no reference in 'b'"):
+    with pytest.raises(RecipeError, match=r"line 1 has no reference in 'b'"):
         load(5, "openrlhf.data.label_key=b")
 
 
@@ -411,11 +414,10 @@ def test_defaults_of_a_distillation_run_yield_to_the_recipe() -> None:
 
 
 def _complete(**changes: object) -> dict:
-    parser = host_parser()
-    host = {a.dest: a.default for a in parser._actions} | host_rules.complete({}, cpu=True)
-    return host | {"data.prompt_dataset": "prompts.jsonl"} | changes
+    return host_defaults() | host_rules.complete({}, cpu=True) | {"data.prompt_dataset": "prompts.jsonl"} | changes
 
 
+REWARD_FREE = SKDConfig(teacher={"model_name_or_path": "t"})
 WRONG = {
     "algo.kl.init_coef": 0.01, "algo.advantage.estimator": "group_norm", "rollout.temperature": 0.7,
     "rollout.top_p": 0.9,
@@ -424,7 +426,7 @@ WRONG = {
 
 
 def test_complete_options_pass() -> None:
-    host_rules.check(_complete(), uses_rewards=False)
+    host_rules.check(_complete(), REWARD_FREE)
 
 
 @pytest.mark.parametrize("key", list(host_rules.FIXED))
@@ -432,7 +434,7 @@ def test_host_option_that_a_distillation_run_cannot_honour(key: str) -> None:
     value = WRONG.get(key, True)
     allowed, reason = host_rules.FIXED[key]
     with pytest.raises(RecipeError) as caught:
-        host_rules.check(_complete(**{key: value}), uses_rewards=False)
+        host_rules.check(_complete(**{key: value}), REWARD_FREE)
     assert str(caught.value) == f"openrlhf.{key} is {value!r}, but must be {allowed!r}: {reason}"
 
 
@@ -445,9 +447,9 @@ def test_refused_host_option_in_a_recipe(quickstart) -> None:
 
 def test_rollouts_that_do_not_divide_into_training_batches() -> None:
     sizes = {"rollout.batch_size": 6, "rollout.n_samples_per_prompt": 2}
-    host_rules.check(_complete(**sizes, **{"train.batch_size": 4}), uses_rewards=False)
+    host_rules.check(_complete(**sizes, **{"train.batch_size": 4}), REWARD_FREE)
     with pytest.raises(RecipeError, match=r"is 12, not a multiple of openrlhf\.train\.batch_size = 8"):
-        host_rules.check(_complete(**sizes, **{"train.batch_size": 8}), uses_rewards=False)
+        host_rules.check(_complete(**sizes, **{"train.batch_size": 8}), REWARD_FREE)
 
 
 def test_steps_are_rollouts_and_not_updates() -> None:
@@ -458,7 +460,7 @@ def test_prompts_are_required() -> None:
     with pytest.raises(
         RecipeError, match=r"openrlhf\.data\.prompt_dataset is missing: name a dataset, or .* skd\.task"
     ):
-        host_rules.check(_complete(**{"data.prompt_dataset": None}), uses_rewards=False)
+        host_rules.check(_complete(**{"data.prompt_dataset": None}), REWARD_FREE)
 
 
 def test_student_is_required(write) -> None:
@@ -630,7 +632,9 @@ def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
     assert parsed["ckpt.output_dir"] == str(tmp_path / "run" / "model")
     assert parsed["reward.remote_url"].endswith("skd_plugin/tasks/reward.py")
     for key, count in (("data.prompt_dataset", 8), ("eval.dataset", 4)):
-        rows = [json.loads(line) for line in Path(parsed[key]).read_text().splitlines()]
+        split = Path(parsed[key]).stem
+        rows = run.data[split]
+        assert run.folder.prompts(split).path == Path(parsed[key])
         assert len(rows) == count and set(rows[0]) == {"input", "label", "datasource"}
         assert parsed["data.input_key"] == "input" and parsed["data.label_key"] == "label"
 
@@ -832,17 +836,13 @@ def test_every_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
     and prompts: test_gpu_recipes.py and the tests of the quickstart go on from here."""
     content = load_recipe(recipe)
     skd = parse_skd(content["skd"])
-    given = host_rules.complete(content["openrlhf"], cpu=skd.device != "cuda")
-    if skd.all_tasks:
-        given |= task_options(skd, given)
-    parser = host_parser()
-    given.setdefault("reward.remote_url", host_rules.NO_REWARD)
-    check_by_host(host_arguments(given, parser))
-    defaults = {action.dest: action.default for action in parser._actions if action.option_strings}
-    host_rules.check({**defaults, **given}, uses_rewards=skd.objective.uses_rewards)
+    cpu = skd.device != "cuda"
+    host = host_options_of(Models(skd, host_rules.complete(content["openrlhf"], cpu=cpu), host_defaults(), cpu))
+    check_by_host(host_arguments(host, host_parser()))
+    host_rules.check({**host_defaults(), **host}, skd)
 
 
 @pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("quickstart*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_the_quickstarts_student_is_complete(recipe: Path, tmp_path: Path) -> None:
     run = load_run(recipe, [f"skd.run_dir={tmp_path}", "skd.task.train_prompts=64", "skd.task.eval_prompts=2"])
-    assert run.cpu and (tmp_path / "data" / "train.jsonl").exists()
+    assert run.cpu and len(run.data["train"]) == 64

@@ -9,6 +9,7 @@ import torch
 
 from skd_plugin.core.losses import make_token_loss, top_k_loss, whole_vocabulary_loss
 from skd_plugin.core.trace import Trace
+from skd_plugin.models import load_output_head
 from tests.conftest import VOCAB
 from tests.traces import trace_of
 
@@ -288,9 +289,9 @@ def saved(folder: Path, tied: bool, form: str) -> tuple[Path, torch.Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_is_read_from_every_form_of_checkpoint(modules, tmp_path: Path, tied: bool, form: str) -> None:
     folder, weight = saved(tmp_path, tied, form)
-    head = modules.full_vocabulary.load_output_head(str(folder), torch.float32, "cpu")
+    head = load_output_head(str(folder), torch.float32, "cpu")
     assert torch.equal(head, weight)
-    assert modules.full_vocabulary.load_output_head(str(folder), torch.bfloat16, "cpu").dtype == torch.bfloat16
+    assert load_output_head(str(folder), torch.bfloat16, "cpu").dtype == torch.bfloat16
 
 
 def test_checkpoint_without_the_head_raises(modules, tmp_path: Path) -> None:
@@ -301,4 +302,4 @@ def test_checkpoint_without_the_head_raises(modules, tmp_path: Path) -> None:
     del content["lm_head.weight"]
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"has no tensor lm_head.weight"):
-        modules.full_vocabulary.load_output_head(str(folder), torch.float32, "cpu")
+        load_output_head(str(folder), torch.float32, "cpu")

@@ -24,7 +24,8 @@ from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory import GIB, in_gib
 from skd_plugin.check.time_model import GPUS
 from skd_plugin.config.host_options import host_parser
-from skd_plugin.prepare.load_run import Run, load_run
+from skd_plugin.config.run import Run
+from skd_plugin.prepare.load_run import load_run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpus.md"
@@ -110,7 +111,7 @@ def test_command_of_a_recipe_loads(plan: Any, load: Any) -> None:
     assert not run.cpu and run.skd.device == "cuda"
     resolved = vars(host_parser().parse_args(run.host_argv()))
     assert resolved["rollout.max_new_tokens"] == plan.response_limit
-    lines = run.folder.prompts("train").path.read_text().splitlines()
+    lines = run.data["train"]
     assert len(lines) == plan.options["rollout.batch_size"]
 
 

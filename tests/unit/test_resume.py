@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from skd_plugin.config.run import Run
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.prepare.load_run import Run
-from skd_plugin.run import resume
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import load_run
+from skd_plugin.run import resume, supervisor
 
 
 @pytest.fixture
@@ -132,3 +136,48 @@ def test_resume_can_be_turned_off(run: Run) -> None:
     checkpoint(run, 4)
     off = replace(run, skd=run.skd.model_copy(update={"resume": False}))
     assert resume.look_at(off).step is None and "skd.resume is false" in resume.look_at(off).reason
+
+
+# --- what an earlier run has left stays what it was ---
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path):
+    """`quickstart(*overrides)`: a small quickstart, loaded for one and the same run folder."""
+    small = ["openrlhf.rollout.batch_size=2", "openrlhf.rollout.micro_batch_size=1",
+             "openrlhf.train.batch_size=2", "openrlhf.train.micro_batch_size=1",
+             "skd.task.train_prompts=4", "skd.task.eval_prompts=2", f"skd.run_dir={tmp_path / 'run'}"]  # fmt: skip
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    return lambda *overrides: load_run(recipe, [*small, *overrides])
+
+
+def test_loading_a_recipe_writes_nothing(quickstart, tmp_path: Path) -> None:
+    """Neither one that is another run than that in the folder, nor one that is refused."""
+    quickstart()
+    assert not (tmp_path / "run").exists()
+    quickstart().save()
+    before = bytes_of(tmp_path)
+    assert before.keys() == {"run/config.yaml", "run/data/train.jsonl", "run/data/test.jsonl"}
+    assert quickstart("skd.task.seed=1").data != quickstart().data
+    with pytest.raises(RecipeError, match="n_samples_per_prompt is 2"):
+        quickstart("skd.rollout.method=supervised", "openrlhf.rollout.n_samples_per_prompt=2")
+    with pytest.raises(RecipeError, match="there are 1 prompts"):
+        quickstart("skd.task.train_prompts=1")
+    assert bytes_of(tmp_path) == before
+
+
+def test_a_run_that_is_put_aside_keeps_its_prompts(quickstart, tmp_path: Path) -> None:
+    earlier, run = quickstart(), quickstart("skd.task.seed=1")
+    earlier.save()
+    earlier.folder.metrics.append({"step": 1})
+    before = bytes_of(tmp_path / "run")
+    said = io.StringIO()
+    supervisor.after_the_earlier_run(run, Console(file=said, width=500)).save()
+    assert "its recipe was another one (skd.task.seed)" in said.getvalue()
+    assert bytes_of(tmp_path / "run.1") == before
+    assert run.folder.prompts("train").read() == run.data["train"] != earlier.data["train"]
+    assert not run.folder.metrics.path.exists()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from skd_plugin.errors import RecipeError
-from skd_plugin.rollout_command import Prompt, check_references, read_prompts
+from skd_plugin.prepare.load_run import load_models
+from skd_plugin.prepare.rows import check_references
+from skd_plugin.rollout_command import Prompt, read_prompts
 
 
 class Letters:
@@ -23,19 +25,24 @@ class Letters:
 
 @pytest.fixture
 def read(tmp_path: Path):
-    """`read(text)`: the prompts of a file with this text; 10 tokens in all, 4 of them for the response."""
+    """`read(text)`: the prompts of a file with this text; of at most 6 tokens."""
 
-    def read_text(text: str, max_new_tokens: int | None = 4) -> list[Prompt]:
+    def read_text(text: str, longest: int = 6) -> list[Prompt]:
         path = tmp_path / "prompts.jsonl"
         path.write_text(text)
-        return read_prompts(path, Letters(), 10, max_new_tokens)
+        return read_prompts(path, Letters(), longest)
 
     return read_text
 
 
 def test_both_forms_in_the_order_of_the_file(read) -> None:
     text = '{"prompt": "abc"}\n\n{"prompt_ids": [25, 0], "reference": "xy"}\n{"prompt": "ba", "note": 1}\n'
-    assert read(text) == [Prompt([0, 1, 2], None, 1), Prompt([25, 0], "xy", 3), Prompt([1, 0], None, 4)]
+    assert [(ids, reference) for ids, reference, _ in read(text)] == [
+        ([0, 1, 2], None),
+        ([25, 0], "xy"),
+        ([1, 0], None),
+    ]
+    assert [prompt.where.rpartition(", ")[2] for prompt in read(text)] == ["line 1", "line 3", "line 4"]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +70,10 @@ def test_wrong_line_is_named(read, line: str, message: str) -> None:
 
 
 def test_without_a_limit_one_token_is_left_for_the_response(read) -> None:
-    assert read('{"prompt": "abcdefghi"}', max_new_tokens=None) == [Prompt(list(range(9)), None, 1)]
-    with pytest.raises(RecipeError, match="2 to 9 fit"):
-        read('{"prompt": "abcdefghij"}', max_new_tokens=None)
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    own = ["skd.task=null", "openrlhf.data.max_len=10"]
+    assert load_models(recipe, [*own, "skd.rollout.max_new_tokens=4"]).longest_prompt == 6
+    assert load_models(recipe, [*own, "skd.rollout.max_new_tokens=null"]).longest_prompt == 9
 
 
 @pytest.mark.parametrize("text", ["", "\n  \n"])
@@ -76,10 +84,12 @@ def test_empty_file(read, text: str) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--prompts: there is no file .*none\.jsonl"):
-        read_prompts(tmp_path / "none.jsonl", Letters(), 10, None)
+        read_prompts(tmp_path / "none.jsonl", Letters(), 6)
 
 
 def test_missing_reference_is_named() -> None:
-    check_references([Prompt([1, 2], "a", 1)], "p.jsonl")
-    with pytest.raises(RecipeError, match=r"p\.jsonl, line 4: skd\.rollout\.method needs a reference"):
-        check_references([Prompt([1, 2], "a", 1), Prompt([1, 2], None, 4)], "p.jsonl")
+    check_references([("p.jsonl, line 1", "a")])
+    with pytest.raises(RecipeError, match=r"p\.jsonl, line 4 has no reference \(there\), which skd\.rollout\.method"):
+        check_references([("p.jsonl, line 1", "a"), ("p.jsonl, line 4", None)], "(there)")
+    with pytest.raises(RecipeError, match=r"line 4 has no reference, which skd\.rollout\.method needs"):
+        check_references([("line 4", "")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from skd_plugin.check.dry_run import one_step
-from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.run import PromptRow, Run
+from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.load_run import Run, load_models, load_run, parse_skd
-from skd_plugin.prepare.prompts import longest_response, task_options, write_tasks
+from skd_plugin.prepare.load_run import load_models, load_run
+from skd_plugin.prepare.task_prompts import draw_prompts, longest_response, task_options
 from skd_plugin.tasks import TASKS, TaskError, find_task
 from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
@@ -61,13 +63,12 @@ def config(tmp_path: Path, **sections: Any) -> SKDConfig:
     return parse_skd({"teacher": {"model_name_or_path": "t"}, "run_dir": str(tmp_path), **sections})
 
 
-def lines(tmp_path: Path, split: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "data" / f"{split}.jsonl").read_text().splitlines()]
+def drawn(tmp_path: Path, given: int | None = None, **sections: Any) -> dict[str, list[PromptRow]]:
+    return draw_prompts(config(tmp_path, **sections), HOST, Words(), 200, given)
 
 
-def written(tmp_path: Path, **sections: Any) -> tuple[int, Counter[str], Counter[str]]:
-    count = write_tasks(config(tmp_path, **sections), HOST, Words(), 200, None)
-    return count, *(Counter(line["datasource"] for line in lines(tmp_path, split)) for split in ("train", "test"))
+def by_task(rows: Iterable[PromptRow]) -> Counter[str]:
+    return Counter(row["datasource"] for row in rows)
 
 
 def several(*tasks: str, **common: Any) -> list[dict[str, Any]]:
@@ -95,10 +96,10 @@ def test_parts_are_whole_and_add_up() -> None:
 
 def test_without_weights_every_prompt_is_there_once(tmp_path: Path) -> None:
     tasks = several("arithmetic", "instructions") + several("summary", train_prompts=30)
-    count, train, test = written(tmp_path, tasks=tasks)
-    assert count == 150 and train == {"arithmetic": 60, "instructions": 60, "summary": 30}
-    assert test == {"arithmetic": 5, "instructions": 5, "summary": 5}
-    rows = lines(tmp_path, "train")
+    data = drawn(tmp_path, tasks=tasks)
+    assert by_task(data["train"]) == {"arithmetic": 60, "instructions": 60, "summary": 30}
+    assert by_task(data["test"]) == {"arithmetic": 5, "instructions": 5, "summary": 5}
+    rows = data["train"]
     assert len({row["input"] for row in rows}) == 150
     assert len({row["datasource"] for row in rows[:30]}) == 3, "the tasks are not mixed"
 
@@ -106,22 +107,19 @@ def test_without_weights_every_prompt_is_there_once(tmp_path: Path) -> None:
 def test_weights_and_temperature(tmp_path: Path) -> None:
     """The size of the whole stays; a task that needs more prompts than it has repeats them, evenly."""
     tasks = [t | {"weight": w} for t, w in zip(several("arithmetic", "instructions"), (1, 4), strict=True)]
-    _, train, _ = written(tmp_path, tasks=tasks)
-    assert train == {"arithmetic": 24, "instructions": 96}
-    repeated = Counter(row["input"] for row in lines(tmp_path, "train") if row["datasource"] == "instructions")
+    train = drawn(tmp_path, tasks=tasks)["train"]
+    assert by_task(train) == {"arithmetic": 24, "instructions": 96}
+    repeated = Counter(row["input"] for row in train if row["datasource"] == "instructions")
     assert len(repeated) == 60 and set(repeated.values()) == {1, 2}
-    _, train, _ = written(tmp_path, tasks=tasks, mix_temperature=2.0)
-    assert train == {"arithmetic": 40, "instructions": 80}
+    train = drawn(tmp_path, tasks=tasks, mix_temperature=2.0)["train"]
+    assert by_task(train) == {"arithmetic": 40, "instructions": 80}
 
 
 def test_one_task_is_a_list_of_one(tmp_path: Path) -> None:
     (task,) = several("arithmetic")
-    written(tmp_path / "a", task=task)
-    written(tmp_path / "b", tasks=[task])
-    assert lines(tmp_path / "a", "train") == lines(tmp_path / "b", "train")
-    assert [row["input"] for row in lines(tmp_path / "a", "train")] == [
-        e.prompt for e in TASKS["arithmetic"]().examples("train", 60)
-    ]
+    data = drawn(tmp_path, task=task)
+    assert data == drawn(tmp_path, tasks=[task])
+    assert [row["input"] for row in data["train"]] == [e.prompt for e in TASKS["arithmetic"]().examples("train", 60)]
 
 
 def test_a_task_for_evaluation_only(tmp_path: Path) -> None:
@@ -132,14 +130,13 @@ def test_a_task_for_evaluation_only(tmp_path: Path) -> None:
     tasks += [
         {"name": "gsm8k", "path": str(data), "train_prompts": 0, "eval_prompts": "full", "template": "say {question}"}
     ]
-    _, train, test = written(tmp_path, tasks=tasks)
-    assert train == {"arithmetic": 60} and test == {"arithmetic": 5, "gsm8k": 2}
-    assert {row["input"] for row in lines(tmp_path, "test")} >= {"say a", "say b"}
+    data = drawn(tmp_path, tasks=tasks)
+    assert by_task(data["train"]) == {"arithmetic": 60} and by_task(data["test"]) == {"arithmetic": 5, "gsm8k": 2}
+    assert {row["input"] for row in data["test"]} >= {"say a", "say b"}
 
 
 def test_labels_lead_to_the_checker_of_their_task(tmp_path: Path) -> None:
-    written(tmp_path, tasks=several("arithmetic", "translation"))
-    for row in lines(tmp_path, "test"):
+    for row in drawn(tmp_path, tasks=several("arithmetic", "translation"))["test"]:
         reference = json.loads(row["label"])["reference"]
         assert reward_func([row["input"] + reference + "</s>"], [row["input"]], [row["label"]])["rewards"] == 1.0
         assert Label.parse(row["label"]).checker().name == row["datasource"]
@@ -165,25 +162,24 @@ def test_longest_response_of_the_tasks(tmp_path: Path) -> None:
 def test_a_task_among_several_has_its_own_limit_and_k(tmp_path: Path, given: int | None, limits: dict) -> None:
     """A limit is in the label where it is lower than the run's longest, a K where the task names one."""
     tasks = [*several("translation", "arithmetic"), *several("summary", max_new_tokens=12, top_k=4)]
-    write_tasks(config(tmp_path, tasks=tasks), HOST, Words(), 200, given)
-    for split in ("train", "test"):
-        for line in lines(tmp_path, split):
+    for rows in drawn(tmp_path, given, tasks=tasks).values():
+        for line in rows:
             expected = limits.get(line["datasource"]), 4 if line["datasource"] == "summary" else None
             assert Label.parse(line["label"]).sampling[::-1] == expected
 
 
 def test_labels_without_anything_of_their_own(tmp_path: Path) -> None:
-    written(tmp_path, task=several("arithmetic")[0])
-    assert all("sampling" not in json.loads(line["label"]) for line in lines(tmp_path, "train"))
+    data = drawn(tmp_path, task=several("arithmetic")[0])
+    assert all("sampling" not in json.loads(line["label"]) for line in data["train"])
     for label in (None, 3, "a reference", '{"sampling": {"top_k": 4}}', "[1]"):
         assert Label.parse(label).sampling == (None, None)
 
 
 def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
     skd = config(tmp_path, tasks=several("arithmetic"))
-    assert write_tasks(skd, HOST, Words(), 35, None) == 60
+    assert len(draw_prompts(skd, HOST, Words(), 35, None)["train"]) == 60
     with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens"):
-        write_tasks(skd, HOST | {"data.apply_chat_template": True}, Words(), 35, None)
+        draw_prompts(skd, HOST | {"data.apply_chat_template": True}, Words(), 35, None)
 
 
 # --- bad input ---
@@ -222,13 +218,13 @@ def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
 )
 def test_what_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        write_tasks(config(tmp_path, **sections), HOST, Words(), 200, None)
+        drawn(tmp_path, **sections)
 
 
 def test_a_scorer_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TASKS["translation"], "packages", ("no_such_scorer",))
     with pytest.raises(RecipeError, match=r"scored by no_such_scorer, which is not installed; .*\[tasks\]"):
-        written(tmp_path, tasks=several("translation"))
+        drawn(tmp_path, tasks=several("translation"))
 
 
 def test_file_without_a_task(tmp_path: Path) -> None:
@@ -257,9 +253,9 @@ def recipe(tmp_path: Path):
 def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
     run = load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}"])
     assert run.host["rollout.max_new_tokens"] == 96
-    counts = [Counter(line["datasource"] for line in lines(tmp_path / "run", split)) for split in ("train", "test")]
-    assert counts == [{"arithmetic": 8, "echo": 4}, {"arithmetic": 3, "echo": 2}]
-    label = next(row["label"] for row in lines(tmp_path / "run", "test") if row["datasource"] == "echo")
+    assert by_task(run.data["train"]) == {"arithmetic": 8, "echo": 4}
+    assert by_task(run.data["test"]) == {"arithmetic": 3, "echo": 2}
+    label = next(row["label"] for row in run.data["test"] if row["datasource"] == "echo")
     assert Label.parse(label).checker().name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
     run.save()
     assert Run.load(run.folder) == run and len(Run.load(run.folder).skd.tasks) == 2
@@ -269,7 +265,7 @@ def test_dry_run_of_several_tasks_is_one_step(recipe: Path, tmp_path: Path) -> N
     overrides = [*SMALL, f"skd.run_dir={tmp_path / 'run'}"]
     short = one_step(str(recipe), overrides, load_run(recipe, overrides), tmp_path / "dry")
     assert [task.train_prompts for task in short.skd.tasks] == [2, 2]
-    assert len(lines(tmp_path / "dry", "train")) == 4 and short.host["data.max_samples"] == 2
+    assert len(short.data["train"]) == 4 and short.host["data.max_samples"] == 2
 
 
 def test_limit_of_the_recipe_wins(recipe: Path) -> None:
@@ -287,8 +283,8 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     recipe.write_text(f"base: {QUICKSTART}\n{section}  rollout: {{max_new_tokens: null}}\n")
     run = load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}"])
     assert run.host["rollout.max_new_tokens"] == 8
-    assert len(lines(tmp_path / "run", "train")) == 4
-    (row,) = lines(tmp_path / "run", "test")
+    assert len(run.data["train"]) == 4
+    (row,) = run.data["test"]
     assert row["input"] == "the capital of peru is" and row["datasource"] == "capitals"
     for answer, score in (("lima", 1.0), ("paris", 0.0)):
         query = f"{row['input']} {answer}</s>"
@@ -302,11 +298,8 @@ def test_the_recipe_of_four_tasks(tmp_path: Path) -> None:
     """Every prompt fits, each task has its share, its limit and its K."""
     run = load_run(QUICKSTART.with_name("four-tasks.yaml"), [f"skd.run_dir={tmp_path}"])
     assert run.host["rollout.max_new_tokens"] == 96
-    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
-    assert Counter(row["datasource"] for row in rows) == dict.fromkeys(
-        ("arithmetic", "translation", "summary", "instructions"), 1600
-    )
-    own = {row["datasource"]: Label.parse(row["label"]).sampling for row in rows}
+    assert by_task(run.data["train"]) == dict.fromkeys(("arithmetic", "translation", "summary", "instructions"), 1600)
+    own = {row["datasource"]: Label.parse(row["label"]).sampling for row in run.data["train"]}
     assert own == {
         "arithmetic": Sampling(),
         "translation": Sampling(top_k=5, max_new_tokens=64),

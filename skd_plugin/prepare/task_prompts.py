@@ -1,19 +1,23 @@
-"""The tasks of a recipe: checked, and their prompts written into the run folder, where the host reads them."""
+"""The tasks of a recipe: checked, and their prompts, for the dataset files that OpenRLHF reads."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from skd_plugin.config.host_options import HostOptions
+from skd_plugin.config.run import PromptRow
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
-from skd_plugin.prepare.models import check_prompts, host_prompts
+from skd_plugin.host.prompts import render_prompts
+from skd_plugin.prepare.model_checks import check_prompts
+from skd_plugin.prepare.rows import check_references
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
-from skd_plugin.tasks.base import SPLITS
 from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
 from skd_plugin.tasks.reasoning_gym import PREFIX
@@ -30,8 +34,8 @@ def _limit(config: TaskConfig, given: int | None) -> int:
     return next(limit for limit in limits if limit is not None)
 
 
-def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
-    """The host's data and reward options for tasks of ours. A reward of the user's own takes the checker's place."""
+def task_options(skd: SKDConfig, host: HostOptions) -> dict[str, Any]:
+    """OpenRLHF's data and reward options for tasks of ours. A reward of the user's own takes the checker's place."""
     for name in ("data.prompt_dataset", "eval.dataset"):
         if host.get(name):
             raise RecipeError(f"openrlhf.{name} is given, but skd.task makes the prompts; leave one of them out")
@@ -49,56 +53,41 @@ def task_options(skd: SKDConfig, host: dict[str, Any]) -> dict[str, Any]:
         del options["reward.remote_url"]  # the agent says what its response is worth
     if host.get("reward.model_name_or_path"):
         del options["reward.remote_url"]
-        options.pop("eval.dataset", None)  # the host evaluates by reward functions only
+        options.pop("eval.dataset", None)  # OpenRLHF evaluates by reward functions only
     return options
 
 
-def write_tasks(
-    skd: SKDConfig, options: dict[str, Any], tokenizer: Any, max_prompt_len: int, given: int | None
-) -> int:
-    """The tasks' prompts into the run folder, after all of them have been found to fit.
+def draw_prompts(
+    skd: SKDConfig, options: HostOptions, tokenizer: Any, max_prompt_len: int, given: int | None
+) -> dict[str, list[PromptRow]]:
+    """The tasks' prompts by split, after all of them have been found to fit.
 
     Args:
         given: the limit on a response that the recipe names for all tasks, if it does.
-
-    Returns:
-        The number of training prompts.
     """
     tasks = _tasks(skd)
     pool = [_draw(task, "train", c, c.train_prompts) for task, c in zip(tasks, skd.all_tasks, strict=True)]
     if skd.rollout.needs_references:
-        _check_references(tasks, pool)
+        for task, examples in zip(tasks, pool, strict=True):
+            check_references((f"a prompt of task {task.name} ({e.prompt!r})", e.reference) for e in examples)
+    train: list[PromptRow] = []
     counts = _mixture(skd, [len(examples) for examples in pool])
-    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
-        lines["train"] += _lines(
-            config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given)
-        )
-    lines["test"] = held_out(skd, tokenizer, given)
-    for rows in lines.values():
-        check_prompts(host_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
-    if len(tasks) > 1:  # the host may read only the first lines (data.max_samples), which should not be of one task
-        random.Random("skd.tasks").shuffle(lines["train"])
-    for split, rows in lines.items():
-        RunFolder(Path(skd.run_dir)).prompts(split).replace(rows)
-    return len(lines["train"])
+        train += _rows(config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given))
+    drawn = {"train": train, "test": held_out(skd, tokenizer, given)}
+    for rows in drawn.values():
+        check_prompts(render_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
+    if len(tasks) > 1:  # OpenRLHF may read only the first (data.max_samples), which should not be of one task
+        random.Random("skd.tasks").shuffle(train)
+    return drawn
 
 
-def _check_references(tasks: list[Task], pool: list[list[Example]]) -> None:
-    for task, examples in zip(tasks, pool, strict=True):
-        for example in examples:
-            if not example.reference:
-                raise RecipeError(
-                    f"a prompt of task {task.name} has no reference, which the method needs: {example.prompt!r}"
-                )
-
-
-def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[dict[str, Any]]:
-    """The tasks' held-out prompts, as rows of the dataset that the host would read."""
-    rows: list[dict[str, Any]] = []
+def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[PromptRow]:
+    """The tasks' held-out prompts, as rows of the dataset that OpenRLHF would read."""
+    rows: list[PromptRow] = []
     for config, task in zip(skd.all_tasks, _tasks(skd), strict=True):
         examples = _draw(task, "test", config, config.eval_prompts)
-        rows += _lines(config, task, examples, tokenizer, _sampling(skd, config, given))
+        rows += _rows(config, task, examples, tokenizer, _sampling(skd, config, given))
     return rows
 
 
@@ -124,7 +113,9 @@ def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:
     return parts(sum(available), shares(weights, skd.mix_temperature))
 
 
-def _lines(config: TaskConfig, task: Task, examples: Any, tokenizer: Any, sampling: Sampling) -> list[dict[str, Any]]:
+def _rows(
+    config: TaskConfig, task: Task, examples: Iterable[Example], tokenizer: Any, sampling: Sampling
+) -> list[PromptRow]:
     key = _key(config)
     return [
         {

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
-
-
-def load_tokenizer(name: str, role: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {_first_line(error)}") from error
-
-
-def load_model_config(name: str, role: str) -> Any:
-    from transformers import AutoConfig
-
-    if name.startswith(("/", ".")) and not Path(name).is_dir():
-        raise RecipeError(f"the {role} '{name}' is not there; give a folder with a model, or a Hugging Face name")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the {role} '{name}' cannot be loaded: {_first_line(error)}") from error
+from skd_plugin.models import load_model_config, load_tokenizer, output_head_names
 
 
 def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_len: int, draft_len: int) -> Any:
@@ -41,7 +22,7 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
     vocab_size = min(sizes.values())  # see common_vocab_size
     last = max(tokenizers["student"].get_vocab().values())
     if last >= vocab_size:
-        smaller = min(sizes, key=sizes.get)
+        smaller = min(sizes, key=lambda role: sizes[role])
         raise RecipeError(
             f"the tokenizer has the token id {last}, but the {smaller} has {vocab_size} output rows only; its "
             "embedding was not made for this tokenizer"
@@ -58,12 +39,6 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
                 f"the {role} has {context}; lower data.max_len to {context + max_len - needed}"
             )
     return tokenizers["student"]
-
-
-def common_vocab_size(teacher: str, student: str) -> int:
-    """Ids that both models have an output row for. What one of them has beyond is padding, where no token is."""
-    configs = load_model_config(teacher, "teacher"), load_model_config(student, "student")
-    return min(config.get_text_config().vocab_size for config in configs)
 
 
 # Options of transformers' models that change the logits behind the output head, and the values at which they do not.
@@ -92,34 +67,6 @@ def check_output_head(name: str, role: str) -> None:
     output_head_names(name, role)
 
 
-def output_head_names(name: str, role: str) -> list[str]:
-    """Names under which a checkpoint may hold the weight of the model's output head; a tied one is the embedding's.
-
-    Raises:
-        RecipeError: the model has no output head that transformers knows, or one with a bias.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(name, role), trust_remote_code=True)
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        found = "has no output head that transformers names" if head is None else "has an output head with a bias"
-        raise RecipeError(f"skd.loss.vocabulary=full: the {role} '{name}' {found}; use skd.loss.vocabulary=top_k")
-    model.tie_weights()
-    return [key for key, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight]
-
-
-def context_needed(max_len: int, draft_len: int) -> int:
-    """Tokens of context that the engine needs for sequences of `max_len`.
-
-    vLLM counts the drafts of a step and those it will ask for next, and stops drafting for the whole batch where they
-    would not fit.
-    """
-    return max_len + 2 * draft_len + 1
-
-
 def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None:
     """Raises RecipeError naming tokens that differ: an id must mean the same token in both models."""
     if teacher == student:
@@ -132,17 +79,8 @@ def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None
     )
 
 
-def host_prompts(rows: list[dict[str, Any]], options: dict[str, Any], tokenizer: Any) -> list[str]:
-    """Prompts of a dataset's rows, in the form that the host gives them."""
-    from openrlhf.datasets.prompts_dataset import preprocess_data
-
-    chat = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
-    template, key = options["data.input_template"], options["data.input_key"]
-    return [preprocess_data(row, template, key, apply_chat_template=chat)[0] for row in rows]
-
-
 def check_prompts(prompts: list[str], tokenizer: Any, max_prompt_len: int) -> None:
-    """Raises RecipeError for the first prompt that the host would cut or SKD could not start from."""
+    """Raises RecipeError for the first prompt that OpenRLHF would cut or SKD could not start from."""
     for number, prompt in enumerate(prompts, start=1):
         length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         if not 2 <= length <= max_prompt_len:
@@ -150,7 +88,3 @@ def check_prompts(prompts: list[str], tokenizer: Any, max_prompt_len: int) -> No
                 f"prompt {number} has {length} tokens, but 2 to {max_prompt_len} fit (openrlhf.data.max_len minus "
                 f"skd.rollout.max_new_tokens): {prompt[:60]!r}..."
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,0 +1,109 @@
+"""What is read of a model beside its weights: configuration, tokenizer, end tokens, output head."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skd_plugin.errors import RecipeError
+
+
+def load_tokenizer(name: str, role: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {_first_line(error)}") from error
+
+
+def load_model_config(name: str, role: str) -> Any:
+    from transformers import AutoConfig
+
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise RecipeError(f"the {role} '{name}' is not there; give a folder with a model, or a Hugging Face name")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the {role} '{name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def generation_end_ids(name: str) -> frozenset[int]:
+    """End tokens of the model's generation_config.json; empty where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        end = GenerationConfig.from_pretrained(name, trust_remote_code=True).eos_token_id
+    except OSError:
+        return frozenset()  # a model need not have one
+    return frozenset([] if end is None else [end] if isinstance(end, int) else end)
+
+
+def common_vocab_size(teacher: str, student: str) -> int:
+    """Ids that both models have an output row for. What one of them has beyond is padding, where no token is."""
+    configs = load_model_config(teacher, "teacher"), load_model_config(student, "student")
+    return min(config.get_text_config().vocab_size for config in configs)
+
+
+def output_head_names(name: str, role: str) -> list[str]:
+    """Names under which a checkpoint may hold the weight of the model's output head; a tied one is the embedding's.
+
+    Raises:
+        RecipeError: the model has no output head that transformers knows, or one with a bias.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(name, role), trust_remote_code=True)
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        found = "has no output head that transformers names" if head is None else "has an output head with a bias"
+        raise RecipeError(f"skd.loss.vocabulary=full: the {role} '{name}' {found}; use skd.loss.vocabulary=top_k")
+    model.tie_weights()
+    return [key for key, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight]
+
+
+def load_output_head(model: str, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """The output head [V, J] of a checkpoint, without the rest of the model; `model` is a folder or a hub name.
+
+    Raises:
+        RuntimeError: the checkpoint holds no such tensor.
+    """
+    from transformers.utils import cached_file
+
+    names = output_head_names(model, "teacher")
+    find = partial(cached_file, model, _raise_exceptions_for_missing_entries=False)
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = find(f"{stem}.{suffix}.index.json")
+        if index is not None:
+            with open(index) as file:
+                places = json.load(file)["weight_map"]
+            files = {name: find(places[name]) for name in names if name in places}
+        else:
+            whole = find(f"{stem}.{suffix}")
+            files = dict.fromkeys(names, whole) if whole is not None else {}
+        for name, path in files.items():
+            head = _tensor(path, name)
+            if head is not None:
+                return head.to(device=device, dtype=dtype)
+    raise RuntimeError(
+        f"the checkpoint '{model}' has no tensor {' or '.join(names)} in safetensors or bin files; save it again with "
+        "transformers' save_pretrained, or use skd.loss.vocabulary=top_k"
+    )
+
+
+def _tensor(path: str, name: str) -> torch.Tensor | None:
+    if not path.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True).get(name)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (it is no dictionary)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
