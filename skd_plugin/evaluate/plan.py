@@ -11,6 +11,7 @@ from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.recipe import load_recipe, override
 from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
+from skd_plugin.evaluate.job import Prompt
 from skd_plugin.host.prompts import render_prompts
 from skd_plugin.prepare.load_run import Models, complete_models
 from skd_plugin.prepare.model_checks import check_prompts
@@ -34,14 +35,11 @@ class Student:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out prompts as one student reads them."""
+    """A held-out prompt, and what a response to it is compared with."""
 
-    prompt_ids: list[list[int]]
-    limits: list[int]  # longest responses, tokens
-    top_k: list[int | None]  # K of each prompt's task; None is the run's
-    labels: list[str | None]
-    references: list[str | None]
-    tasks: list[str]  # name of each prompt's
+    prompt: Prompt
+    label: Label
+    task: str  # its name in the results
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Plan:
     models: Models
     teacher: str | None  # None where no measure needs one
     students: tuple[Student, ...]
-    held_out: tuple[HeldOut, ...]  # of each student
+    held_out: tuple[tuple[HeldOut, ...], ...]  # the prompts as each student reads them
     measures: tuple[str, ...]
     sampling: Sampling
     notes: tuple[str, ...]  # what is left out, and why
@@ -96,7 +94,7 @@ def make_plan(
     chosen, notes = _choose(measures, models, has_teacher)
     teacher = models.skd.teacher.model_name_or_path if set(chosen) & set(BESIDE_THE_TEACHER) else None
     prompts = tuple(_held_out(models, teacher, student) for student in found)
-    if "distance" in chosen and None in prompts[0].references:
+    if "distance" in chosen and any(held_out.prompt.reference is None for held_out in prompts[0]):
         notes += ("distance along references: not every held-out prompt has one",)
     return Plan(models, teacher, found, prompts, chosen, sampling, notes)
 
@@ -175,7 +173,7 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
     return chosen, tuple(f"{name}: {lacking[name]}" for name in wanted if name in lacking)
 
 
-def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
+def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[HeldOut, ...]:
     tokenizer = models.tokenizer_of(teacher or student.model, student.model)
     options = dict(models.options)
     if models.skd.all_tasks:
@@ -188,21 +186,20 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> HeldOut:
     prompts = render_prompts(rows, options, tokenizer)
     check_prompts(prompts, tokenizer, models.longest_prompt)
     ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
-    texts = [row.get(options["data.label_key"]) for row in rows]
-    labels = [Label.parse(text) for text in texts]
-    longest = [label.sampling.max_new_tokens or models.max_new_tokens or models.max_len for label in labels]
-    return HeldOut(
-        prompt_ids=ids,
-        limits=[min(limit, models.max_len - len(prompt)) for limit, prompt in zip(longest, ids, strict=True)],
-        top_k=[label.sampling.top_k for label in labels],
-        labels=[text if label.checker() else None for text, label in zip(texts, labels, strict=True)],
-        references=[label.reference for label in labels],
-        tasks=[row.get("datasource", HELD_OUT) for row in rows],
+    return tuple(
+        _prompt(prompt, Label.parse(row.get(options["data.label_key"])), row.get("datasource", HELD_OUT), models)
+        for prompt, row in zip(ids, rows, strict=True)
     )
 
 
+def _prompt(ids: list[int], label: Label, task: str, models: Models) -> HeldOut:
+    longest = label.sampling.max_new_tokens or models.max_new_tokens or models.max_len
+    limit = min(longest, models.max_len - len(ids))
+    return HeldOut(Prompt(ids, limit, label.sampling.top_k, label.reference), label, task)
+
+
 def _own_rows(options: HostOptions) -> list[Row]:
-    """Of a held-out dataset of the user's own."""
+    """The rows of a held-out dataset of the user's own."""
     name = options["eval.dataset"]
     if not name:
         raise RecipeError("there are no held-out prompts: give the recipe a skd.task, or openrlhf.eval.dataset")

@@ -1,32 +1,34 @@
-"""eval.json as tables for a terminal, one a task."""
+"""The result as tables for a terminal, one a task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+
+from skd_plugin.evaluate.estimates import Estimate
+from skd_plugin.evaluate.result import Result
 
 NATS = ("kl", "student_entropy", "teacher_entropy")
 WIDTH = 106  # of a table of two students
 PLAIN = ("response_len", "accepted_per_block", "tokens_per_forward")
 
 
-def tables(result: dict[str, Any]) -> Iterator[Table]:
-    """Rows are figures, columns students; of two students there is their difference, too."""
-    draft_len = result["settings"]["draft_len"]
-    for task in result["students"][0]["tasks"]:
+def tables(result: Result) -> Iterator[Table]:
+    """Rows are metrics, columns students; of two students there is their difference, too."""
+    draft_len = result.settings.draft_len
+    for task in result.students[0].tasks:
         table = Table(title=Text(task, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("mean \\[95 % interval]", overflow="fold")
-        for student in result["students"]:
-            table.add_column(Text(_short(student["name"])), justify="right", overflow="fold")
-        two = len(result["students"]) == 2
+        for student in result.students:
+            table.add_column(Text(_short(student.name)), justify="right", overflow="fold")
+        two = len(result.students) == 2
         if two:
             table.add_column("difference", justify="right")
-        columns = [student["tasks"][task] for student in result["students"]]
-        columns += [result["differences"][0]["tasks"][task]] if two else []
+        columns = [student.tasks[task] for student in result.students]
+        columns += [result.differences[0].tasks[task]] if two else []
         section = None
         for name in columns[0]:
             if "@" in name and name.startswith("speculation/") and not name.endswith(f"@{draft_len}"):
@@ -47,9 +49,9 @@ def _last(name: str) -> str:
     return name.split("/")[-1].split("@")[0]
 
 
-def _cell(name: str, figure: dict[str, Any] | None, *, signed: bool) -> Text:
+def _cell(name: str, estimate: Estimate | None, *, signed: bool) -> Text:
     """`mean [low, high]`; bold where an interval of a difference leaves 0 out."""
-    if figure is None or figure["mean"] is None:
+    if estimate is None or estimate.mean is None:
         return Text("-")
     last = _last(name)
     factor, digits = (1, 3) if last in NATS else (1, 2) if last in PLAIN else (100, 1)
@@ -57,9 +59,10 @@ def _cell(name: str, figure: dict[str, Any] | None, *, signed: bool) -> Text:
     def show(value: float) -> str:
         return f"{factor * value:{'+' if signed else ''}.{digits}f}"
 
-    low, high = figure["low"], figure["high"]
-    clear = signed and low is not None and not low <= 0 <= high
-    text = show(figure["mean"]) + ("" if low is None else f" [{show(low)}, {show(high)}]")
+    text, clear = show(estimate.mean), False
+    if estimate.low is not None and estimate.high is not None:
+        text += f" [{show(estimate.low)}, {show(estimate.high)}]"
+        clear = signed and not estimate.low <= 0 <= estimate.high
     return Text(text, style="bold" if clear else "", no_wrap=True)
 
 

@@ -410,9 +410,9 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingType
 
-    from skd_plugin.evaluate.answers import plain_params
+    from skd_plugin.evaluate.engine_process import plain_params
 
-    ours = "revisit plain_params in skd_plugin/evaluate/answers.py"
+    ours = "revisit plain_params in skd_plugin/evaluate/engine_process.py"
     params = plain_params(1.0, 7, [2], -5)
     assert params.sampling_type is SamplingType.RANDOM_SEED and params.seed >= 0, ours
     assert plain_params(0.0, 7, [2], 5).sampling_type is SamplingType.GREEDY, ours
@@ -420,7 +420,7 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     update = inspect.getsource(find(f"{RUNNER}._update_states"))
     assert "generator.manual_seed(sampling_params.seed)" in update, ours
     names = {field.name for field in dataclasses.fields(CompletionOutput)}
-    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/answers.py"
+    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/engine_process.py"
 
 
 def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:

@@ -1,4 +1,4 @@
-"""`skd eval` as a user gives it, with the teacher as its own student: every figure of the pair is known."""
+"""`skd eval` as a user gives it, with the teacher as its own student: every metric of the pair is known."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_the_teacher_as_its_own_student(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "greedy accuracy, %" in done.stdout
     result = json.loads(out.read_text())
-    figures = result["students"][0]["tasks"]["arithmetic"]
-    assert all(figure["n"] == PROMPTS for figure in figures.values())
-    mean = {name: figure["mean"] for name, figure in figures.items()}
+    estimates = result["students"][0]["tasks"]["arithmetic"]
+    assert all(estimate["n"] == PROMPTS for estimate in estimates.values())
+    mean = {name: estimate["mean"] for name, estimate in estimates.items()}
     for text in ("sampled", "greedy", "references"):
         assert abs(mean[f"distance/{text}/kl"]) < 1e-4
         assert mean[f"distance/{text}/student_entropy"] == pytest.approx(

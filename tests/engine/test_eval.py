@@ -9,7 +9,8 @@ import torch
 
 from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.engine.offline import Sample
-from skd_plugin.evaluate.answers import Beside, Job
+from skd_plugin.evaluate.engine_process import Beside
+from skd_plugin.evaluate.job import Job, Prompt
 from skd_plugin.run_folder import Status
 from tests.conftest import EOS, MAX_LEN
 
@@ -25,10 +26,10 @@ def job() -> Job:
         student="student",
         teacher="teacher",
         measures=["distance", "prefixes", "speculation"],
-        prompt_ids=PROMPTS,
-        limits=[LIMIT] * len(PROMPTS),
-        top_k=[None] * len(PROMPTS),
-        references=["a cat", "tom", "x = y", "z"],
+        prompts=[
+            Prompt(ids, LIMIT, None, reference)
+            for ids, reference in zip(PROMPTS, ["a cat", "tom", "x = y", "z"], strict=True)
+        ],
         samples=1,
         temperature=1.0,
         seed=3,
@@ -54,28 +55,30 @@ class Watched(Beside):
         self._engine.generate = keep
 
 
-def test_the_same_job_gives_the_same_figures(engine, job, tmp_path: Path) -> None:
+def test_the_same_job_gives_the_same_answers(engine, job, tmp_path: Path) -> None:
     first, second = (Beside(job, engine(3), Status(tmp_path)).measure() for _ in range(2))
-    assert first["prefixes"] == second["prefixes"] and first["speculation"] == second["speculation"]
-    for text, sums in first["distance"].items():
-        for one, again in zip(sums, second["distance"][text], strict=True):
-            assert one == pytest.approx(again, rel=1e-4)  # the second time the prefixes are in the cache
+    for one, again in zip(first, second, strict=True):
+        assert one["prefixes"] == again["prefixes"] and one["speculation"] == again["speculation"]
+        assert list(one["distance"]) == list(again["distance"]) == ["sampled", "greedy", "references"]
+        for text, sums in one["distance"].items():  # the second time the prefixes are in the cache
+            assert sums == pytest.approx(again["distance"][text], rel=1e-4)
     assert Beside(Job(**{**vars(job), "seed": 4}), engine(3), Status(tmp_path)).measure() != first
 
 
 def test_distances_are_those_of_transformers(engine, job, tmp_path: Path, reference_logits) -> None:
     watched = Watched(Job(**{**vars(job), "measures": ["distance"]}), engine(3), Status(tmp_path))
-    found = watched.measure()["distance"]
-    assert list(found) == ["sampled", "greedy", "references"]
-    for sums, samples in zip(found.values(), watched.texts, strict=True):
+    found = [answers["distance"] for answers in watched.measure()]
+    assert all(list(one) == ["sampled", "greedy", "references"] for one in found)
+    for name, samples in zip(found[0], watched.texts, strict=True):
+        sums = [one[name] for one in found]
         sequences = [[*sample.prompt_ids, *sample.trace.response_ids.tolist()] for sample in samples]
-        both = (reference_logits(name, sequences) for name in ("teacher", "student"))
+        both = (reference_logits(model, sequences) for model in ("teacher", "student"))
         for one, sample, *logits in zip(sums, samples, *both, strict=True):
             p_RV, q_RV = (rows[len(sample.prompt_ids) - 1 : -1].log_softmax(-1) for rows in logits)
             assert one["tokens"] == len(sample.trace) == len(p_RV)
             assert one["kl"] == pytest.approx((p_RV.exp() * (p_RV - q_RV)).sum().item(), rel=1e-3, abs=1e-4)
-            for name, logp_RV in (("teacher_entropy", p_RV), ("student_entropy", q_RV)):
-                assert one[name] == pytest.approx(-(logp_RV.exp() * logp_RV).sum().item(), rel=1e-3, abs=1e-4)
+            for entropy, logp_RV in (("teacher_entropy", p_RV), ("student_entropy", q_RV)):
+                assert one[entropy] == pytest.approx(-(logp_RV.exp() * logp_RV).sum().item(), rel=1e-3, abs=1e-4)
     greedy = watched.texts[1]
     for sample in greedy:
         ids = [*sample.prompt_ids, *sample.trace.response_ids.tolist()]
@@ -86,8 +89,8 @@ def test_distances_are_those_of_transformers(engine, job, tmp_path: Path, refere
 
 def test_the_teacher_goes_on_from_the_tokens_themselves(engine, job, tmp_path: Path) -> None:
     watched = Watched(Job(**{**vars(job), "measures": ["prefixes"]}), engine(3), Status(tmp_path))
-    found = watched.measure()["prefixes"]
-    assert list(found) == ["alone", "student", "skd", "teacher"]
+    found = [answers["prefixes"] for answers in watched.measure()]
+    assert all(set(one) == {"alone", "student", "skd", "teacher"} for one in found)
     student, _, _, alone, *continued = watched.texts
     for number, share in enumerate((0.25, 0.5, 0.75)):
         for place, (whole, tail) in enumerate(zip(student, continued[number], strict=True)):
@@ -95,18 +98,18 @@ def test_the_teacher_goes_on_from_the_tokens_themselves(engine, job, tmp_path: P
             assert tail.prompt_ids == PROMPTS[place] + head
             assert len(head) + len(tail.trace) <= LIMIT
             both = [*head, *tail.trace.response_ids.tolist()]
-            assert found["student"][str(share)][place] == watched._engine.decode(both)
-    assert found["student"]["1"] == [sample.text for sample in student]
-    assert found["alone"] == [sample.text for sample in alone]
+            assert found[place]["student"][str(share)] == watched._engine.decode(both)
+    assert [one["student"]["1"] for one in found] == [sample.text for sample in student]
+    assert [one["alone"] for one in found] == [sample.text for sample in alone]
 
 
 def test_greedy_speculation_keeps_what_the_teacher_would_say(engine, job, tmp_path: Path, reference_logits) -> None:
     watched = Watched(Job(**{**vars(job), "measures": ["speculation"]}), engine(3), Status(tmp_path))
-    found = watched.measure()["speculation"]
-    assert [[len(row) for row in found[name]] for name in found] == [
+    found = [answers["speculation"] for answers in watched.measure()]
+    assert [[len(one[name]) for one in found] for name in ("sampled", "greedy")] == [
         [len(sample.trace) for sample in samples] for samples in watched.texts
     ]
-    for kept, sample in zip(found["greedy"], watched.texts[1], strict=True):
+    for kept, sample in zip([one["greedy"] for one in found], watched.texts[1], strict=True):
         ids = [*sample.prompt_ids, *sample.trace.response_ids.tolist()]
         teacher, student = (
             reference_logits(name, [ids])[0][len(sample.prompt_ids) - 1 : -1].argmax(-1)

@@ -1,9 +1,10 @@
-"""`skd eval` without an engine: what is refused at once, and from answers to figures, file and table."""
+"""`skd eval` without an engine: what is refused at once, and from answers to metrics, file and table."""
 
 from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from rich.console import Console
 
 from skd_plugin import cli
 from skd_plugin.errors import RecipeError
-from skd_plugin.evaluate.answers import Job
-from skd_plugin.evaluate.command import job_of, summarise
+from skd_plugin.evaluate.command import job_of
+from skd_plugin.evaluate.job import Answers, Job, Response, read_answers, write_answers
 from skd_plugin.evaluate.plan import make_plan, student_of
+from skd_plugin.evaluate.result import summarise
 from skd_plugin.evaluate.table import tables
+from skd_plugin.evaluate.values import task_values
+from skd_plugin.tasks import Translation
 from skd_plugin.tasks.arithmetic import Arithmetic
+from skd_plugin.tasks.label import Label
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
@@ -49,9 +54,10 @@ def test_a_recipe_measures_its_student_by_everything():
     assert plan.measures == ("scores", "distance", "prefixes", "speculation")
     assert plan.sampling.samples == 16 and plan.sampling.k == (1, 4, 16)
     (held_out,) = plan.held_out
-    assert held_out.limits == [96] * 3 and held_out.tasks == ["arithmetic"] * 3
+    assert [(one.prompt.limit, one.task) for one in held_out] == [(96, "arithmetic")] * 3
     examples = Arithmetic().examples("test", 3)
-    assert held_out.references == [example.reference for example in examples]
+    assert [one.prompt.reference for one in held_out] == [example.reference for example in examples]
+    assert [one.label.answer for one in held_out] == [example.label for example in examples]
 
 
 def test_a_run_measures_its_student_before_and_after(run_folder: Path):
@@ -60,7 +66,7 @@ def test_a_run_measures_its_student_before_and_after(run_folder: Path):
         (STUDENT, STUDENT),
         (str(run_folder), str(run_folder / "model")),
     ]
-    assert len(plan.held_out[0].labels) == 2 and plan.models.max_len == 150
+    assert len(plan.held_out[0]) == 2 and plan.models.max_len == 150
 
 
 def test_a_run_is_a_student_of_a_recipe(run_folder: Path):
@@ -90,8 +96,8 @@ def test_prompts_of_ones_own_have_no_scores(tmp_path: Path):
     assert plan.measures == ("scores", "distance", "speculation")
     assert plan.notes[0].startswith("prefixes: the recipe has no skd.task")
     assert plan.notes[1].startswith("distance along references: not every")
-    assert plan.held_out[0].labels == [None, None]
-    assert plan.held_out[0].references == [" the answer is 4", None]
+    assert [one.label.checker() for one in plan.held_out[0]] == [None, None]
+    assert [one.prompt.reference for one in plan.held_out[0]] == [" the answer is 4", None]
     with pytest.raises(RecipeError, match=r"--measure prefixes: the recipe has no skd\.task"):
         make_plan(QUICKSTART, given, [], ["prefixes"])
 
@@ -135,16 +141,16 @@ def test_the_command_line(monkeypatch, capsys):
     )
     arguments = ["eval", QUICKSTART, "--student", STUDENT, TEACHER, *FEW, "--k", "2", "1", "--out", "x.json"]
     assert cli.main(arguments) == 0
-    assert len(seen["plan"].students) == 2 and len(seen["plan"].held_out[0].labels) == 3
+    assert len(seen["plan"].students) == 2 and len(seen["plan"].held_out[0]) == 3
     assert seen["plan"].sampling.k == (1, 2) and seen["out"] == "x.json"
     assert cli.main(["eval", QUICKSTART, "--samples", "2", "--k", "4"]) == 2
     assert "skd eval: --k 4 is not within 1..2" in capsys.readouterr().err
 
 
-# --- from answers to figures ---
+# --- from answers to metrics ---
 
 
-def answer(text: str, *, ended: bool = True) -> dict:
+def answer(text: str, *, ended: bool = True) -> Response:
     ids = [len(word) for word in text.split()]
     return {"length": len(ids) + ended, "ids": ids, "text": text, "ended": ended}
 
@@ -155,32 +161,36 @@ def plan():
 
 
 @pytest.fixture
-def found(plan) -> list[dict]:
+def found(plan) -> list[list[Answers]]:
     """Answers of two students to two prompts; the second one answers both of them."""
     right = [f"the answer is {example.label}" for example in Arithmetic().examples("test", 2)]
     wrong = ["the answer is 0"] * 2
+    kept = [[True, True, False], [False, True]]
 
-    def of(first: list[str], second: list[str]) -> dict:
-        sums = [{"tokens": 2, "kl": 1.0, "student_entropy": 0.5, "teacher_entropy": 0.25}] * 2
-        cuts = {"0.25": right, "0.5": right, "0.75": wrong, "1": first}
-        return {
-            "scores": {
-                "greedy": [answer(text) for text in first],
-                "sampled": [[answer(a), answer(b, ended=False)] for a, b in zip(first, second, strict=True)],
-            },
-            "distance": {"sampled": sums, "references": sums},
-            "prefixes": {"alone": right, "student": cuts, "skd": cuts, "teacher": cuts},
-            "speculation": {"sampled": [[True, True, False], [False, True]]},
-        }
+    def of(first: list[str], second: list[str]) -> list[Answers]:
+        sums = {"tokens": 2, "kl": 1.0, "student_entropy": 0.5, "teacher_entropy": 0.25}
+        cuts = [
+            {"0.25": right[place], "0.5": right[place], "0.75": wrong[place], "1": first[place]} for place in (0, 1)
+        ]
+        return [
+            {
+                "greedy": answer(first[place]),
+                "sampled": [answer(first[place]), answer(second[place], ended=False)],
+                "distance": {"sampled": sums, "references": sums},
+                "prefixes": {"alone": right[place], "student": cut, "skd": cut, "teacher": cut},
+                "speculation": {"sampled": kept[place]},
+            }
+            for place, cut in enumerate(cuts)
+        ]
 
     return [of([right[0], wrong[1]], wrong), of(right, wrong)]
 
 
-def test_figures_of_answers(plan, found):
-    result = summarise(plan, "r.yaml", found)
+def test_metrics_of_answers(plan, found):
+    result = asdict(summarise(plan, "r.yaml", found))
     first, second = (student["tasks"]["arithmetic"] for student in result["students"])
-    means = {name: figure["mean"] for name, figure in first.items()}
-    assert all(figure["n"] == 2 for figure in first.values())
+    means = {name: estimate["mean"] for name, estimate in first.items()}
+    assert all(estimate["n"] == 2 for estimate in first.values())
     assert means["scores/greedy/accuracy"] == 0.5 and means["scores/greedy/step_validity"] == 0.0
     assert means["scores/sampled/accuracy"] == means["scores/sampled/pass@1"] == 0.25
     assert means["scores/sampled/pass@2"] == 0.5
@@ -207,21 +217,16 @@ def test_figures_of_answers(plan, found):
 
 
 def test_a_graded_task_has_the_best_of_k(plan, found):
-    label = json.dumps({"task": "translation", "answer": '[["the", "dog"]]', "end": "</s>", "reference": "x"})
-    from skd_plugin.evaluate.values import task_values
-    from skd_plugin.tasks import Translation
-
-    label = json.dumps({**json.loads(label), "answer": Translation().examples("test", 1)[0].label})
-    values = task_values({"scores": found[0]["scores"]}, [label] * 2, k=[1, 2], draft_len=2)
+    answers: list[Answers] = [{"greedy": one["greedy"], "sampled": one["sampled"]} for one in found[0]]
+    label = Label("x", "translation", Translation().examples("test", 1)[0].label, "</s>")
+    values = task_values(answers, [label] * 2, k=[1, 2], draft_len=2)
     assert {"scores/greedy/chrf", "scores/sampled/chrf", "scores/sampled/best_of@2"} <= values.keys()
     assert "scores/sampled/pass@2" not in values
 
 
-def test_each_task_has_its_own_figures(plan, found):
-    from dataclasses import replace
-
-    own = tuple(replace(prompts, tasks=["arithmetic", "other"]) for prompts in plan.held_out)
-    result = summarise(replace(plan, held_out=own), "r.yaml", found)
+def test_each_task_has_its_own_metrics(plan, found):
+    own = tuple((one, replace(other, task="other")) for one, other in plan.held_out)
+    result = asdict(summarise(replace(plan, held_out=own), "r.yaml", found))
     tasks = result["students"][0]["tasks"]
     assert list(tasks) == ["arithmetic", "other"]
     assert tasks["arithmetic"]["scores/greedy/accuracy"] == {"n": 1, "mean": 1.0, "low": 1.0, "high": 1.0}
@@ -229,7 +234,12 @@ def test_each_task_has_its_own_figures(plan, found):
 
 
 def test_the_file_is_strict_json_and_the_table_shows_it(plan, found):
-    result = json.loads(json.dumps(summarise(plan, "r.yaml", found), allow_nan=False))
+    result = summarise(plan, "r.yaml", found)
+    content = json.loads(json.dumps(asdict(result), allow_nan=False))
+    assert list(content) == ["recipe", "teacher", "settings", "students", "differences"]
+    assert list(content["students"][0]) == ["name", "model", "tasks"]
+    assert list(content["settings"]) == ["samples", "k", "temperature", "measures", "draft_len", "max_new_tokens",
+                                         "seed", "level", "resamples"]  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
     for table in tables(result):
         console.print(table)
@@ -244,3 +254,8 @@ def test_a_job_survives_its_file(plan, tmp_path: Path):
     job = job_of(plan, plan.students[0], plan.held_out[0])
     job.write(tmp_path)
     assert Job.read(tmp_path) == job and job.vllm["trust_remote_code"] and job.max_len == 176
+
+
+def test_answers_survive_their_file(found, tmp_path: Path):
+    write_answers(tmp_path, found[0])
+    assert read_answers(tmp_path) == found[0]

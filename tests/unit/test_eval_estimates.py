@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from skd_plugin.evaluate.estimates import Bootstrap, Estimate, Point, Values, best_of, distinct
 from skd_plugin.evaluate.speculation import Blocks, count_blocks
-from skd_plugin.evaluate.statistics import Bootstrap, Figure, Point, Values, best_of, distinct
 
 # --- the best of k ---
 
@@ -58,32 +58,32 @@ def test_distinct_n_counts_over_all_responses():
 
 def test_the_interval_is_scipys():
     values = np.random.default_rng(1).exponential(size=60)
-    figure = Bootstrap(60, seed=0, resamples=20_000).figure(Values(values))
+    estimate = Bootstrap(60, seed=0, resamples=20_000).estimate(Values(values))
     known = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert figure.n == 60 and figure.mean == pytest.approx(values.mean())
-    assert (figure.low, figure.high) == pytest.approx((known.low, known.high), abs=0.01)
+    assert estimate.n == 60 and estimate.mean == pytest.approx(values.mean())
+    assert (estimate.low, estimate.high) == pytest.approx((known.low, known.high), abs=0.01)
 
 
 def test_a_ratio_resamples_both_of_its_parts():
     rng = np.random.default_rng(3)
     sums, tokens = rng.gamma(2.0, size=50), rng.integers(1, 40, size=50)
-    figure = Bootstrap(50, seed=0, resamples=20_000).figure(Values(sums, tokens))
+    estimate = Bootstrap(50, seed=0, resamples=20_000).estimate(Values(sums, tokens))
     known = scipy.stats.bootstrap(
         (sums, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, n_resamples=20_000,
         method="percentile", rng=np.random.default_rng(4),
     ).confidence_interval  # fmt: skip
-    assert figure.mean == pytest.approx(sums.sum() / tokens.sum())
-    assert (figure.low, figure.high) == pytest.approx((known.low, known.high), abs=0.003)
+    assert estimate.mean == pytest.approx(sums.sum() / tokens.sum())
+    assert (estimate.low, estimate.high) == pytest.approx((known.low, known.high), abs=0.003)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(5)
     held = 0
     for seed in range(400):
-        figure = Bootstrap(100, seed, resamples=400).figure(Values(rng.random(100) < 0.3))
-        held += figure.low <= 0.3 <= figure.high
+        estimate = Bootstrap(100, seed, resamples=400).estimate(Values(rng.random(100) < 0.3))
+        held += estimate.low <= 0.3 <= estimate.high
     assert scipy.stats.binomtest(held, 400, 0.94).pvalue > 1e-3  # of 100 coins it is a little under 95 %
 
 
@@ -93,7 +93,7 @@ def test_a_difference_is_paired():
     bootstrap = Bootstrap(40, seed=0)
     found = bootstrap.difference(Values(values + 0.1), Values(values))
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
-    own = bootstrap.figure(Values(values))
+    own = bootstrap.estimate(Values(values))
     assert own.high - own.low > 0.1
     with pytest.raises(ValueError, match="same prompts; got 40 and 39"):
         bootstrap.difference(Values(values), Values(values[1:]))
@@ -101,16 +101,16 @@ def test_a_difference_is_paired():
 
 def test_the_same_seed_gives_the_same_interval():
     values = Values(np.random.default_rng(7).random(30))
-    assert Bootstrap(30, 1).figure(values) == Bootstrap(30, 1).figure(values) != Bootstrap(30, 2).figure(values)
+    assert Bootstrap(30, 1).estimate(values) == Bootstrap(30, 1).estimate(values) != Bootstrap(30, 2).estimate(values)
 
 
 def test_what_does_not_exist_is_none():
     bootstrap = Bootstrap(2, 0)
-    assert bootstrap.figure(Values([0, 0], [0, 0])) == Figure(2, None, None, None)
-    assert bootstrap.figure(Point(float("nan"), 2)) == Figure(2, None, None, None)
-    assert bootstrap.figure(Point(0.5, 2)) == Figure(2, 0.5, None, None)
-    assert bootstrap.difference(Point(0.5, 2), Point(0.25, 2)) == Figure(2, 0.25, None, None)
-    one_known = bootstrap.figure(Values([0, 3], [0, 2]))  # a resample that holds the first prompt twice has nothing
+    assert bootstrap.estimate(Values([0, 0], [0, 0])) == Estimate(2, None, None, None)
+    assert bootstrap.estimate(Point(float("nan"), 2)) == Estimate(2, None, None, None)
+    assert bootstrap.estimate(Point(0.5, 2)) == Estimate(2, 0.5, None, None)
+    assert bootstrap.difference(Point(0.5, 2), Point(0.25, 2)) == Estimate(2, 0.25, None, None)
+    one_known = bootstrap.estimate(Values([0, 3], [0, 2]))  # a resample that holds the first prompt twice has nothing
     assert (one_known.mean, one_known.low, one_known.high) == (1.5, 1.5, 1.5)
 
 

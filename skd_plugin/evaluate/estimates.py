@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Values:
-    """One numerator and one denominator a prompt; the figure is the sum of the ones over the sum of the others.
+    """One numerator and one denominator a prompt; their estimate is the sum of the ones over the sum of the others.
 
     With denominators of 1 it is a mean over prompts; with numbers of tokens, a mean over tokens.
     """
@@ -28,7 +28,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Point:
-    """A figure of all responses together, which is no mean over prompts and so has no interval here."""
+    """A value of all responses together, which is no mean over prompts and so has no interval here."""
 
     mean: float
     count: int
@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     n: int  # prompts
     mean: float | None  # None where it does not exist
     low: float | None  # ends of the interval; None where there is none
@@ -48,7 +48,7 @@ class Figure:
 class Bootstrap:
     """Percentile bootstrap (Efron 1979) over the prompts of one task.
 
-    Every figure is computed on the same resamples, so that the difference of two students on the same prompts is a
+    Every estimate is computed on the same resamples, so that the difference of two students on the same prompts is a
     paired one. Shapes: B resamples, n prompts.
     """
 
@@ -57,12 +57,12 @@ class Bootstrap:
         self._counts_Bn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
         self._ends = 50 * (1 - level), 50 * (1 + level)
 
-    def figure(self, values: Values | Point) -> Figure:
+    def estimate(self, values: Values | Point) -> Estimate:
         if isinstance(values, Point):
-            return Figure(len(values), _known(values.mean), None, None)
-        return self._figure(len(values), _ratio(values), self._replicates(values))
+            return Estimate(len(values), _known(values.mean), None, None)
+        return self._estimate(len(values), _ratio(values), self._replicates(values))
 
-    def difference(self, values: Values | Point, minus: Values | Point) -> Figure:
+    def difference(self, values: Values | Point, minus: Values | Point) -> Estimate:
         """`values` less `minus`, of the same prompts in the same order.
 
         Raises:
@@ -71,21 +71,21 @@ class Bootstrap:
         if len(values) != len(minus):
             raise ValueError(f"a paired difference needs the same prompts; got {len(values)} and {len(minus)}")
         if isinstance(values, Point) or isinstance(minus, Point):
-            return Figure(len(values), _known(_mean(values) - _mean(minus)), None, None)
+            return Estimate(len(values), _known(_mean(values) - _mean(minus)), None, None)
         spread_B = self._replicates(values) - self._replicates(minus)
-        return self._figure(len(values), _ratio(values) - _ratio(minus), spread_B)
+        return self._estimate(len(values), _ratio(values) - _ratio(minus), spread_B)
 
     def _replicates(self, values: Values) -> np.ndarray:
         numerator_n, denominator_n = _arrays(values)
         with np.errstate(invalid="ignore"):  # 0 / 0: a resample in which nothing was counted
             return (self._counts_Bn @ numerator_n) / (self._counts_Bn @ denominator_n)
 
-    def _figure(self, n: int, mean: float, replicates_B: np.ndarray) -> Figure:
+    def _estimate(self, n: int, mean: float, replicates_B: np.ndarray) -> Estimate:
         known_B = replicates_B[np.isfinite(replicates_B)]
         if not len(known_B):
-            return Figure(n, _known(mean), None, None)
+            return Estimate(n, _known(mean), None, None)
         low, high = np.percentile(known_B, self._ends)
-        return Figure(n, _known(mean), float(low), float(high))
+        return Estimate(n, _known(mean), float(low), float(high))
 
 
 def _arrays(values: Values) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,13 @@
 """One engine in a process of its own: it answers the prompts of a job and ends, so that its memory is free again.
 
-python -m skd_plugin.evaluate.answers alone|beside FOLDER
+python -m skd_plugin.evaluate.engine_process alone|beside FOLDER
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.offline import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments, set_vllm_up
 from skd_plugin.engine.sampling_rule import KEEP_ALL, SamplingRule
+from skd_plugin.evaluate.job import Answers, Continuations, Distance, Job, Response, write_answers
 from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import Status
 
@@ -28,32 +28,8 @@ WHOLE_PROMPTS = 8192  # tokens of prompts that are read at once
 SAMPLES, STUDENT, SKD, TEACHER, SPECULATION = range(5)  # random streams
 
 
-@dataclass(frozen=True)
-class Job:
-    student: str
-    teacher: str | None
-    measures: list[str]
-    prompt_ids: list[list[int]]
-    limits: list[int]
-    top_k: list[int | None]
-    references: list[str | None]
-    samples: int
-    temperature: float
-    seed: int
-    max_len: int
-    rollout: dict[str, Any]  # RolloutConfig
-    vllm: dict[str, Any]
-
-    def write(self, folder: Path) -> None:
-        (folder / "job.json").write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path) -> Job:
-        return cls(**json.loads((folder / "job.json").read_text()))
-
-
-def alone(job: Job, status: Status) -> dict[str, Any]:
-    """The student in plain vLLM: greedy responses, and sampled ones, a list a prompt."""
+def alone(job: Job, status: Status) -> list[Answers]:
+    """The student in plain vLLM: greedy and sampled responses."""
     set_vllm_up()
     from vllm import LLM
 
@@ -65,15 +41,15 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.student, "student")
     end, special = end_tokens(tokenizer), set(tokenizer.all_special_ids)
 
-    def answers(temperature: float, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    def respond(temperature: float, numbers: Iterable[int]) -> list[Response]:
         """Responses to every prompt in turn, as many as there are `numbers`, which name their random streams."""
-        places = [(place, number) for place in range(len(job.prompt_ids)) for number in numbers]
+        places = [(place, number) for place in range(len(job.prompts)) for number in numbers]
         status.stage(f"sampling {len(places):,} responses" if temperature else f"{len(places):,} greedy responses")
         params = [
-            plain_params(temperature, job.limits[place], end, derive_seed(job.seed, SAMPLES, place, number))
+            plain_params(temperature, job.prompts[place].limit, end, derive_seed(job.seed, SAMPLES, place, number))
             for place, number in places
         ]
-        prompts = [{"prompt_token_ids": job.prompt_ids[place]} for place, _ in places]
+        prompts = [{"prompt_token_ids": job.prompts[place].ids} for place, _ in places]
         outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
         return [
             {
@@ -85,9 +61,12 @@ def alone(job: Job, status: Status) -> dict[str, Any]:
             for output in outputs
         ]
 
-    greedy, sampled = answers(0.0, [0]), answers(job.temperature, range(job.samples))
+    greedy, sampled = respond(0.0, [0]), respond(job.temperature, range(job.samples))
     count = job.samples
-    return {"greedy": greedy, "sampled": [sampled[i : i + count] for i in range(0, len(sampled), count)]}
+    return [
+        {"greedy": response, "sampled": sampled[place * count : (place + 1) * count]}
+        for place, response in enumerate(greedy)
+    ]
 
 
 def plain_params(temperature: float, limit: int, end: list[int], seed: int) -> Any:
@@ -118,78 +97,116 @@ class Beside:
         self._at_ease = SamplingRule(KEEP_ALL, job.temperature, 1.0, job.temperature, 1.0)
         self._of_student: list[Sample] | None = None
 
-    def measure(self) -> dict[str, Any]:
-        parts = {"distance": self._distance, "prefixes": self._prefixes, "speculation": self._speculation}
-        return {name: measure() for name, measure in parts.items() if name in self._job.measures}
+    def measure(self) -> list[Answers]:
+        answers: list[Answers] = [{} for _ in self._job.prompts]
+        if "distance" in self._job.measures:
+            for own, distance in zip(answers, self._distance(), strict=True):
+                own["distance"] = distance
+        if "prefixes" in self._job.measures:
+            for own, prefixes in zip(answers, self._prefixes(), strict=True):
+                own["prefixes"] = prefixes
+        if "speculation" in self._job.measures:
+            for own, speculation in zip(answers, self._speculation(), strict=True):
+                own["speculation"] = speculation
+        return answers
 
-    def _generate(self, doing: str, rule: SamplingRule, stream: int, **others: Any) -> list[Sample]:
-        self._status.stage(f"{len(self._job.prompt_ids):,} {doing}")
-        seed = derive_seed(self._job.seed, stream)
-        rules = [rule.with_top_k(own) for own in self._job.top_k]
-        return self._engine.generate(self._job.prompt_ids, rules, self._job.limits, seed=seed, **others)
+    def _generate(
+        self, doing: str, rule: SamplingRule, stream: int, references: list[str | None] | None = None
+    ) -> list[Sample]:
+        """A response to each prompt; a rule with references answers by those of the prompts."""
+        prompts = self._job.prompts
+        self._status.stage(f"{len(prompts):,} {doing}")
+        return self._engine.generate(
+            [prompt.ids for prompt in prompts],
+            [rule.with_top_k(prompt.top_k) for prompt in prompts],
+            [prompt.limit for prompt in prompts],
+            seed=derive_seed(self._job.seed, stream),
+            texts=references,
+        )
 
     def _student_texts(self) -> list[Sample]:
         if self._of_student is None:
             self._of_student = self._generate("texts of the student", self._at_ease, STUDENT)
         return self._of_student
 
-    def _distance(self) -> dict[str, Any]:
-        job = self._job
+    def _distance(self) -> list[dict[str, Distance]]:
         greedy = self._at_ease.student_only(0.0)
-        found = {
+        texts = {
             "sampled": self._student_texts(),
             "greedy": self._generate("greedy texts of the student", greedy, STUDENT),
         }
-        if None not in job.references:
+        references = [prompt.reference for prompt in self._job.prompts]
+        if None not in references:
             rule = replace(self._at_ease, reference_share=1.0)
-            found["references"] = self._generate("references", rule, STUDENT, texts=job.references)
-        return {name: [_distances(sample.trace) for sample in samples] for name, samples in found.items()}
+            texts["references"] = self._generate("references", rule, STUDENT, references)
+        return [
+            {name: _distance(samples[place].trace) for name, samples in texts.items()}
+            for place in range(len(references))
+        ]
 
-    def _prefixes(self) -> dict[str, Any]:
+    def _prefixes(self) -> list[Continuations]:
         """Texts of three sources, and how the teacher goes on from the beginnings of each, greedily."""
         gate = SamplingRule.of(self._rollout.model_copy(update={"method": "skd"}))
+        of_teacher = self._at_ease.teacher_only(self._job.temperature)
         sources = {
             "student": self._student_texts(),
             "skd": self._generate("texts of SKD", gate, SKD),
-            "teacher": self._generate(
-                "texts of the teacher", self._at_ease.teacher_only(self._job.temperature), TEACHER
-            ),
+            "teacher": self._generate("texts of the teacher", of_teacher, TEACHER),
         }
         greedy = self._at_ease.teacher_only(0.0)
-        found: dict[str, Any] = {
-            "alone": [sample.text for sample in self._generate("greedy texts of the teacher", greedy, TEACHER)]
+        alone = self._generate("greedy texts of the teacher", greedy, TEACHER)
+        texts = {
+            name: {str(share): self._continued(name, samples, share, greedy) for share in CUTS}
+            | {"1": [sample.text for sample in samples]}
+            for name, samples in sources.items()
         }
-        for name, samples in sources.items():
-            cuts = {str(share): self._continued(name, samples, share, greedy) for share in CUTS}
-            found[name] = {**cuts, "1": [sample.text for sample in samples]}
-        return found
+
+        def at(place: int, source: str) -> dict[str, str]:
+            return {share: continued[place] for share, continued in texts[source].items()}
+
+        return [
+            {
+                "alone": sample.text,
+                "student": at(place, "student"),
+                "skd": at(place, "skd"),
+                "teacher": at(place, "teacher"),
+            }
+            for place, sample in enumerate(alone)
+        ]
 
     def _continued(self, source: str, samples: list[Sample], share: float, rule: SamplingRule) -> list[str]:
         self._status.stage(f"the teacher goes on from {share:.0%} of {len(samples):,} texts of {source}")
         heads = [sample.trace.response_ids[: int(share * len(sample.trace))].tolist() for sample in samples]
+        pairs = list(zip(self._job.prompts, heads, strict=True))
         continued = self._engine.generate(
-            [prompt + head for prompt, head in zip(self._job.prompt_ids, heads, strict=True)],
-            rule,
-            [limit - len(head) for limit, head in zip(self._job.limits, heads, strict=True)],
+            [prompt.ids + head for prompt, head in pairs], rule, [prompt.limit - len(head) for prompt, head in pairs]
         )
         tails = [sample.trace.response_ids.tolist() for sample in continued]
         return [self._engine.decode(head + tail) for head, tail in zip(heads, tails, strict=True)]
 
-    def _speculation(self) -> dict[str, list[list[bool]]]:
-        """Of each token, whether the student's proposal was kept, in text whose law is the teacher's."""
-        found = {}
+    def _speculation(self) -> list[dict[str, list[bool]]]:
+        """Whether the student's proposal for each token was kept, in text that has the teacher's distribution."""
+        kept = {}
         for name, temperature in (("sampled", self._job.temperature), ("greedy", 0.0)):
             rule = SamplingRule(KEEP_ALL, temperature, 1.0, temperature, 1.0, gate="interpolated", threshold=1.0)
             samples = self._generate(f"{name} texts of the teacher, drafted by the student", rule, SPECULATION)
-            found[name] = [(sample.trace.source == ACCEPTED).tolist() for sample in samples]
-        return found
+            kept[name] = [(sample.trace.source == ACCEPTED).tolist() for sample in samples]
+        return [{name: rows[place] for name, rows in kept.items()} for place in range(len(self._job.prompts))]
 
 
-def _distances(trace: Trace) -> dict[str, float]:
+def _distance(trace: Trace) -> Distance:
     """Sums over the tokens of which both models are known."""
     known = ~trace.kl.isnan()
-    names = ("kl", "student_entropy", "teacher_entropy")
-    return {"tokens": int(known.sum()), **{name: getattr(trace, name)[known].double().sum().item() for name in names}}
+
+    def total(values: torch.Tensor) -> float:
+        return values[known].double().sum().item()
+
+    return {
+        "tokens": int(known.sum()),
+        "kl": total(trace.kl),
+        "student_entropy": total(trace.student_entropy),
+        "teacher_entropy": total(trace.teacher_entropy),
+    }
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -197,11 +214,11 @@ def main(arguments: Sequence[str]) -> None:
     torch.manual_seed(0)
     job, status = Job.read(folder), Status(folder)
     if kind == "alone":
-        found = alone(job, status)
+        answers = alone(job, status)
     else:
         status.stage("starting vLLM with teacher and student")
-        found = Beside(job, engine_of(job), status).measure()
-    (folder / "found.json").write_text(json.dumps(found))
+        answers = Beside(job, engine_of(job), status).measure()
+    write_answers(folder, answers)
 
 
 if __name__ == "__main__":
