@@ -42,7 +42,6 @@ def trace(ids: list[int], rejected: dict[int, int] | None = None, **fields: Any)
         "student_entropy": [0.5] * length,
         "teacher_topk_ids": [[id_, THE, LOST] for id_ in ids],
         "teacher_topk_logp": [[math.log(3 / 4), math.log(1 / 8), math.log(1 / 16)]] * length,
-        "teacher_tail_logp": [math.log(1 / 16)] * length,
         "finish": "stop",
         "prompt": "how many",
         "response": "".join(WORDS[id_] for id_ in ids if id_ != EOS),

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.accept import NOTHING
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Trace
 
 DTYPES = {"source": torch.uint8} | dict.fromkeys(
     ("response_ids", "rejected_ids", "draft_rank", "teacher_topk_ids"), torch.int32

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, NOTHING, UNDRAFTED
 from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.sampling import SamplingSettings
+from skd_plugin.core.trace import NOTHING, Source, Trace
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def sample(engine: Any, trial: Trial) -> dict[str, Any]:
     gate keeps nothing: with one model in both places, K = 1 cannot tell an open gate from SKD's."""
     from skd_plugin.engine.sampling_rule import SamplingRule
 
-    rule = SamplingRule(top_k=1, student_temperature=0.0, teacher_temperature=0.0)
+    rule = SamplingRule(SamplingSettings(top_k=1, student_temperature=0.0, teacher_temperature=0.0))
     samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
     shut = engine.generate(trial.prompts[:1], rule.teacher_only(0.0), trial.max_new_tokens)
     return {
         "description": engine.description,
         "traces": [sample.trace for sample in samples],
-        "kept_by_a_shut_gate": int((shut[0].trace.source == ACCEPTED).sum()),
+        "kept_by_a_shut_gate": int((shut[0].trace.source == Source.ACCEPTED).sum()),
     }
 
 
@@ -95,11 +95,11 @@ def figures(tokens: Trace, logits_RV: torch.Tensor) -> Figures:
     logp_R = logits_RV.log_softmax(-1).gather(1, ids_R).squeeze(1)
     loss_R = top_k_loss(forward_kl)(logits_RV, Targets.of(tokens, logits_RV.device))
     teacher_gap_R = (tokens.teacher_logp - logp_R).abs()
-    drafted = tokens.source != UNDRAFTED
+    drafted = tokens.source != Source.UNDRAFTED
     return Figures(
         tokens=len(tokens),
         proposed=int(drafted.sum()),
-        accepted=int((tokens.source == ACCEPTED).sum()),
+        accepted=int((tokens.source == Source.ACCEPTED).sum()),
         needless=int((tokens.rejected_ids == tokens.response_ids).sum()),
         widest_rejection=_widest_rejection(tokens, logits_RV),
         mean_loss=loss_R.mean().item(),

@@ -1,9 +1,10 @@
-"""Which proposals are kept, and what takes the place of the others.
+"""Which proposals are kept, what takes the place of the others, and which tokens a verified block emits.
 
-Shapes: N drafted tokens, V vocabulary. p is the teacher's law and q the student's, each after its own temperature
-and nucleus; p1 and q1 are the same at temperature 1, untruncated. A gate looks at one proposal and its prefix, never
-at later drafts, so the law of the next token has a closed form. For a gate that keeps exactly the tokens of a set A
-(which may depend on the prefix), with S = sum of q over A and replacements from p, it is
+Shapes: N drafted tokens of all requests in one row (request by request), B requests, L draft length, V vocabulary.
+p is the teacher's law and q the student's, each after its own temperature and nucleus; p1 and q1 are the same at
+temperature 1, untruncated. A gate looks at one proposal and its prefix, never at later drafts, so the law of the next
+token has a closed form. For a gate that keeps exactly the tokens of a set A (which may depend on the prefix), with
+S = sum of q over A and replacements from p, it is
 
     m(v) = 1[v in A] q(v) + (1 - S) p(v).                                                                     (*)
 """
@@ -18,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.accept import ACCEPTED, REPLACED, RESAMPLED, teacher_rank, top_k_gate
+from skd_plugin.core.sampling import SettingRows
+from skd_plugin.core.trace import NOTHING, Source
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,26 @@ class Proposals:
     draft_N: torch.Tensor  # int64
     teacher_logits_NV: torch.Tensor  # float32, raw
     student_logp_NV: torch.Tensor  # log q1
-    position_N: torch.Tensor  # int64
-    seed_N: torch.Tensor  # int64
-    top_k_N: torch.Tensor  # int64
-    threshold_N: torch.Tensor  # float32
-    student_temperature_N: torch.Tensor
-    student_top_p_N: torch.Tensor
-    teacher_temperature_N: torch.Tensor
-    teacher_top_p_N: torch.Tensor
+    position_N: torch.Tensor  # int64, index of the token in its sequence (prompt included)
+    seed_N: torch.Tensor  # int64, of the request's random stream
+    prompt_len_N: torch.Tensor  # int64
+    settings: SettingRows  # [N]
 
     def select(self, rows: torch.Tensor) -> Proposals:
-        return Proposals(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+        return Proposals(
+            draft_N=self.draft_N[rows],
+            teacher_logits_NV=self.teacher_logits_NV[rows],
+            student_logp_NV=self.student_logp_NV[rows],
+            position_N=self.position_N[rows],
+            seed_N=self.seed_N[rows],
+            prompt_len_N=self.prompt_len_N[rows],
+            settings=self.settings.select(rows),
+        )
+
+    @cached_property
+    def top_k_N(self) -> torch.Tensor:
+        """K at the place of each proposal, int64."""
+        return decayed_top_k(self.settings.top_k, self.position_N - self.prompt_len_N, self.settings.top_k_decay_len)
 
     @cached_property
     def rank_N(self) -> torch.Tensor:
@@ -51,11 +62,11 @@ class Proposals:
 
     @cached_property
     def teacher_probs_NV(self) -> torch.Tensor:
-        return sampling.warp(self.teacher_logits_NV, self.teacher_temperature_N, self.teacher_top_p_N)
+        return sampling.warp(self.teacher_logits_NV, self.settings.teacher_temperature, self.settings.teacher_top_p)
 
     @cached_property
     def student_probs_NV(self) -> torch.Tensor:
-        return sampling.warp(self.student_logp_NV, self.student_temperature_N, self.student_top_p_N)
+        return sampling.warp(self.student_logp_NV, self.settings.student_temperature, self.settings.student_top_p)
 
     @property
     def teacher_logp_N(self) -> torch.Tensor:
@@ -87,13 +98,13 @@ class Gate(NamedTuple):
 
 class Verdict(NamedTuple):
     token_N: torch.Tensor  # int64, the proposal or what takes its place
-    source_N: torch.Tensor  # int64: ACCEPTED, REPLACED or RESAMPLED
+    source_N: torch.Tensor  # int64: Source.ACCEPTED, Source.REPLACED or Source.RESAMPLED
 
 
 def judge(gate: Gate, proposals: Proposals) -> Verdict:
     """Puts every proposal to the gate and draws what takes the place of the rejected ones."""
     kept_N = gate.keep(proposals)
-    token_N, source_N = proposals.draft_N.clone(), torch.where(kept_N, ACCEPTED, REPLACED)
+    token_N, source_N = proposals.draft_N.clone(), torch.where(kept_N, Source.ACCEPTED, Source.REPLACED)
     rejected_R = (~kept_N).nonzero().squeeze(1)
     if gate.again is not None and len(rejected_R):
         lost = proposals.select(rejected_R)
@@ -101,13 +112,60 @@ def judge(gate: Gate, proposals: Proposals) -> Verdict:
         possible_R = probs_RV.sum(-1) > 0
         rows = rejected_R[possible_R]
         noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.AGAIN)
-        token_N[rows], source_N[rows] = sampling.draw(probs_RV[possible_R], noise_R[possible_R]), RESAMPLED
+        token_N[rows], source_N[rows] = sampling.draw(probs_RV[possible_R], noise_R[possible_R]), Source.RESAMPLED
         rejected_R = rejected_R[~possible_R]
     if len(rejected_R):
         lost = proposals.select(rejected_R)
         noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
         token_N[rejected_R] = sampling.draw(gate.replacement(lost), noise_R)
     return Verdict(token_N, source_N)
+
+
+def assemble_block(
+    draft_BL: torch.Tensor, accepted_BL: torch.Tensor, replacement_BL: torch.Tensor, num_drafts_B: torch.Tensor
+) -> torch.Tensor:
+    """Tokens that a verified block emits.
+
+    A kept proposal is emitted, a rejected one gives way to the teacher's token. The block ends after the first token
+    that differs from its proposal, because what was drafted after it was drafted for another prefix. There is no bonus
+    token after a fully kept block: the next token must be proposed by the student.
+
+    Returns:
+        int64 [B, L]; `NOTHING` after the end of a block. Every request with a draft emits at least one token.
+    """
+    emitted_BL = torch.where(accepted_BL, draft_BL, replacement_BL)
+    place_L = torch.arange(draft_BL.shape[1], device=draft_BL.device)
+    drafted_BL = place_L[None] < num_drafts_B[:, None]
+    intact_BL = ((emitted_BL == draft_BL) & drafted_BL).cumprod(1)
+    reached_BL = torch.cat([torch.ones_like(intact_BL[:, :1]), intact_BL[:, :-1]], dim=1).bool()
+    return torch.where(reached_BL & drafted_BL, emitted_BL, NOTHING)
+
+
+def teacher_rank(teacher_logits_NV: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    """Rank of a token under the teacher: 0 is the most probable; the lower id goes first among equal logits.
+
+    Returns:
+        int64 [N].
+    """
+    own_N1 = teacher_logits_NV.gather(1, token_N[:, None])
+    ids_V = torch.arange(teacher_logits_NV.shape[1], device=token_N.device)
+    above = teacher_logits_NV > own_N1
+    tied_before = (teacher_logits_NV == own_N1) & (ids_V[None] < token_N[:, None])
+    return (above | tied_before).sum(-1)
+
+
+def top_k_gate(rank_N: torch.Tensor, top_k_N: torch.Tensor) -> torch.Tensor:
+    """SKD's rule (arXiv 2410.11325, Algorithm 1): keep a proposal that is among the teacher's K most probable tokens.
+
+    The rank is taken on the teacher's raw logits: temperature would not change it, nucleus truncation would.
+    With A the teacher's top-K and S = sum of q over A, the law of the next token is
+        m(v) = 1[v in A] q(v) + (1 - S) p(v),
+    which is q for K = V and p for K = 0.
+
+    Returns:
+        bool [N], True where the proposal is kept.
+    """
+    return rank_N < top_k_N
 
 
 def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:
@@ -132,7 +190,7 @@ def keep_top_p(proposals: Proposals) -> torch.Tensor:
     """
     own_N1 = proposals.teacher_logp_N[:, None]
     above_N = torch.where(proposals.teacher_logp_NV > own_N1, proposals.teacher_logp_NV.exp(), 0.0).sum(-1)
-    return above_N < proposals.threshold_N
+    return above_N < proposals.settings.threshold
 
 
 def keep_floor(proposals: Proposals) -> torch.Tensor:
@@ -140,7 +198,7 @@ def keep_floor(proposals: Proposals) -> torch.Tensor:
 
     threshold = 0 is the student, above 1 the teacher.
     """
-    return proposals.teacher_logp_N.exp() >= proposals.threshold_N
+    return proposals.teacher_logp_N.exp() >= proposals.settings.threshold
 
 
 def keep_typical(proposals: Proposals) -> torch.Tensor:
@@ -149,7 +207,7 @@ def keep_typical(proposals: Proposals) -> torch.Tensor:
     Typical acceptance of Medusa (arXiv 2401.10774, section 3.3). Law (*). threshold = 0 is the student.
     """
     entropy_N = -(proposals.teacher_logp_NV.exp() * proposals.teacher_logp_NV).sum(-1)
-    eps = proposals.threshold_N
+    eps = proposals.settings.threshold
     return proposals.teacher_logp_N.exp() >= torch.minimum(eps, eps.sqrt() * torch.exp(-entropy_N))
 
 
@@ -158,7 +216,7 @@ def keep_confident(proposals: Proposals) -> torch.Tensor:
 
     Only a token of which the student is unsure is put to the teacher. Above 1 it is `keep_top_k`, at 0 the student.
     """
-    return (proposals.student_logp_N.exp() >= proposals.threshold_N) | keep_top_k(proposals)
+    return (proposals.student_logp_N.exp() >= proposals.settings.threshold) | keep_top_k(proposals)
 
 
 def keep_where_margin(proposals: Proposals) -> torch.Tensor:
@@ -168,7 +226,7 @@ def keep_where_margin(proposals: Proposals) -> torch.Tensor:
     the student.
     """
     first_N, second_N = proposals.student_logp_NV.topk(2, dim=-1).values.exp().unbind(-1)
-    return (first_N - second_N >= proposals.threshold_N) | keep_top_k(proposals)
+    return (first_N - second_N >= proposals.settings.threshold) | keep_top_k(proposals)
 
 
 def keep_where_certain(proposals: Proposals) -> torch.Tensor:
@@ -178,7 +236,7 @@ def keep_where_certain(proposals: Proposals) -> torch.Tensor:
     """
     logp_NV = proposals.student_logp_NV
     entropy_N = -torch.special.xlogy(logp_NV.exp(), logp_NV.exp()).sum(-1)
-    return (entropy_N <= proposals.threshold_N) | keep_top_k(proposals)
+    return (entropy_N <= proposals.settings.threshold) | keep_top_k(proposals)
 
 
 def from_student_inside(proposals: Proposals) -> torch.Tensor:
@@ -210,7 +268,7 @@ def keep_by_chance(proposals: Proposals) -> torch.Tensor:
     The control for a gate's placement of replacements at a matched rate (CA-OPD, Table 2): the threshold is the
     share that the gate rejects, its `1 - skd/accept_rate`, or a controller holds that rate.
     """
-    return proposals.coin_N >= proposals.threshold_N
+    return proposals.coin_N >= proposals.settings.threshold
 
 
 def keep_interpolated(proposals: Proposals) -> torch.Tensor:
@@ -222,7 +280,7 @@ def keep_interpolated(proposals: Proposals) -> torch.Tensor:
     own = proposals.draft_N[:, None]
     p_N = proposals.teacher_probs_NV.gather(1, own).squeeze(1)
     q_N = proposals.student_probs_NV.gather(1, own).squeeze(1)
-    return proposals.coin_N * q_N < (1 - proposals.threshold_N) * q_N + proposals.threshold_N * p_N
+    return proposals.coin_N * q_N < (1 - proposals.settings.threshold) * q_N + proposals.settings.threshold * p_N
 
 
 def from_residual(proposals: Proposals) -> torch.Tensor:

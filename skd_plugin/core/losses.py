@@ -18,8 +18,7 @@ from functools import partial
 
 import torch
 
-from skd_plugin.core.accept import FLAGGED, REPLACED
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Source, Trace
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Targets:
     teacher_rest_N: torch.Tensor  # float32, log of the sum of p^(1 / tau) over all but the K and the emitted token
     token_N: torch.Tensor  # int64, the emitted token
     token_teacher_logp_N: torch.Tensor  # float32, its log p at temperature 1
-    source_N: torch.Tensor  # uint8, codes of core.accept
+    source_N: torch.Tensor  # uint8, codes of core.trace.Source
 
     @classmethod
     def of(cls, trace: Trace, device: torch.device) -> Targets:
@@ -54,7 +53,7 @@ class Targets:
     @property
     def replaced_N(self) -> torch.Tensor:
         """bool: the gate rejected the student's proposal here; everything else counts as accepted."""
-        return (self.source_N == REPLACED) | (self.source_N == FLAGGED)
+        return (self.source_N == Source.REPLACED) | (self.source_N == Source.FLAGGED)
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]

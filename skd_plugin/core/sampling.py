@@ -1,11 +1,69 @@
-"""Temperature, nucleus and inverse-CDF sampling, each row with its own settings.
+"""How a response is sampled: its settings; temperature, nucleus and inverse-CDF sampling, each row with its own.
 
 Shapes: N rows, V vocabulary entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_type_hints
+
 import torch
+
+KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one response is sampled."""
+
+    top_k: int  # K of the gate; >= vocabulary keeps every proposal, 0 none
+    gate: str = "top_k"  # a name of core.gates.GATES
+    threshold: float = 0.0  # of the gates that have one
+    top_k_decay_len: int = 0  # response tokens over which K falls to 1; 0: K stays
+    write_back: bool = True  # False: a rejected proposal stays in the text and is only flagged
+    student_temperature: float = 1.0  # of the proposals
+    student_top_p: float = 1.0
+    teacher_temperature: float = 1.0  # of the tokens in place of rejected ones
+    teacher_top_p: float = 1.0
+
+
+_DTYPES = {int: torch.int64, float: torch.float32, bool: torch.bool}
+# The settings that are a tensor in `SettingRows`; the gate, a name, is not.
+_COLUMNS = {name: _DTYPES[kind] for name, kind in get_type_hints(SamplingSettings).items() if kind in _DTYPES}
+
+
+class SettingRows:
+    """Settings as tensors, one entry a row: `rows.top_k` is int64 [N], `rows.threshold` float32 [N], and so on."""
+
+    def __init__(self, columns: dict[str, torch.Tensor]) -> None:
+        self._columns = columns
+
+    @classmethod
+    def of(cls, settings: Sequence[SamplingSettings], device: torch.device | str) -> SettingRows:
+        return cls(
+            {
+                name: torch.tensor([getattr(own, name) for own in settings], dtype=dtype, device=device)
+                for name, dtype in _COLUMNS.items()
+            }
+        )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in _COLUMNS:
+            raise AttributeError(f"'{name}' is no setting that rows have; they have {', '.join(_COLUMNS)}")
+        return self._columns[name]
+
+    def select(self, rows: torch.Tensor | list[int]) -> SettingRows:
+        """Args: rows: indices, or a mask."""
+        return self._each(lambda column: column[rows])
+
+    def repeat(self, counts_N: torch.Tensor) -> SettingRows:
+        """Each row as often as its entry of `counts_N` says."""
+        return self._each(lambda column: column.repeat_interleave(counts_N))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SettingRows:
+        return SettingRows({name: change(column) for name, column in self._columns.items()})
 
 
 def warp(logits_NV: torch.Tensor, temperature_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from skd_plugin.core.accept import NOTHING
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Trace
 
 Weigher = Callable[[Trace], torch.Tensor]  # -> float32 [R], not negative, not normalised
 

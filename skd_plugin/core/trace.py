@@ -6,12 +6,29 @@ Shapes: R response tokens, K teacher entries kept a token, J width of the teache
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import torch
 
-from skd_plugin.core.accept import NOTHING
+NOTHING = -1  # no token: an unused place of a block, or nothing was rejected
 
-SOURCE_LETTERS = "sturaf"  # by the codes of core.accept, in their order
+
+class Source(IntEnum):
+    """Where a token is from; `letter` names it in a trace file."""
+
+    ACCEPTED = 0  # proposed by the student and kept
+    REPLACED = 1  # drawn from the teacher in place of a rejected proposal
+    UNDRAFTED = 2  # the teacher's, where the student proposed nothing
+    REFERENCE = 3  # of a given text
+    RESAMPLED = 4  # drawn from the student a second time, inside what the gate keeps
+    FLAGGED = 5  # rejected by the gate, but left in the text (the control without write-back)
+
+    @property
+    def letter(self) -> str:
+        return _LETTERS[self]
+
+
+_LETTERS = "sturaf"  # by the codes of `Source`, in their order
 
 
 @dataclass
@@ -22,7 +39,7 @@ class Trace:
     """
 
     response_ids: torch.Tensor  # int32 [R]
-    source: torch.Tensor  # uint8 [R], codes of core.accept
+    source: torch.Tensor  # uint8 [R], codes of `Source`
     rejected_ids: torch.Tensor  # int32 [R], the student's proposal that was thrown away; NOTHING elsewhere
     draft_rank: torch.Tensor  # int32 [R], rank of the student's proposal under the teacher; NOTHING if undrafted
     student_logp: torch.Tensor  # float32 [R], log q(emitted token)
@@ -32,7 +49,6 @@ class Trace:
     teacher_entropy: torch.Tensor  # float32 [R], nats
     teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
     teacher_topk_logp: torch.Tensor  # float32 [R, K]
-    teacher_tail_logp: torch.Tensor  # float32 [R], log mass of all tokens outside the K; -inf for K = V
     # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
     teacher_rest_tempered: torch.Tensor
     teacher_hidden: torch.Tensor = None  # [R, J], what the teacher's head made each token's p of; [R, 0]: not kept
@@ -69,7 +85,6 @@ class Trace:
             teacher_entropy=floats,
             teacher_topk_ids=table.to(torch.int32),
             teacher_topk_logp=table,
-            teacher_tail_logp=floats,
             teacher_rest_tempered=floats,
         )
 
@@ -78,7 +93,7 @@ class Trace:
         return {
             "prompt_ids": list(prompt_ids),
             "response_ids": self.response_ids.tolist(),
-            "source": "".join(SOURCE_LETTERS[code] for code in self.source.tolist()),
+            "source": "".join(Source(code).letter for code in self.source.tolist()),
             "rejected_ids": self.rejected_ids.tolist(),
             "draft_rank": self.draft_rank.tolist(),
             "student_logp": _numbers(self.student_logp),
@@ -88,7 +103,6 @@ class Trace:
             "teacher_entropy": _numbers(self.teacher_entropy),
             "teacher_topk_ids": self.teacher_topk_ids.tolist(),
             "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
-            "teacher_tail_logp": _numbers(self.teacher_tail_logp),
             "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
             "finish": finish,
         }

@@ -76,12 +76,9 @@ class SKDDrafter(DraftModelProposer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BV = self.model.compute_logits(hidden_states).float()[:, : self._table.vocab_size]
         logits_BV = self._table.finite(logits_BV, "student")
-        request_ids, position_B = self._runner.input_batch.req_ids, self._next_position
-        rows = self._table.rows(request_ids)
-        noise = rng.uniform(rows.seed, position_B, rng.STUDENT)
-        probs_BV = sampling.warp(logits_BV, rows.student_temperature, rows.student_top_p)
+        rows, position_B = self._table.rows(self._runner.input_batch.req_ids), self._next_position
+        noise = rng.uniform(rows.seed_B, position_B, rng.STUDENT)
+        probs_BV = sampling.warp(logits_BV, rows.settings.student_temperature, rows.settings.student_top_p)
         self._next_position = position_B + 1
-        token_B = follow(
-            self._table.forced_ids(request_ids), position_B - rows.prompt_len, sampling.draw(probs_BV, noise)
-        )
+        token_B = follow(rows.forced_BF, position_B - rows.prompt_len_B, sampling.draw(probs_BV, noise))
         return token_B, logits_BV.log_softmax(-1)

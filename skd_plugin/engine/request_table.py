@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import references
 
@@ -22,48 +23,26 @@ class RequestParams:
     prompt_len: int  # tokens
     first_token: int  # last token of the prompt, forced as the first output so that the student proposes what follows
     seed: int  # of the request's own random stream
-    top_k: int  # K of the gate; >= vocabulary keeps every proposal, 0 none
-    student_temperature: float
-    student_top_p: float
-    teacher_temperature: float
-    teacher_top_p: float
-    gate: str = "top_k"  # a name of core.gates.GATES
-    threshold: float = 0.0  # of the gates other than top_k
-    top_k_decay_len: int = 0  # response tokens over which K falls to 1; 0: K stays
-    write_back: bool = True  # False: a rejected proposal stays in the text and is only flagged
+    settings: SamplingSettings
     forced_ids: list[int] | None = None  # a reference: every token of it is proposed and kept
 
     def to_extra_args(self) -> dict[str, Any]:
         return {EXTRA_ARGS_KEY: asdict(self)}
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The parameters of a batch as tensors, one entry a row [B]."""
-
-    seed: torch.Tensor
-    prompt_len: torch.Tensor
-    top_k: torch.Tensor
-    top_k_decay_len: torch.Tensor
-    threshold: torch.Tensor
-    student_temperature: torch.Tensor
-    student_top_p: torch.Tensor
-    teacher_temperature: torch.Tensor
-    teacher_top_p: torch.Tensor
-    write_back: torch.Tensor
-    is_forced: torch.Tensor
-
     @classmethod
-    def of(cls, params: Sequence[RequestParams], device: torch.device) -> Rows:
-        kinds = {int: torch.int64, float: torch.float32, bool: torch.bool}
-        types = get_type_hints(RequestParams)
-        named = {n: (types[n], [getattr(p, n) for p in params]) for n in cls.__dataclass_fields__ if n in types}
-        named["is_forced"] = bool, [p.forced_ids is not None for p in params]
-        return cls(**{n: torch.tensor(values, dtype=kinds[t], device=device) for n, (t, values) in named.items()})
+    def from_extra_args(cls, extra_args: Mapping[str, Any]) -> RequestParams:
+        given = extra_args[EXTRA_ARGS_KEY]
+        return cls(**{**given, "settings": SamplingSettings(**given["settings"])})
 
-    def repeat(self, counts_B: torch.Tensor) -> Rows:
-        """Rows of requests -> rows of their drafted tokens."""
-        return Rows(**{name: value.repeat_interleave(counts_B) for name, value in vars(self).items()})
+
+class RequestRows(NamedTuple):
+    """The parameters of a batch as tensors, one entry a request [B]."""
+
+    seed_B: torch.Tensor  # int64
+    prompt_len_B: torch.Tensor  # int64
+    is_forced_B: torch.Tensor  # bool
+    forced_BF: torch.Tensor  # references, as `references.padded` makes them
+    settings: SettingRows
 
 
 class RequestTable:
@@ -81,7 +60,7 @@ class RequestTable:
         self._device = device
         self._parts: dict[int, list[Trace]] = {}
         self._fault: str | None = None
-        self._batch_of: tuple[tuple[str, ...], tuple[Rows, torch.Tensor]] | None = None
+        self._batch: tuple[tuple[str, ...], RequestRows] | None = None
         self.num_teacher_entries = num_teacher_entries
         self.loss_temperature = loss_temperature
         self.vocab_size = vocab_size  # ids that both models have
@@ -94,22 +73,23 @@ class RequestTable:
                 f"request {request_id} has no '{EXTRA_ARGS_KEY}' sampling arguments; an SKD engine serves only "
                 "requests that come through skd_plugin.engine"
             )
-        return RequestParams(**extra_args[EXTRA_ARGS_KEY])
+        return RequestParams.from_extra_args(extra_args)
 
-    def rows(self, request_ids: Sequence[str]) -> Rows:
-        return self._batch(request_ids)[0]
-
-    def forced_ids(self, request_ids: Sequence[str]) -> torch.Tensor:
-        """References, int64 [B, F] as `references.padded` makes them."""
-        return self._batch(request_ids)[1]
-
-    def _batch(self, request_ids: Sequence[str]) -> tuple[Rows, torch.Tensor]:
+    def rows(self, request_ids: Sequence[str]) -> RequestRows:
         key = tuple(request_ids)
-        if self._batch_of is None or self._batch_of[0] != key:
+        if self._batch is None or self._batch[0] != key:
             params = [self.params(request_id) for request_id in key]
-            forced = references.padded([p.forced_ids for p in params], self._device)
-            self._batch_of = key, (Rows.of(params, self._device), forced)
-        return self._batch_of[1]
+            rows = RequestRows(
+                seed_B=torch.tensor([p.seed for p in params], dtype=torch.int64, device=self._device),
+                prompt_len_B=torch.tensor([p.prompt_len for p in params], dtype=torch.int64, device=self._device),
+                is_forced_B=torch.tensor(
+                    [p.forced_ids is not None for p in params], dtype=torch.bool, device=self._device
+                ),
+                forced_BF=references.padded([p.forced_ids for p in params], self._device),
+                settings=SettingRows.of([p.settings for p in params], self._device),
+            )
+            self._batch = key, rows
+        return self._batch[1]
 
     def record(self, request_id: str, part: Trace) -> None:
         self._parts.setdefault(self.params(request_id).trace_id, []).append(part)

@@ -13,11 +13,11 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from skd_plugin.core import accept, rng, sampling
-from skd_plugin.core.gates import GATES, Proposals, Verdict, decayed_top_k, judge
-from skd_plugin.core.trace import Trace
+from skd_plugin.core import rng, sampling
+from skd_plugin.core.gates import GATES, Proposals, Verdict, assemble_block, judge
+from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.references import follow
-from skd_plugin.engine.request_table import RequestTable, Rows
+from skd_plugin.engine.request_table import RequestTable
 
 
 class SKDSampler:
@@ -46,7 +46,7 @@ class SKDSampler:
         first = [0, *accumulate(scheduled)]
         counts = [sum(real[start : start + count]) for start, count in zip(first, scheduled, strict=False)]
         width = 1 if metadata is None else self._runner.num_spec_tokens + 1
-        token_BL = torch.full((num_requests, width), accept.NOTHING, dtype=torch.int32, device=logits.device)
+        token_BL = torch.full((num_requests, width), NOTHING, dtype=torch.int32, device=logits.device)
         if any(counts):
             token_BL = self._verify(logits, metadata, counts)
         undrafted = [row for row, count in enumerate(counts) if not count]
@@ -62,7 +62,7 @@ class SKDSampler:
         student_logp_NV = self._runner.drafter.take_proposed(self._runner.input_batch.req_ids, counts)
         real = metadata.draft_token_ids >= 0
         counts_B = torch.tensor(counts, device=logits.device)
-        rows_N = self._table.rows(self._runner.input_batch.req_ids).repeat(counts_B)
+        rows = self._table.rows(self._runner.input_batch.req_ids)
         logits_rows_N = metadata.target_logits_indices[real]
         teacher_NV = logits[logits_rows_N].float()
         draft_N = metadata.draft_token_ids[real].long()
@@ -74,39 +74,35 @@ class SKDSampler:
             teacher_logits_NV=teacher_NV,
             student_logp_NV=student_logp_NV,
             position_N=position_N,
-            seed_N=rows_N.seed,
-            top_k_N=decayed_top_k(rows_N.top_k, position_N - rows_N.prompt_len, rows_N.top_k_decay_len),
-            threshold_N=rows_N.threshold,
-            student_temperature_N=rows_N.student_temperature,
-            student_top_p_N=rows_N.student_top_p,
-            teacher_temperature_N=rows_N.teacher_temperature,
-            teacher_top_p_N=rows_N.teacher_top_p,
+            seed_N=rows.seed_B[request_N],
+            prompt_len_N=rows.prompt_len_B[request_N],
+            settings=rows.settings.repeat(counts_B),
         )
-        verdict = self._judge(proposals, request_N, rows_N)
+        verdict = self._judge(proposals, request_N, rows.is_forced_B[request_N])
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
             shape = (len(counts_B), self._runner.num_spec_tokens + 1)
             return value_N.new_zeros(shape).index_put_((request_N, place_N), value_N)
 
         kept_N = verdict.token_N == draft_N
-        token_BL = accept.assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
+        token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
         self._record(token_BL, request_N, place_N, proposals, verdict, logits_rows_N)
         return token_BL.to(torch.int32)
 
-    def _judge(self, proposals: Proposals, request_N: torch.Tensor, rows_N: Rows) -> Verdict:
+    def _judge(self, proposals: Proposals, request_N: torch.Tensor, is_forced_N: torch.Tensor) -> Verdict:
         """Each proposal's fate by the gate of its request; a reference's token is not put to any gate."""
-        gates = [self._table.params(name).gate for name in self._runner.input_batch.req_ids]
+        gates = [self._table.params(name).settings.gate for name in self._runner.input_batch.req_ids]
         token_N = proposals.draft_N.clone()
-        source_N = torch.full_like(token_N, accept.REFERENCE)
+        source_N = torch.full_like(token_N, Source.REFERENCE)
         for name in sorted(set(gates)):
             own_B = torch.tensor([gate == name for gate in gates], device=request_N.device)
-            rows = (own_B[request_N] & ~rows_N.is_forced).nonzero().squeeze(1)
+            rows = (own_B[request_N] & ~is_forced_N).nonzero().squeeze(1)
             if len(rows):
                 group = proposals if len(rows) == len(request_N) else proposals.select(rows)
                 token_N[rows], source_N[rows] = judge(GATES[name], group)
-        flagged_N = ~rows_N.write_back & (source_N == accept.REPLACED)
+        flagged_N = ~proposals.settings.write_back & (source_N == Source.REPLACED)
         return Verdict(
-            torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, accept.FLAGGED, source_N)
+            torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, Source.FLAGGED, source_N)
         )
 
     def _undrafted(self, rows: list[int], logits_rows: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -114,12 +110,12 @@ class SKDSampler:
         next token or one of the teacher.
         """
         runner, table, teacher_RV = self._runner, self._table, logits[logits_rows]
-        settings = table.rows(runner.input_batch.req_ids)
-        probs = sampling.warp(teacher_RV, settings.teacher_temperature[rows], settings.teacher_top_p[rows])
+        batch = table.rows(runner.input_batch.req_ids)
+        settings = batch.settings.select(rows)
+        probs = sampling.warp(teacher_RV, settings.teacher_temperature, settings.teacher_top_p)
         position = self._lengths()[rows]
-        drawn = sampling.draw(probs, rng.uniform(settings.seed[rows], position, rng.TEACHER))
-        forced = table.forced_ids(runner.input_batch.req_ids)[rows]
-        tokens = follow(forced, position - settings.prompt_len[rows], drawn).tolist()
+        drawn = sampling.draw(probs, rng.uniform(batch.seed_B[rows], position, rng.TEACHER))
+        tokens = follow(batch.forced_BF[rows], position - batch.prompt_len_B[rows], drawn).tolist()
         teacher_logp_RV = teacher_RV.float().log_softmax(-1)
         for index, row in enumerate(rows):
             request_id = runner.input_batch.req_ids[row]
@@ -128,7 +124,7 @@ class SKDSampler:
             if not runner.requests[request_id].output_token_ids:
                 tokens[index] = table.params(request_id).first_token
                 continue
-            source = accept.REFERENCE if settings.is_forced[row] else accept.UNDRAFTED
+            source = Source.REFERENCE if batch.is_forced_B[row] else Source.UNDRAFTED
             hidden = self._kept_hidden(logits_rows[index : index + 1])
             part = self._undrafted_part(tokens[index], source, teacher_logp_RV[index : index + 1], hidden)
             table.record(request_id, part)
@@ -144,15 +140,15 @@ class SKDSampler:
         logits_rows_N: torch.Tensor,
     ) -> None:
         token_N = token_BL[request_N, place_N]
-        emitted = (token_N != accept.NOTHING).nonzero().squeeze(1)
+        emitted = (token_N != NOTHING).nonzero().squeeze(1)
         teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
         student_logp_MV = proposals.student_logp_NV[emitted]
         token_M, source_M, draft_M = token_N[emitted], verdict.source_N[emitted], proposals.draft_N[emitted]
-        passed_M = (source_M == accept.ACCEPTED) | (source_M == accept.REFERENCE)
+        passed_M = (source_M == Source.ACCEPTED) | (source_M == Source.REFERENCE)
         step = Trace(
             response_ids=token_M.to(torch.int32).cpu(),
             source=source_M.to(torch.uint8).cpu(),
-            rejected_ids=torch.where(passed_M, accept.NOTHING, draft_M).to(torch.int32).cpu(),
+            rejected_ids=torch.where(passed_M, NOTHING, draft_M).to(torch.int32).cpu(),
             draft_rank=proposals.rank_N[emitted].to(torch.int32).cpu(),
             student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
@@ -161,7 +157,7 @@ class SKDSampler:
             teacher_hidden=self._kept_hidden(logits_rows_N[emitted]),
         )
         start = 0
-        for row, count in enumerate((token_BL != accept.NOTHING).sum(1).tolist()):
+        for row, count in enumerate((token_BL != NOTHING).sum(1).tolist()):
             if count:
                 self._table.record(self._runner.input_batch.req_ids[row], step.slice(start, start + count))
                 start += count
@@ -169,7 +165,7 @@ class SKDSampler:
     def _undrafted_part(
         self, token: int, source: int, teacher_logp_1V: torch.Tensor, hidden_1J: torch.Tensor
     ) -> Trace:
-        nothing, unknown = torch.tensor([accept.NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
+        nothing, unknown = torch.tensor([NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
             response_ids=torch.tensor([token], dtype=torch.int32),
             source=torch.tensor([source], dtype=torch.uint8),
@@ -192,14 +188,12 @@ class SKDSampler:
         """What a trace says of the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
         top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
         others_MV = teacher_logp_MV.scatter(1, top_ids, float("-inf"))
-        tail_logp = others_MV.logsumexp(-1)
         others_MV.scatter_(1, token_M[:, None], float("-inf"))
         return {
             "teacher_logp": teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
             "teacher_entropy": torch.special.entr(teacher_logp_MV.exp()).sum(-1).cpu(),
             "teacher_topk_ids": top_ids.to(torch.int32).cpu(),
             "teacher_topk_logp": top_logp.cpu(),
-            "teacher_tail_logp": tail_logp.cpu(),
             "teacher_rest_tempered": (others_MV / self._table.loss_temperature).logsumexp(-1).cpu(),
         }
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from skd_plugin.config.movable import TargetAcceptanceConfig, value_at
 from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.core.schedules import TargetAcceptance
 from skd_plugin.engine.request_table import RequestParams
 
-KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept
 CONFIDENCE_GATES = {"probability": "confident", "margin": "confident_margin", "entropy": "confident_entropy"}
 # Whether more is accepted (1) or less (-1) when a gate's threshold rises.
 ACCEPTANCE_SIGN = {
@@ -23,15 +23,7 @@ ACCEPTANCE_SIGN = {
 
 @dataclass(frozen=True)
 class SamplingRule:
-    top_k: int
-    student_temperature: float = 1.0
-    student_top_p: float = 1.0
-    teacher_temperature: float = 1.0
-    teacher_top_p: float = 1.0
-    gate: str = "top_k"  # a name of core.gates.GATES
-    threshold: float = 0.0
-    top_k_decay_len: int = 0
-    write_back: bool = True
+    settings: SamplingSettings
     reference_share: float = 0.0  # of the prompts that are answered by their reference
 
     @classmethod
@@ -47,37 +39,57 @@ class SamplingRule:
         """
         rule = METHODS[rollout.method](rollout, progress, controlled or {})
         # The argmax is what a temperature of 0 samples.
-        return replace(rule, teacher_temperature=0.0) if rollout.replacement == "argmax" else rule
+        return rule._with(teacher_temperature=0.0) if rollout.replacement == "argmax" else rule
+
+    def _with(self, **settings: Any) -> SamplingRule:
+        return replace(self, settings=replace(self.settings, **settings))
 
     def student_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
         """Every proposal is kept: plain sampling of the student (greedy at temperature 0)."""
-        return SamplingRule(KEEP_ALL, temperature, top_p, self.teacher_temperature, self.teacher_top_p)
+        own = self.settings
+        return SamplingRule(
+            SamplingSettings(
+                KEEP_ALL,
+                student_temperature=temperature,
+                student_top_p=top_p,
+                teacher_temperature=own.teacher_temperature,
+                teacher_top_p=own.teacher_top_p,
+            )
+        )
 
     def teacher_only(self, temperature: float, top_p: float = 1.0) -> SamplingRule:
         """No proposal is kept: plain sampling of the teacher."""
-        return SamplingRule(0, self.student_temperature, self.student_top_p, temperature, top_p)
+        own = self.settings
+        return SamplingRule(
+            SamplingSettings(
+                top_k=0,
+                student_temperature=own.student_temperature,
+                student_top_p=own.student_top_p,
+                teacher_temperature=temperature,
+                teacher_top_p=top_p,
+            )
+        )
 
     def with_top_k(self, top_k: int | None) -> SamplingRule:
         """With another K, if this rule puts tokens to one; None is its own."""
-        return replace(self, top_k=top_k) if top_k is not None and self._has_top_k else self
+        return self._with(top_k=top_k) if top_k is not None and self._has_top_k else self
 
     @property
     def _has_top_k(self) -> bool:
-        return 0 < self.top_k < KEEP_ALL
+        return 0 < self.settings.top_k < KEEP_ALL
 
     def request(
         self, prompt_ids: Sequence[int], trace_id: int, seed: int, forced_ids: list[int] | None = None
     ) -> RequestParams:
-        settings = {name: value for name, value in vars(self).items() if name != "reference_share"}
-        return RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, forced_ids=forced_ids, **settings)
+        return RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, self.settings, forced_ids)
 
     def figures(self) -> dict[str, float]:
         """What a schedule or a controller may move, for the figures of a step."""
         figures = {}
         if self._has_top_k:
-            figures["skd/top_k"] = float(self.top_k)
-        if self.gate in ACCEPTANCE_SIGN:
-            figures["skd/threshold"] = self.threshold
+            figures["skd/top_k"] = float(self.settings.top_k)
+        if self.settings.gate in ACCEPTANCE_SIGN:
+            figures["skd/threshold"] = self.settings.threshold
         return figures
 
 
@@ -86,8 +98,7 @@ def gated(rollout: RolloutConfig, progress: float, controlled: Mapping[str, floa
     gate = CONFIDENCE_GATES[rollout.confidence] if rollout.gate == "confident" else rollout.gate
     top_k = max(1, round(_value("top_k", rollout.top_k, progress, controlled)))
     has_threshold = rollout.threshold is not None
-    rule = replace(
-        on_policy(rollout, progress, controlled),
+    rule = on_policy(rollout, progress, controlled)._with(
         gate=gate,
         top_k=top_k if gate in TOP_K_GATES else 0,
         threshold=_value("threshold", rollout.threshold, progress, controlled) if has_threshold else 0.0,
@@ -96,11 +107,10 @@ def gated(rollout: RolloutConfig, progress: float, controlled: Mapping[str, floa
     )
     if not rollout.reference_compat:
         return rule
-    return replace(
-        rule,
+    return rule._with(
         gate="top_k_of_nucleus",
-        student_temperature=rule.teacher_temperature,
-        student_top_p=rule.teacher_top_p,
+        student_temperature=rule.settings.teacher_temperature,
+        student_top_p=rule.settings.teacher_top_p,
     )
 
 
@@ -110,17 +120,19 @@ TOP_K_GATES = ("top_k", "ask_again", *CONFIDENCE_GATES.values())
 def on_policy(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
     """GKD (arXiv 2306.13649) with all data from the student: every proposal is kept."""
     return SamplingRule(
-        KEEP_ALL,
-        rollout.student_temperature,
-        rollout.student_top_p,
-        rollout.teacher_temperature,
-        rollout.teacher_top_p,
+        SamplingSettings(
+            KEEP_ALL,
+            student_temperature=rollout.student_temperature,
+            student_top_p=rollout.student_top_p,
+            teacher_temperature=rollout.teacher_temperature,
+            teacher_top_p=rollout.teacher_top_p,
+        )
     )
 
 
 def teacher_text(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
     """Text of the teacher alone; with the loss cross_entropy it is sequence-level distillation (arXiv 1606.07947)."""
-    return replace(on_policy(rollout, progress, controlled), top_k=0)
+    return on_policy(rollout, progress, controlled)._with(top_k=0)
 
 
 def supervised(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:

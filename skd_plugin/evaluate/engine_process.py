@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from skd_plugin.config.schema import RolloutConfig
-from skd_plugin.core.accept import ACCEPTED
 from skd_plugin.core.rng import derive_seed
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
+from skd_plugin.core.trace import Source, Trace
 from skd_plugin.engine.offline import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments, set_vllm_up
-from skd_plugin.engine.sampling_rule import KEEP_ALL, SamplingRule
+from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.evaluate.job import Answers, Continuations, Distance, Job, Response, write_answers
 from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import Status
@@ -94,7 +94,9 @@ class Beside:
     def __init__(self, job: Job, engine: SKDEngine, status: Status) -> None:
         self._job, self._engine, self._status = job, engine, status
         self._rollout = RolloutConfig(**job.rollout)
-        self._at_ease = SamplingRule(KEEP_ALL, job.temperature, 1.0, job.temperature, 1.0)
+        self._at_ease = SamplingRule(
+            SamplingSettings(KEEP_ALL, student_temperature=job.temperature, teacher_temperature=job.temperature)
+        )
         self._of_student: list[Sample] | None = None
 
     def measure(self) -> list[Answers]:
@@ -188,9 +190,10 @@ class Beside:
         """Whether the student's proposal for each token was kept, in text that has the teacher's distribution."""
         kept = {}
         for name, temperature in (("sampled", self._job.temperature), ("greedy", 0.0)):
-            rule = SamplingRule(KEEP_ALL, temperature, 1.0, temperature, 1.0, gate="interpolated", threshold=1.0)
+            warmth = {"student_temperature": temperature, "teacher_temperature": temperature}
+            rule = SamplingRule(SamplingSettings(KEEP_ALL, "interpolated", threshold=1.0, **warmth))
             samples = self._generate(f"{name} texts of the teacher, drafted by the student", rule, SPECULATION)
-            kept[name] = [(sample.trace.source == ACCEPTED).tolist() for sample in samples]
+            kept[name] = [(sample.trace.source == Source.ACCEPTED).tolist() for sample in samples]
         return [{name: rows[place] for name, rows in kept.items()} for place in range(len(self._job.prompts))]
 
 

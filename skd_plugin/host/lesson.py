@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, FLAGGED, REPLACED
 from skd_plugin.core.token_weights import Weigher
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Source, Trace
 from skd_plugin.host.rollout_actor import TRACE_KEY
 
 _TINY = 1e-20
@@ -50,7 +49,7 @@ def from_source(trace: Trace, codes: tuple[int, ...]) -> torch.Tensor:
 
 def students_own(trace: Trace) -> torch.Tensor:
     """Tokens drawn from the student's distribution and left in the text: bool [R]."""
-    return from_source(trace, (ACCEPTED, FLAGGED))
+    return from_source(trace, (Source.ACCEPTED, Source.FLAGGED))
 
 
 class LessonPlan:
@@ -61,7 +60,7 @@ class LessonPlan:
     def __init__(self, host_totals: Callable[..., Iterator], weigher: Weigher, replaced_tokens: str) -> None:
         self._host_totals = host_totals
         self._weigher = weigher
-        self._foreign_codes = {"exclude": (), "importance": (REPLACED,)}[replaced_tokens]
+        self._foreign_codes = {"exclude": (), "importance": (Source.REPLACED,)}[replaced_tokens]
 
     def __call__(
         self, batches: Iterable[Any], strategy: Any, accumulated_gradient: int, mask_of: Callable[[Any], torch.Tensor]

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.host.lesson import students_own
 
-RARE_SOURCES = {"reference_frac": REFERENCE, "resampled_frac": RESAMPLED, "flagged_frac": FLAGGED}  # not in every run
+RARE_SOURCES = {
+    "reference_frac": Source.REFERENCE,
+    "resampled_frac": Source.RESAMPLED,
+    "flagged_frac": Source.FLAGGED,
+}  # not in every run
 
 
 def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
@@ -24,13 +27,13 @@ def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
     if not len(tokens):
         return {}
     drafted = tokens.draft_rank != NOTHING
-    proposed = drafted & (tokens.source != REFERENCE)
+    proposed = drafted & (tokens.source != Source.REFERENCE)
     known = tokens.student_entropy[drafted]
     shares = {name: (tokens.source == code).float().mean().item() for name, code in RARE_SOURCES.items()}
     return {
-        "skd/accept_rate": _share(tokens.source[proposed] == ACCEPTED),
-        "skd/replaced_frac": (tokens.source == REPLACED).float().mean().item(),
-        "skd/undrafted_frac": (tokens.source == UNDRAFTED).float().mean().item(),
+        "skd/accept_rate": _share(tokens.source[proposed] == Source.ACCEPTED),
+        "skd/replaced_frac": (tokens.source == Source.REPLACED).float().mean().item(),
+        "skd/undrafted_frac": (tokens.source == Source.UNDRAFTED).float().mean().item(),
         **{f"skd/{name}": share for name, share in shares.items() if share},
         "skd/first_replaced_pos": sum(_first_replaced(trace) for trace in traces) / len(traces),
         "skd/teacher_nll": -tokens.teacher_logp.mean().item(),
@@ -104,5 +107,5 @@ def _share(chosen: torch.Tensor) -> float:
 
 
 def _first_replaced(trace: Trace) -> int:
-    replaced = torch.isin(trace.source, torch.tensor((REPLACED, RESAMPLED), dtype=trace.source.dtype)).nonzero()
+    replaced = ((trace.source == Source.REPLACED) | (trace.source == Source.RESAMPLED)).nonzero()
     return int(replaced[0]) if len(replaced) else len(trace)

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from skd_plugin.core.accept import NOTHING, REPLACED
-from skd_plugin.core.trace import SOURCE_LETTERS
+from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.report.folder import RunFolder, json_lines
 from skd_plugin.report.pieces import Piece, Pieces
 
 TOP = 5
+SOURCES = {source.letter: source for source in Source}
 NONE = 65535
 PER_TOKEN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
              "student_entropy", "teacher_topk_ids", "teacher_topk_logp")  # fmt: skip
@@ -45,7 +45,7 @@ class PackedTraces:
     def add(self, run: int, record: dict[str, Any], place: Callable[[int], int]) -> None:
         """Args: place: token id -> its place in the table of pieces, of the run's tokenizer."""
         ids, rejected = record["response_ids"], record["rejected_ids"]
-        sources = [SOURCE_LETTERS.index(letter) for letter in record["source"]]
+        sources = [SOURCES[letter] for letter in record["source"]]
         kl = np.array([np.nan if value is None else value for value in record["kl"]], dtype=float)
         top_ids = [_padded([place(id_) for id_ in row[:TOP]], 0) for row in record["teacher_topk_ids"]]
         top_logp = [_padded(row[:TOP], None) for row in record["teacher_topk_logp"]]
@@ -71,7 +71,7 @@ class PackedTraces:
                 "length": len(ids),
                 "meanKl": float(known.mean()) if len(known) else 0.0,
                 "maxKl": float(known.max()) if len(known) else 0.0,
-                "replaced": sources.count(REPLACED) / max(len(ids), 1),
+                "replaced": sources.count(Source.REPLACED) / max(len(ids), 1),
                 "cutOff": record.get("finish") == "length",
                 "prompt": self._string(record.get("prompt", "")),
                 "response": self._string(record.get("response", "")),
@@ -141,7 +141,7 @@ def corrections(packed: PackedTraces, run: int, count: int) -> list[tuple[Piece,
     for index, row in enumerate(packed.per_trace):
         if row["run"] != run or not lengths[index]:
             continue
-        replaced = packed.columns["source"][index] == REPLACED
+        replaced = packed.columns["source"][index] == Source.REPLACED
         rejected, token = (packed.columns[name][index][replaced].tolist() for name in ("rejected", "token"))
         pairs.update((was, now) for was, now in zip(rejected, token, strict=True) if was and was != now)
     texts = [text for _, text in packed.pieces]
@@ -165,7 +165,7 @@ def _is_whole(record: dict[str, Any]) -> bool:
     values = [record.get(name) for name in PER_TOKEN]
     if not all(isinstance(value, list | str) for value in values):
         return False
-    return len({len(value) for value in values}) == 1 and set(record["source"]) <= set(SOURCE_LETTERS)
+    return len({len(value) for value in values}) == 1 and set(record["source"]) <= SOURCES.keys()
 
 
 def _padded(values: list, filler: Any) -> list:

@@ -88,8 +88,7 @@ def rollouts(actor: Actor, maker: RemoteExperienceMaker, args: SimpleNamespace, 
 def make_trace(ids: torch.Tensor, generator: torch.Generator) -> Trace:
     teacher = torch.randn(len(ids), 60, generator=generator).log_softmax(-1)
     top_logp, top_ids = teacher.topk(4, dim=-1)
-    tail_logp = teacher.scatter(1, top_ids, float("-inf")).logsumexp(-1)
-    teachers = dict(teacher_topk_ids=top_ids.to(torch.int32), teacher_topk_logp=top_logp, teacher_tail_logp=tail_logp)
+    teachers = dict(teacher_topk_ids=top_ids.to(torch.int32), teacher_topk_logp=top_logp)
     return trace_of(ids, **teachers)
 
 

@@ -471,10 +471,10 @@ def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
 @pytest.fixture
 def generator() -> Any:
     """SKDSamplesGenerator with nothing behind it; enough to turn responses into Experience."""
-    from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.host.samples import SKDSamplesGenerator
+    from tests.rules import make_rule
 
-    return SKDSamplesGenerator(SimpleNamespace(args=None), None, None, None, [], rule=SamplingRule(top_k=1), seed=0)
+    return SKDSamplesGenerator(SimpleNamespace(args=None), None, None, None, [], rule=make_rule(top_k=1), seed=0)
 
 
 def make_response(prompt: list[int], response: list[int], reward: float | None = None) -> dict[str, Any]:

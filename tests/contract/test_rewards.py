@@ -148,12 +148,12 @@ def make_maker(estimator: str = "reinforce", **objective: float) -> Any:
 
 
 def rollout(maker: Any, responses: list[list[int]], sources: list[list[int]]) -> list[Any]:
-    from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.host.samples import SKDSamplesGenerator
     from tests.contract.test_openrlhf import make_response
+    from tests.rules import make_rule
 
     strategy = SimpleNamespace(args=maker.args)
-    generator = SKDSamplesGenerator(strategy, None, None, None, [], rule=SamplingRule(top_k=1), seed=0)
+    generator = SKDSamplesGenerator(strategy, None, None, None, [], rule=make_rule(top_k=1), seed=0)
     samples = []
     for number, (response, source) in enumerate(zip(responses, sources, strict=True)):
         made = make_response([5, 6], response, float(number))

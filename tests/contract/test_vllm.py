@@ -146,9 +146,9 @@ def test_a_kept_block_reads_as_its_tokens() -> None:
     """-1 is "no token"; the unused bonus place of a fully kept block is dropped, and a discarded row is empty."""
     from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 
-    from skd_plugin.core.accept import NOTHING
+    from skd_plugin.core.trace import NOTHING
 
-    assert PLACEHOLDER_TOKEN_ID == NOTHING, "revisit skd_plugin/core/accept.py"
+    assert PLACEHOLDER_TOKEN_ID == NOTHING, "revisit skd_plugin/core/trace.py"
     block = torch.tensor([[4, 5, 6, -1], [7, -1, -1, -1], [8, -1, -1, -1]], dtype=torch.int32)
     tokens, _ = RejectionSampler.parse_output(block, 32, [2])
     assert tokens == [[4, 5, 6], [7], []], "revisit SKDSampler in skd_plugin/engine/sampler.py"
@@ -375,9 +375,9 @@ def test_sampling_parameters_carry_ours() -> None:
     from vllm import SamplingParams
 
     from skd_plugin.engine.offline import vllm_sampling_params
-    from skd_plugin.engine.sampling_rule import SamplingRule
+    from tests.rules import make_rule
 
-    params = vllm_sampling_params(SamplingRule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, [2])
+    params = vllm_sampling_params(make_rule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, [2])
     assert isinstance(params, SamplingParams) and params.max_tokens == 6
     assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/engine/request_table.py"
     changed = copy.deepcopy(params)

@@ -9,8 +9,10 @@ import torch
 from scipy import stats
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.engine.offline import SamplingRule
 from tests.conftest import EOS, VOCAB
+from tests.rules import make_rule
 from tests.unit.test_sampling import slow_warp
 
 pytestmark = pytest.mark.engine
@@ -23,12 +25,12 @@ BLOCKS = [1, 4]
 BLOCK_TOKENS = 32  # of the engine's KV cache; the fixture sets it
 
 
-def law(rule: SamplingRule, teacher_V: torch.Tensor, student_V: torch.Tensor) -> torch.Tensor:
+def law(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Tensor) -> torch.Tensor:
     """Joint law of (token, provenance) [2V]: first the student's accepted tokens, then the teacher's replacements."""
-    p = torch.from_numpy(slow_warp(teacher_V.numpy(), rule.teacher_temperature, rule.teacher_top_p))
-    q = torch.from_numpy(slow_warp(student_V.numpy(), rule.student_temperature, rule.student_top_p))
+    p = torch.from_numpy(slow_warp(teacher_V.numpy(), settings.teacher_temperature, settings.teacher_top_p))
+    q = torch.from_numpy(slow_warp(student_V.numpy(), settings.student_temperature, settings.student_top_p))
     inside = torch.zeros(len(p), dtype=torch.float64)
-    inside[teacher_V.topk(min(rule.top_k, len(p))).indices] = 1
+    inside[teacher_V.topk(min(settings.top_k, len(p))).indices] = 1
     return torch.cat([inside * q, (1 - (inside * q).sum()) * p])
 
 
@@ -61,7 +63,7 @@ def assert_samples_follow(samples: list, rule: SamplingRule, position: int, refe
     distinct = [list(prefix) for prefix in dict.fromkeys(map(tuple, prefixes))]
     rows = {name: [x[-1] for x in reference_logits(name, distinct)] for name in ("teacher", "student")}
     table = {
-        tuple(prefix): law(rule, teacher, student)
+        tuple(prefix): law(rule.settings, teacher, student)
         for prefix, teacher, student in zip(distinct, rows["teacher"], rows["student"], strict=True)
     }
     outcomes = [int(s.trace.response_ids[position - 1] + VOCAB * s.trace.source[position - 1]) for s in alive]
@@ -82,7 +84,7 @@ def gate_samples(engine):
 
     @cache
     def get(draft_len: int) -> dict[int, list]:
-        rules = [SamplingRule(top_k=top_k) for top_k in GATES]
+        rules = [make_rule(top_k=top_k) for top_k in GATES]
         batches = generate_mixed(engine(draft_len), rules, max(2, draft_len + 1), seed=draft_len)
         return dict(zip(GATES, batches, strict=True))
 
@@ -94,7 +96,7 @@ def gate_samples(engine):
 def test_next_token_has_the_law_of_the_gate(gate_samples, reference_logits, draft_len, position, top_k):
     """m_K, at the first token, in a block, and just behind a block's boundary."""
     samples = gate_samples(draft_len)[top_k]
-    assert_samples_follow(samples, SamplingRule(top_k=top_k), position, reference_logits)
+    assert_samples_follow(samples, make_rule(top_k=top_k), position, reference_logits)
 
 
 def test_keep_all_is_the_student(gate_samples, reference_logits):
@@ -107,19 +109,17 @@ def test_keep_all_is_the_student(gate_samples, reference_logits):
 
 def test_keep_none_is_the_teacher(engine, reference_logits):
     """K = 0 without the formula: plain softmax of the teacher, and no token from the student."""
-    samples = engine(4).generate([PROMPTS[0]] * SAMPLES, SamplingRule(top_k=0), 1, seed=3)
+    samples = engine(4).generate([PROMPTS[0]] * SAMPLES, make_rule(top_k=0), 1, seed=3)
     assert all((s.trace.source == 1).all() for s in samples)
     p = reference_logits("teacher", PROMPTS[:1])[0][-1].softmax(-1)
     assert_law([int(s.trace.response_ids[0]) for s in samples], p.expand(len(samples), -1))
 
 
 WARPED = {
-    "student only": SamplingRule(top_k=VOCAB, student_temperature=0.6, student_top_p=0.8, teacher_temperature=3.0),
-    "teacher only": SamplingRule(top_k=0, teacher_temperature=2.0, teacher_top_p=0.7, student_temperature=0.1),
-    "both": SamplingRule(
-        top_k=5, student_temperature=1.7, student_top_p=0.9, teacher_temperature=0.7, teacher_top_p=0.6
-    ),
-    "greedy teacher": SamplingRule(top_k=2, teacher_temperature=0.0),
+    "student only": make_rule(top_k=VOCAB, student_temperature=0.6, student_top_p=0.8, teacher_temperature=3.0),
+    "teacher only": make_rule(top_k=0, teacher_temperature=2.0, teacher_top_p=0.7, student_temperature=0.1),
+    "both": make_rule(top_k=5, student_temperature=1.7, student_top_p=0.9, teacher_temperature=0.7, teacher_top_p=0.6),
+    "greedy teacher": make_rule(top_k=2, teacher_temperature=0.0),
 }
 
 
@@ -138,7 +138,7 @@ def test_each_request_has_its_own_temperatures_and_nuclei(warped_samples, refere
 @pytest.mark.parametrize("draft_len", BLOCKS)
 def test_greedy_student_is_transformers_greedy(engine, hf_models, draft_len):
     prompts = [[1, a, b] for a in range(3, 31, 3) for b in (4, 17)]
-    samples = engine(draft_len).generate(prompts, SamplingRule(top_k=VOCAB, student_temperature=0.0), 24)
+    samples = engine(draft_len).generate(prompts, make_rule(top_k=VOCAB, student_temperature=0.0), 24)
     for prompt, sample in zip(prompts, samples, strict=True):
         ids = torch.tensor([prompt])
         expected = hf_models["student"].generate(
@@ -149,7 +149,7 @@ def test_greedy_student_is_transformers_greedy(engine, hf_models, draft_len):
 
 def test_a_seed_fixes_the_tokens(engine):
     """Whatever else is in the batch, in whatever order, and however long the blocks are."""
-    rule, other = SamplingRule(top_k=3), SamplingRule(top_k=9, student_temperature=0.5, teacher_top_p=0.9)
+    rule, other = make_rule(top_k=3), make_rule(top_k=9, student_temperature=0.5, teacher_top_p=0.9)
     prompts, seeds = [PROMPTS[i % 3] for i in range(24)], [1000 + 7 * i for i in range(24)]
 
     def responses(samples) -> list[list[int]]:
@@ -180,7 +180,7 @@ def test_nothing_follows_the_end_token(gate_samples):
 
 def test_prompt_may_end_in_the_end_token(engine):
     """The forced first output is part of the prompt; it must not stop the response."""
-    samples = engine(4).generate([[1, 5, EOS]] * 20, SamplingRule(top_k=3), 3)
+    samples = engine(4).generate([[1, 5, EOS]] * 20, make_rule(top_k=3), 3)
     assert all(len(s.trace) > 0 for s in samples)
 
 
@@ -188,7 +188,7 @@ def test_prompt_may_end_in_the_end_token(engine):
 @pytest.mark.parametrize("max_new_tokens", [1, 4, 5, 6])
 def test_length_limit_is_exact(engine, draft_len, max_new_tokens):
     """Less than, equal to and more than a block."""
-    samples = engine(draft_len).generate(PROMPTS * 8, SamplingRule(top_k=VOCAB // 2), max_new_tokens)
+    samples = engine(draft_len).generate(PROMPTS * 8, make_rule(top_k=VOCAB // 2), max_new_tokens)
     lengths = {finish: {len(s.trace) for s in samples if s.finish == finish} for finish in ("stop", "length")}
     assert lengths["length"] == {max_new_tokens}
     assert max(lengths["stop"], default=0) <= max_new_tokens
@@ -196,7 +196,7 @@ def test_length_limit_is_exact(engine, draft_len, max_new_tokens):
 
 def test_prompt_of_one_token_is_refused(engine):
     with pytest.raises(ValueError, match="at least 2"):
-        engine(1).generate([[1]], SamplingRule(top_k=3), 4)
+        engine(1).generate([[1]], make_rule(top_k=3), 4)
 
 
 def assert_same_responses(left: list, right: list) -> None:
@@ -212,7 +212,7 @@ def test_request_with_one_token_to_read_joins_a_running_batch(engine, full_block
 
     It happens to a prompt of two tokens, and to a cached prompt with one token behind its last full block.
     """
-    rule, seeds = SamplingRule(top_k=6), list(range(40))
+    rule, seeds = make_rule(top_k=6), list(range(40))
     prompt = [3 + 7 * i % 29 for i in range(full_blocks * BLOCK_TOKENS + 2)]
     alone = engine(4).generate([prompt] * 40, rule, 9, seeds=seeds)
     crowded = engine(2, max_num_seqs=max_num_seqs).generate([prompt] * 40, rule, 9, seeds=seeds)
@@ -221,7 +221,7 @@ def test_request_with_one_token_to_read_joins_a_running_batch(engine, full_block
 
 def test_request_that_waits_a_step_keeps_its_drafts(engine):
     """A step's token budget that does not hold the drafts of every running request."""
-    rule, prompts, seeds = SamplingRule(top_k=6), [[1, 5, 3 + i % 29] for i in range(40)], list(range(40))
+    rule, prompts, seeds = make_rule(top_k=6), [[1, 5, 3 + i % 29] for i in range(40)], list(range(40))
     roomy = engine(4).generate(prompts, rule, 9, seeds=seeds)
     tight = engine(2, max_num_seqs=16, max_num_batched_tokens=40).generate(prompts, rule, 9, seeds=seeds)
     assert_same_responses(tight, roomy)
@@ -230,7 +230,7 @@ def test_request_that_waits_a_step_keeps_its_drafts(engine):
 @pytest.mark.parametrize("draft_len", BLOCKS)
 def test_each_draw_is_that_of_its_position(engine, reference_logits, draft_len):
     """The student's and the teacher's draw at a position invert their laws at two numbers that nothing else uses."""
-    rule, seeds = SamplingRule(top_k=12), list(range(60))
+    rule, seeds = make_rule(top_k=12), list(range(60))
     samples = engine(draft_len).generate([PROMPTS[i % 3] for i in seeds], rule, 8, seeds=seeds)
     sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
     rows = {name: reference_logits(name, sequences) for name in ("student", "teacher")}

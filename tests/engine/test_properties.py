@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skd_plugin.core.accept import ACCEPTED, NOTHING, REFERENCE, REPLACED, RESAMPLED
+from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, MAX_LEN, VOCAB
+from tests.rules import make_rule
 
 pytestmark = pytest.mark.engine
 
@@ -29,8 +30,8 @@ class Request:
     @property
     def rule(self) -> SamplingRule:
         if self.reference is not None:
-            return SamplingRule(top_k=VOCAB, reference_share=1.0)
-        return SamplingRule(top_k=self.top_k, gate=self.gate)
+            return make_rule(top_k=VOCAB, reference_share=1.0)
+        return make_rule(top_k=self.top_k, gate=self.gate)
 
 
 @st.composite
@@ -65,11 +66,11 @@ def check(request: Request, sample) -> None:
     assert sample.finish == "stop" or len(ids) == request.limit
     if request.reference is not None:
         expected = [LETTERS.index(char) + 3 for char in request.reference] + [EOS]
-        assert ids == expected[: request.limit] and set(trace.source.tolist()) == {REFERENCE}
+        assert ids == expected[: request.limit] and set(trace.source.tolist()) == {Source.REFERENCE}
         return
-    named = {ACCEPTED, REPLACED} if request.gate == "top_k" else {ACCEPTED, REPLACED, RESAMPLED}
-    assert set(trace.source.tolist()) <= named
-    kept = trace.source == ACCEPTED
+    again = {Source.RESAMPLED} if request.gate == "ask_again" else set()
+    assert set(trace.source.tolist()) <= {Source.ACCEPTED, Source.REPLACED} | again
+    kept = trace.source == Source.ACCEPTED
     assert (trace.rejected_ids[kept] == NOTHING).all() and (trace.rejected_ids[~kept] != NOTHING).all()
     assert ((trace.draft_rank < request.top_k) == kept).all()
     assert (trace.kl > -1e-5).all() and (trace.teacher_logp <= 0).all() and (trace.student_logp <= 0).all()

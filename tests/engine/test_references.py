@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skd_plugin.core.accept import NOTHING, REFERENCE, UNDRAFTED
+from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.engine.references import MissingReference, is_chosen
-from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, MAX_LEN, VOCAB
+from tests.rules import make_rule
 
 pytestmark = pytest.mark.engine
 
-SUPERVISED = SamplingRule(top_k=VOCAB, reference_share=1.0)
+SUPERVISED = make_rule(top_k=VOCAB, reference_share=1.0)
 LETTERS = "abcdefghijklmnopqrstuvwxyz +="
 TOLERANCE = 1e-3
 
@@ -39,7 +39,7 @@ def assert_forced(samples: list, texts: list[str], reference_logits, limit: int 
         expected, trace = ids_of(text), sample.trace
         assert trace.response_ids.tolist() == expected[:limit]
         assert sample.finish == ("stop" if len(expected) <= limit else "length")
-        assert (trace.source == REFERENCE).all() and (trace.rejected_ids == NOTHING).all()
+        assert (trace.source == Source.REFERENCE).all() and (trace.rejected_ids == NOTHING).all()
         drafted = trace.draft_rank != NOTHING
         assert torch.equal(drafted, ~trace.student_logp.isnan())
         rows = {name: logp[name][index][len(sample.prompt_ids) - 1 : -1] for name in logp}
@@ -70,17 +70,17 @@ def test_a_long_reference_is_cut_like_any_response(engine, reference_logits):
 
 def test_mixture_is_made_of_both(engine):
     """Sampled responses are those of a run without references; which prompts are sampled is the rule's choice."""
-    mixed = SamplingRule(top_k=4, reference_share=0.5)
+    mixed = make_rule(top_k=4, reference_share=0.5)
     seeds = list(range(40))
-    plain = engine(4).generate(PROMPTS, SamplingRule(top_k=4), 12, seeds=seeds)
+    plain = engine(4).generate(PROMPTS, make_rule(top_k=4), 12, seeds=seeds)
     both = engine(4).generate(PROMPTS, mixed, 12, seed=6, seeds=seeds, texts=TEXTS)
     for prompt, text, sampled, sample in zip(PROMPTS, TEXTS, plain, both, strict=True):
         if is_chosen(0.5, 6, prompt):
             assert sample.trace.response_ids.tolist() == ids_of(text)[:12]
-            assert (sample.trace.source == REFERENCE).all()
+            assert (sample.trace.source == Source.REFERENCE).all()
         else:
             assert sample.trace.response_ids.tolist() == sampled.trace.response_ids.tolist()
-            assert (sample.trace.source != REFERENCE).all()
+            assert (sample.trace.source != Source.REFERENCE).all()
     assert 10 < sum(is_chosen(0.5, 6, prompt) for prompt in PROMPTS) < 30
 
 
@@ -102,15 +102,15 @@ def test_after_a_preemption_nothing_is_lost(engine, reference_logits):
     assert_forced(forced, long, reference_logits)
     assert any((s.trace.draft_rank == NOTHING).any() for s in forced), "no request was preempted"
     seeds = list(range(40))
-    samples = small.generate(PROMPTS, SamplingRule(top_k=VOCAB), 60, seeds=seeds)
-    roomy = engine(4).generate(PROMPTS, SamplingRule(top_k=VOCAB), 60, seeds=seeds)
-    undrafted = [s for s in samples if (s.trace.source == UNDRAFTED).any()]
+    samples = small.generate(PROMPTS, make_rule(top_k=VOCAB), 60, seeds=seeds)
+    roomy = engine(4).generate(PROMPTS, make_rule(top_k=VOCAB), 60, seeds=seeds)
+    undrafted = [s for s in samples if (s.trace.source == Source.UNDRAFTED).any()]
     assert undrafted, "no request was preempted; make the cache smaller"
     for sample, other in zip(samples, roomy, strict=True):
         trace = sample.trace
-        first = next((i for i, code in enumerate(trace.source.tolist()) if code == UNDRAFTED), len(trace))
+        first = next((i for i, code in enumerate(trace.source.tolist()) if code == Source.UNDRAFTED), len(trace))
         assert trace.response_ids[:first].tolist() == other.trace.response_ids[:first].tolist()
-        lost = trace.source == UNDRAFTED
+        lost = trace.source == Source.UNDRAFTED
         assert trace.student_logp[lost].isnan().all() and (trace.rejected_ids[lost] == NOTHING).all()
         assert not trace.teacher_logp.isnan().any() and not trace.student_logp[~lost].isnan().any()
     sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in undrafted]

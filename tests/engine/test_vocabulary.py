@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from skd_plugin.core.trace import Trace
-from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import PADDED_VOCAB, VOCAB
 from tests.engine.test_law import PROMPTS, SAMPLES, assert_samples_follow
+from tests.rules import make_rule
 
 pytestmark = pytest.mark.engine
 
 ROLES = ["teacher", "student"]
 RULES = [
-    SamplingRule(top_k=3),
-    SamplingRule(top_k=0, teacher_top_p=0.9),
-    SamplingRule(top_k=VOCAB, student_temperature=2.0),
-    SamplingRule(top_k=4, gate="ask_again"),
-    SamplingRule(top_k=0, gate="interpolated", threshold=0.5),
+    make_rule(top_k=3),
+    make_rule(top_k=0, teacher_top_p=0.9),
+    make_rule(top_k=VOCAB, student_temperature=2.0),
+    make_rule(top_k=4, gate="ask_again"),
+    make_rule(top_k=0, gate="interpolated", threshold=0.5),
 ]
 
 
@@ -41,7 +41,7 @@ def test_traces_are_those_of_the_pair_without_padding(engine, padded_pairs, role
 @pytest.mark.parametrize("role", ROLES)
 def test_law(engine, padded_pairs, reference_logits, role):
     """By the forwards of the models without padding."""
-    rule = SamplingRule(top_k=3, student_temperature=1.3, teacher_top_p=0.9)
+    rule = make_rule(top_k=3, student_temperature=1.3, teacher_top_p=0.9)
     samples = engine(4, padded_pairs[role]).generate(PROMPTS * (SAMPLES // 3), rule, 2, seed=8)
     for position in (1, 2):
         assert_samples_follow(samples, rule, position, reference_logits)

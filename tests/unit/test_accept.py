@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from skd_plugin.core import accept, rng, sampling
+from skd_plugin.core import rng, sampling
+from skd_plugin.core.gates import assemble_block, teacher_rank, top_k_gate
+from skd_plugin.core.trace import NOTHING
 
 P_VALUE = 1e-4
 
@@ -20,23 +22,23 @@ def slow_rank(logits: list[float], token: int) -> int:
 def test_teacher_rank_is_the_place_in_the_sorted_row(logits):
     """Small integers make many ties; ranks stay a permutation, so a top-K set has K members."""
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(logits), -1)
-    ranks = accept.teacher_rank(rows, torch.arange(len(logits))).tolist()
+    ranks = teacher_rank(rows, torch.arange(len(logits))).tolist()
     assert ranks == [slow_rank(logits, token) for token in range(len(logits))]
 
 
 def test_teacher_rank_of_equal_logits_follows_the_id():
     logits = torch.tensor([[2.0, 5.0, 5.0, 2.0]]).expand(4, -1)
-    assert accept.teacher_rank(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
+    assert teacher_rank(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(0, 0), (1, 1), (3, 3), (6, 6), (2**31 - 1, 6)])
 def test_gate_keeps_exactly_k_tokens(top_k, kept):
-    gate = accept.top_k_gate(torch.arange(6), torch.full((6,), top_k))
+    gate = top_k_gate(torch.arange(6), torch.full((6,), top_k))
     assert gate.tolist() == [True] * kept + [False] * (6 - kept)
 
 
 def test_gate_of_each_row_has_its_own_k():
-    assert accept.top_k_gate(torch.tensor([2, 2, 2]), torch.tensor([2, 3, 0])).tolist() == [False, True, False]
+    assert top_k_gate(torch.tensor([2, 2, 2]), torch.tensor([2, 3, 0])).tolist() == [False, True, False]
 
 
 def slow_block(draft: list[int], accepted: list[bool], replacement: list[int]) -> list[int]:
@@ -66,17 +68,17 @@ def test_assemble_block_matches_the_reference(batch):
         torch.tensor([[place[i] for place in request] for request, _ in batch]) for i in range(3)
     )
     counts = [count for _, count in batch]
-    block = accept.assemble_block(draft, accepted.bool(), replacement, torch.tensor(counts))
+    block = assemble_block(draft, accepted.bool(), replacement, torch.tensor(counts))
     assert block.shape == draft.shape
     for row, (request, count) in zip(block.tolist(), batch, strict=True):
         expected = slow_block(*(list(column) for column in zip(*request[:count], strict=True))) if count else []
-        assert row == expected + [accept.NOTHING] * (len(request) - len(expected))
+        assert row == expected + [NOTHING] * (len(request) - len(expected))
         assert (count == 0) == (not expected), "every request with a draft advances, none without"
 
 
 def assemble_one(draft, accepted, replacement, count):
     arguments = [torch.tensor([x]) for x in (draft, accepted, replacement)]
-    return accept.assemble_block(*arguments, torch.tensor([count]))[0].tolist()
+    return assemble_block(*arguments, torch.tensor([count]))[0].tolist()
 
 
 def test_replacement_equal_to_its_proposal_continues_the_block():
@@ -85,7 +87,7 @@ def test_replacement_equal_to_its_proposal_continues_the_block():
 
 def test_no_bonus_token_behind_a_kept_block():
     """In the runner's wide form [B, L + 1] the last place stays empty, whatever stands in it."""
-    assert assemble_one([4, 5, 7], [True, True, True], [8, 8, 8], 2) == [4, 5, accept.NOTHING]
+    assert assemble_one([4, 5, 7], [True, True, True], [8, 8, 8], 2) == [4, 5, NOTHING]
 
 
 def laws(top_k: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,9 +106,9 @@ def test_law_of_one_step_by_enumeration(top_k):
     teacher, p, q, expected = laws(top_k)
     vocab = len(p)
     draft, other = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab)).T
-    rank = accept.teacher_rank(teacher.expand(len(draft), -1), draft)
-    keep = accept.top_k_gate(rank, torch.full_like(rank, top_k))
-    emitted = accept.assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
+    rank = teacher_rank(teacher.expand(len(draft), -1), draft)
+    keep = top_k_gate(rank, torch.full_like(rank, top_k))
+    emitted = assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
     law = torch.zeros(vocab, dtype=torch.float64).index_add_(0, emitted, q[draft] * p[other])
     torch.testing.assert_close(law, expected)
     if top_k in (0, vocab):
@@ -121,7 +123,7 @@ def test_law_of_one_step_by_sampling(top_k):
     seeds, positions = torch.arange(count), torch.full((count,), 5)
     draft = sampling.draw(q.expand(count, -1), rng.uniform(seeds, positions, rng.STUDENT))
     other = sampling.draw(p.expand(count, -1), rng.uniform(seeds, positions, rng.TEACHER))
-    keep = accept.top_k_gate(accept.teacher_rank(teacher.expand(count, -1), draft), torch.full((count,), top_k))
-    emitted = accept.assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
+    keep = top_k_gate(teacher_rank(teacher.expand(count, -1), draft), torch.full((count,), top_k))
+    emitted = assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
     drawn = torch.bincount(emitted, minlength=len(p)).numpy()
     assert stats.chisquare(drawn, expected.numpy() / expected.sum().item() * count).pvalue > P_VALUE

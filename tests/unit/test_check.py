@@ -37,8 +37,7 @@ from skd_plugin.check.trial import Figures, figures
 from skd_plugin.config import versions
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import RolloutConfig, SKDConfig
-from skd_plugin.core.accept import ACCEPTED, NOTHING, REPLACED, UNDRAFTED
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.run import process
 from skd_plugin.run_folder import RunFolder, Status
 
@@ -366,7 +365,7 @@ def test_figures_of_traces():
     top = logp.topk(2)
     trace = Trace(
         response_ids=ids.int(),
-        source=torch.tensor([ACCEPTED, REPLACED, UNDRAFTED], dtype=torch.uint8),
+        source=torch.tensor([Source.ACCEPTED, Source.REPLACED, Source.UNDRAFTED], dtype=torch.uint8),
         rejected_ids=torch.tensor([NOTHING, 2, NOTHING], dtype=torch.int32),
         draft_rank=torch.tensor([0, 1, NOTHING], dtype=torch.int32),
         student_logp=own.clone().index_fill_(0, torch.tensor([2]), math.nan),
@@ -377,7 +376,6 @@ def test_figures_of_traces():
         teacher_rest_tempered=logp.scatter(1, torch.cat([top.indices, ids[:, None]], 1), -math.inf).logsumexp(-1),
         teacher_topk_ids=top.indices.int(),
         teacher_topk_logp=top.values,
-        teacher_tail_logp=logp.scatter(1, top.indices, -math.inf).logsumexp(-1),
     )
     found = figures(trace, logits)
     assert (found.tokens, found.proposed, found.accepted, found.needless) == (3, 2, 1, 0)

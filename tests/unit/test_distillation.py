@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.accept import FLAGGED, REPLACED
 from skd_plugin.core.losses import make_divergence, make_token_loss, top_k_loss
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Source, Trace
 from tests.traces import trace_of
 
 VOCAB, TEACHER_ENTRIES = 20, 5
@@ -46,7 +45,6 @@ def make_trace(response: list[int], generator: torch.Generator) -> Trace:
         teacher_logp=teacher.gather(1, token).squeeze(1),
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=logp,
-        teacher_tail_logp=tail.logsumexp(-1),
         teacher_rest_tempered=tail.scatter(1, token, float("-inf")).logsumexp(-1),
     )
 
@@ -203,14 +201,14 @@ def test_every_option_reaches_its_tokens(distillation) -> None:
     """Hard label on replaced tokens, divergence on the others, wherever they stand in the batch."""
     batch = Batch(LENGTHS)
     for trace in batch.traces:
-        trace.source[::2] = REPLACED
-        trace.source[3:4] = FLAGGED
+        trace.source[::2] = Source.REPLACED
+        trace.source[3:4] = Source.FLAGGED
     values = distillation.token_losses(*batch.all, all_options("forward_kl"))
     for row, (prompt, response) in enumerate(LENGTHS):
         trace, logits = batch.traces[row], batch.logits[row, prompt - 1 : prompt + response - 1].detach().double()
         hard = -logits.log_softmax(-1).gather(1, trace.response_ids.long()[:, None]).squeeze(1)
         soft = reference(batch.logits[row].detach(), trace, prompt, "forward_kl")
-        replaced = torch.tensor([code in (REPLACED, FLAGGED) for code in trace.source.tolist()])
+        replaced = torch.tensor([code in (Source.REPLACED, Source.FLAGGED) for code in trace.source.tolist()])
         expected = torch.where(replaced, 0.5 * hard.clamp(max=4), soft.clamp(max=4))
         found = values[row, prompt - 1 : prompt + response - 1].detach().double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -232,7 +230,7 @@ def test_weight_zero_keeps_its_tokens_in_the_mean(distillation, aggregate_loss) 
     """A weight scales a token's loss, and not the number of tokens that the host divides by."""
     batch = Batch(LENGTHS)
     for trace in batch.traces:
-        trace.source[::2] = REPLACED
+        trace.source[::2] = Source.REPLACED
     plain = distillation.token_losses(*batch.all, LOSSES["forward_kl"]).detach()
     loss = make_token_loss(
         "forward_kl", beta=0.5, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0,
@@ -240,7 +238,7 @@ def test_weight_zero_keeps_its_tokens_in_the_mean(distillation, aggregate_loss) 
     )  # fmt: skip
     values = distillation.token_losses(*batch.all, loss)
     kept = [
-        plain[row, prompt - 1 : prompt + response - 1] * (batch.traces[row].source != REPLACED)
+        plain[row, prompt - 1 : prompt + response - 1] * (batch.traces[row].source != Source.REPLACED)
         for row, (prompt, response) in enumerate(LENGTHS)
     ]
     expected = {True: torch.cat(kept).sum() / 11, False: torch.stack([row.mean() for row in kept]).mean()}

@@ -91,7 +91,6 @@ def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor)
         teacher_logp=logp.gather(1, response[:, None]).squeeze(1),
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=top_logp,
-        teacher_tail_logp=nothing,
         teacher_rest_tempered=nothing,
         teacher_hidden=hidden,
     )

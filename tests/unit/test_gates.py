@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.accept import ACCEPTED, REPLACED, RESAMPLED, assemble_block
-from skd_plugin.core.gates import GATES, Proposals, decayed_top_k, judge
+from skd_plugin.core.gates import GATES, Proposals, assemble_block, decayed_top_k, judge
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
+from skd_plugin.core.trace import Source
 
 VOCAB = 12
 SETTINGS = {
@@ -27,21 +29,14 @@ def proposals(seed: int, threshold: float, top_k: int = TOP_K, repeat: int = 1, 
     generator = torch.Generator().manual_seed(seed)
     teacher, student = (torch.randn(VOCAB, generator=generator) * 1.5 for _ in range(2))
     count = VOCAB * repeat
-    settings = {
-        "student_temperature": 1.0,
-        "student_top_p": 1.0,
-        "teacher_temperature": 1.0,
-        "teacher_top_p": 1.0,
-    } | settings
     return Proposals(
         draft_N=torch.arange(VOCAB).repeat_interleave(repeat),
         teacher_logits_NV=teacher.expand(count, -1),
         student_logp_NV=student.log_softmax(-1).expand(count, -1),
         position_N=torch.arange(count),
         seed_N=torch.full((count,), seed),
-        top_k_N=torch.full((count,), top_k),
-        threshold_N=torch.full((count,), threshold),
-        **{f"{name}_N": torch.full((count,), value) for name, value in settings.items()},
+        prompt_len_N=torch.zeros(count, dtype=torch.int64),
+        settings=SettingRows.of([SamplingSettings(top_k, threshold=threshold, **settings)] * count, "cpu"),
     )
 
 
@@ -130,7 +125,8 @@ def verdict_law(gate: str, case: Proposals) -> torch.Tensor:
     verdict = judge(GATES[gate], case)
     q = case.student_probs_NV[0].double()
     weight = q[case.draft_N] / torch.bincount(case.draft_N, minlength=VOCAB)[case.draft_N]
-    rows = torch.tensor([{ACCEPTED: 0, REPLACED: 1, RESAMPLED: 2}[s] for s in verdict.source_N.tolist()])
+    order = (Source.ACCEPTED, Source.REPLACED, Source.RESAMPLED)
+    rows = torch.tensor([order.index(source) for source in verdict.source_N.tolist()])
     return torch.zeros(3 * VOCAB, dtype=torch.float64).index_add(0, rows * VOCAB + verdict.token_N, weight).view(3, -1)
 
 
@@ -153,8 +149,8 @@ def test_asked_again_without_mass_inside_the_teacher_answers():
     worst = int(case.teacher_logits_NV[0].argmin())
     logp = torch.full((VOCAB, VOCAB), -50.0)
     logp[:, worst] = 0.0
-    sure = Proposals(**{**vars(case), "student_logp_NV": logp, "draft_N": torch.full((VOCAB,), worst)})
-    assert (judge(GATES["ask_again"], sure).source_N == REPLACED).all()
+    sure = replace(case, student_logp_NV=logp, draft_N=torch.full((VOCAB,), worst))
+    assert (judge(GATES["ask_again"], sure).source_N == Source.REPLACED).all()
 
 
 @pytest.mark.parametrize("first", [rng.STUDENT, rng.TEACHER, rng.COIN])
@@ -163,7 +159,7 @@ def test_the_students_second_answer_has_its_own_random_numbers(first):
     case = proposals(4, 0.0, top_k=VOCAB, repeat=1000)
     drawn = sampling.draw(case.student_probs_NV, rng.uniform(case.seed_N, case.position_N, first))
     again = judge(GATES["ask_again"]._replace(keep=lambda p: p.rank_N < 0), case)
-    assert (again.source_N == RESAMPLED).all()
+    assert (again.source_N == Source.RESAMPLED).all()
     expected = (case.student_probs_NV[0] ** 2).sum().item()
     assert abs((again.token_N == drawn).double().mean().item() - expected) < 5 * math.sqrt(0.25 / len(drawn))
 
@@ -172,9 +168,9 @@ def test_the_students_second_answer_has_its_own_random_numbers(first):
 def test_verdict_keeps_the_proposal_or_names_what_took_its_place(gate):
     case = proposals(9, SETTINGS[gate], repeat=20)
     verdict, kept = judge(GATES[gate], case), GATES[gate].keep(case)
-    assert torch.equal(verdict.source_N == ACCEPTED, kept)
+    assert torch.equal(verdict.source_N == Source.ACCEPTED, kept)
     assert torch.equal(verdict.token_N[kept], case.draft_N[kept])
-    assert set(verdict.source_N[~kept].tolist()) <= {RESAMPLED if gate == "ask_again" else REPLACED}
+    assert set(verdict.source_N[~kept].tolist()) <= {Source.RESAMPLED if gate == "ask_again" else Source.REPLACED}
 
 
 @given(top_k=st.integers(1, 2000), decay_len=st.integers(1, 3000), age=st.integers(0, 4000))
@@ -196,6 +192,19 @@ def test_decaying_k_is_the_releases_where_its_steps_are_even(steps, unit, age):
         assert found.item() == expected
 
 
+def test_k_falls_with_the_response_and_not_with_the_prompt():
+    """A row's K is that of its own place, prompt length and settings."""
+    falling, fixed = SamplingSettings(8, top_k_decay_len=8), SamplingSettings(5)
+    case = replace(
+        proposals(1, 0.0).select(torch.arange(4)),
+        position_N=torch.tensor([10, 12, 12, 30]),
+        prompt_len_N=torch.tensor([10, 10, 6, 10]),
+        settings=SettingRows.of([falling, falling, falling, fixed], "cpu"),
+    )
+    assert case.top_k_N.tolist() == [8, 6, 2, 5]
+    assert case.select(torch.tensor([3, 1])).top_k_N.tolist() == [5, 6]
+
+
 def test_no_decay_is_k_itself_also_at_zero():
     k, age = torch.tensor([25, 0, 2**31 - 1]), torch.tensor([900, 900, 900])
     assert torch.equal(decayed_top_k(k, age, torch.zeros(3, dtype=torch.int64)), k)
@@ -215,7 +224,7 @@ def test_blocks_of_every_gate(seed, counts, gate, threshold, top_k):
     generator = torch.Generator().manual_seed(seed)
     one = proposals(seed, threshold, top_k, repeat=-(-total // VOCAB)).select(torch.arange(total))
     draft_N = torch.randint(VOCAB, (total,), generator=generator)
-    verdict = judge(GATES[gate], Proposals(**{**vars(one), "draft_N": draft_N}))
+    verdict = judge(GATES[gate], replace(one, draft_N=draft_N))
     counts_B = torch.tensor(counts)
     request_N = torch.arange(len(counts)).repeat_interleave(counts_B)
     place_N = torch.arange(total) - (counts_B.cumsum(0) - counts_B)[request_N]
@@ -264,5 +273,5 @@ def test_interpolation_has_exactly_the_mixed_law(gamma):
 
 def test_interpolation_of_equal_laws_always_has_a_replacement():
     case = proposals(7, 0.5)
-    same = Proposals(**{**vars(case), "student_logp_NV": case.teacher_logits_NV.log_softmax(-1)})
+    same = replace(case, student_logp_NV=case.teacher_logits_NV.log_softmax(-1))
     assert (GATES["interpolated"].replacement(same).sum(-1) > 0).all()

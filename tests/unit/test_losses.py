@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skd_plugin.core import accept
 from skd_plugin.core.losses import DIVERGENCES, Targets, categories, make_divergence, make_token_loss, top_k_loss
+from skd_plugin.core.trace import Source
 
 BETA, ALPHA = 0.3, 0.2
 NEUTRAL = dict(
@@ -464,13 +464,13 @@ def test_cross_entropy_is_torchs():
 def test_hard_label_has_no_temperature():
     student, _, targets = make_case(7, 30, 5, tau=3.0)
     hot = token_loss("forward_kl", replaced_kind="cross_entropy", temperature=3.0)
-    targets = with_sources(targets, [accept.REPLACED] * 7)
+    targets = with_sources(targets, [Source.REPLACED] * 7)
     torch.testing.assert_close(hot(student, targets), token_loss("cross_entropy")(student, targets))
 
 
 CODES = [
-    accept.ACCEPTED, accept.REPLACED, accept.UNDRAFTED, accept.REFERENCE, accept.RESAMPLED, accept.FLAGGED,
-    accept.REPLACED, accept.ACCEPTED,
+    Source.ACCEPTED, Source.REPLACED, Source.UNDRAFTED, Source.REFERENCE, Source.RESAMPLED, Source.FLAGGED,
+    Source.REPLACED, Source.ACCEPTED,
 ]  # fmt: skip
 
 
@@ -487,7 +487,7 @@ def test_provenance_against_a_plain_loop(kind, replaced_kind):
     gradient, student.grad = student.grad, None
     expected = []
     for n, code in enumerate(CODES):
-        replaced = code in (accept.REPLACED, accept.FLAGGED)
+        replaced = code in (Source.REPLACED, Source.FLAGGED)
         own_kind = replaced_kind or kind if replaced else kind
         row = torch.tensor([n])
         own = token_loss(own_kind, temperature=2.0)(student[row], targets.select(row))[0]
@@ -497,14 +497,14 @@ def test_provenance_against_a_plain_loop(kind, replaced_kind):
     torch.testing.assert_close(gradient, student.grad)
 
 
-@pytest.mark.parametrize("code", [accept.ACCEPTED, accept.REPLACED])
+@pytest.mark.parametrize("code", [Source.ACCEPTED, Source.REPLACED])
 def test_only_one_origin(code):
     """The loss of the other origin has no token at all."""
     student, _, targets = make_case(4, 20, 5)
     student.requires_grad_()
     value = token_loss("jsd", replaced_kind="cross_entropy")(student, with_sources(targets, [code] * 4))
     value.sum().backward()
-    own = "jsd" if code == accept.ACCEPTED else "cross_entropy"
+    own = "jsd" if code == Source.ACCEPTED else "cross_entropy"
     torch.testing.assert_close(value, token_loss(own)(student, targets))
     assert student.grad.abs().sum() > 0
 

@@ -8,8 +8,7 @@ import random
 import pytest
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, FLAGGED, NOTHING, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.host.metrics import draft_waste, mean_kl, rollout_metrics
 
 NAN = float("nan")
@@ -21,8 +20,8 @@ GIVEN, LOST, AGAIN, MARKED = "given lost again marked".split()
 def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Trace:
     count = len(kinds)
     drafted = torch.tensor([kind not in (UNKNOWN, LOST) for kind in kinds], dtype=torch.bool)
-    codes = {KEPT: ACCEPTED, SWAPPED: REPLACED, SAME: REPLACED, UNKNOWN: UNDRAFTED}
-    codes |= {GIVEN: REFERENCE, LOST: REFERENCE, AGAIN: RESAMPLED, MARKED: FLAGGED}
+    codes = {KEPT: Source.ACCEPTED, SWAPPED: Source.REPLACED, SAME: Source.REPLACED, UNKNOWN: Source.UNDRAFTED}
+    codes |= {GIVEN: Source.REFERENCE, LOST: Source.REFERENCE, AGAIN: Source.RESAMPLED, MARKED: Source.FLAGGED}
     rejected = {kind: NOTHING for kind in codes} | {SWAPPED: 9, SAME: 5, AGAIN: 9, MARKED: 5}
     known = torch.where(drafted, 1.0, NAN)
     return Trace(
@@ -37,7 +36,6 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
         teacher_entropy=torch.full((count,), 1.25),
         teacher_topk_ids=torch.zeros(count, 2, dtype=torch.int32),
         teacher_topk_logp=torch.full((count, 2), topk_mass / 2).log(),
-        teacher_tail_logp=torch.full((count,), 1 - topk_mass).log(),
         teacher_rest_tempered=torch.full((count,), 1 - topk_mass).log(),
     )
 

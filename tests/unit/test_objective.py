@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.accept import ACCEPTED, FLAGGED, REFERENCE, REPLACED, RESAMPLED, UNDRAFTED
+from skd_plugin.core.trace import Source
 from tests.unit.test_distillation import LOSSES, Batch
 
 LENGTHS = [(3, 4), (2, 3), (4, 6)]
@@ -39,7 +39,7 @@ class Step:
         self.parts = parts
         self.batch = Batch(LENGTHS)
         for trace in self.batch.traces:
-            trace.source[:] = ACCEPTED
+            trace.source[:] = Source.ACCEPTED
         for (row, index), code in sources.items():
             self.batch.traces[row].source[index] = code
         generator = torch.Generator().manual_seed(5)
@@ -95,11 +95,11 @@ class Step:
         return row, LENGTHS[row][0] - 1 + index
 
 
-FOREIGN = {(0, 1): REPLACED, (1, 0): UNDRAFTED, (2, 2): REFERENCE, (2, 3): RESAMPLED}
+FOREIGN = {(0, 1): Source.REPLACED, (1, 0): Source.UNDRAFTED, (2, 2): Source.REFERENCE, (2, 3): Source.RESAMPLED}
 
 
 def test_only_the_students_own_tokens_get_a_policy_gradient(parts) -> None:
-    step = Step(parts, {**FOREIGN, (2, 5): FLAGGED})
+    step = Step(parts, {**FOREIGN, (2, 5): Source.FLAGGED})
     gradient = step.gradient(kd=0.0, rl=1.0)
     for row, (_, length) in enumerate(LENGTHS):
         for index in range(length):
@@ -181,7 +181,7 @@ def test_weights_have_mean_one_over_the_step(parts) -> None:
 
 def test_a_step_without_a_token_of_its_own(parts) -> None:
     """Every token is the teacher's: the policy loss is 0 with a graph, and nothing is NaN."""
-    everywhere = {(row, index): REPLACED for row, (_, length) in enumerate(LENGTHS) for index in range(length)}
+    everywhere = {(row, index): Source.REPLACED for row, (_, length) in enumerate(LENGTHS) for index in range(length)}
     step = Step(parts, everywhere)
     gradient = step.gradient(kd=0.0, rl=1.0)
     assert step.loss == 0.0 and gradient.abs().sum() == 0

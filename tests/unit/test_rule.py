@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.gates import GATES
+from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
+from skd_plugin.engine.request_table import RequestParams
 from skd_plugin.engine.sampling_rule import (
     ACCEPTANCE_SIGN,
     CONFIDENCE_GATES,
-    KEEP_ALL,
     METHODS,
     RulePlan,
     SamplingRule,
@@ -49,7 +51,7 @@ def test_every_gate_of_the_recipe_is_there() -> None:
 )
 def test_methods(method: str, top_k: int, share: float) -> None:
     made = rule(method=method, top_k=7, **({"mix": 0.25} if "mixed" in method else {}))
-    assert (made.top_k, made.reference_share, made.gate) == (top_k, share, "top_k")
+    assert (made.settings.top_k, made.reference_share, made.settings.gate) == (top_k, share, "top_k")
 
 
 def test_two_stages() -> None:
@@ -60,31 +62,31 @@ def test_two_stages() -> None:
 
 def test_a_method_without_a_gate_ignores_the_gate() -> None:
     made = rule(method="on_policy", gate="floor", threshold=0.5)
-    assert (made.gate, made.top_k, made.threshold) == ("top_k", KEEP_ALL, 0.0)
+    assert (made.settings.gate, made.settings.top_k, made.settings.threshold) == ("top_k", KEEP_ALL, 0.0)
 
 
 def test_only_gates_with_a_k_have_one() -> None:
-    assert rule(gate="floor", threshold=0.3).top_k == 0
-    assert rule(gate="confident", threshold=0.3).top_k == 25
-    assert rule(gate="ask_again").top_k == 25
+    assert rule(gate="floor", threshold=0.3).settings.top_k == 0
+    assert rule(gate="confident", threshold=0.3).settings.top_k == 25
+    assert rule(gate="ask_again").settings.top_k == 25
 
 
 @pytest.mark.parametrize(("confidence", "gate"), CONFIDENCE_GATES.items())
 def test_confidence_chooses_the_gate(confidence: str, gate: str) -> None:
-    assert rule(gate="confident", threshold=0.3, confidence=confidence).gate == gate
+    assert rule(gate="confident", threshold=0.3, confidence=confidence).settings.gate == gate
 
 
 def test_argmax_is_the_teacher_at_temperature_zero() -> None:
-    assert rule(replacement="argmax", teacher_temperature=0.7).teacher_temperature == 0.0
-    assert rule(teacher_temperature=0.7).teacher_temperature == 0.7
+    assert rule(replacement="argmax", teacher_temperature=0.7).settings.teacher_temperature == 0.0
+    assert rule(teacher_temperature=0.7).settings.teacher_temperature == 0.7
 
 
 def test_compatibility_has_one_temperature() -> None:
     made = rule(
         reference_compat=True, student_temperature=0.5, student_top_p=0.9, teacher_temperature=0.2, teacher_top_p=0.5
     )
-    assert (made.student_temperature, made.student_top_p) == (0.2, 0.5)
-    assert made.gate == "top_k_of_nucleus" and made.top_k == 25
+    assert (made.settings.student_temperature, made.settings.student_top_p) == (0.2, 0.5)
+    assert made.settings.gate == "top_k_of_nucleus" and made.settings.top_k == 25
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,16 +94,19 @@ def test_evaluations_use_no_reference_and_no_gate(method: str) -> None:
     made = rule(method=method)
     student, teacher = made.student_only(0.0), made.teacher_only(0.0)
     assert (student.reference_share, teacher.reference_share) == (0.0, 0.0)
-    assert (student.top_k, student.gate, student.write_back, student.top_k_decay_len) == (KEEP_ALL, "top_k", True, 0)
-    assert (teacher.top_k, teacher.gate, teacher.write_back, teacher.top_k_decay_len) == (0, "top_k", True, 0)
+    for made, top_k in ((student, KEEP_ALL), (teacher, 0)):
+        settings = made.settings
+        assert (settings.top_k, settings.gate, settings.write_back, settings.top_k_decay_len) == (
+            top_k, "top_k", True, 0,
+        )  # fmt: skip
 
 
 def test_schedules_of_k_and_threshold() -> None:
     moving = {"kind": "linear", "from": 50, "to": 2, "hold": 0.0}
-    assert [rule(t, top_k=moving).top_k for t in (0, 0.5, 0.51, 1)] == [50, 26, 26, 2]
+    assert [rule(t, top_k=moving).settings.top_k for t in (0, 0.5, 0.51, 1)] == [50, 26, 26, 2]
     floor = {"kind": "cosine", "from": 0.5, "to": 0.25}
-    assert rule(0.1, gate="floor", threshold=floor).threshold == 0.5
-    assert rule(1.0, gate="floor", threshold=floor).threshold == 0.25
+    assert rule(0.1, gate="floor", threshold=floor).settings.threshold == 0.5
+    assert rule(1.0, gate="floor", threshold=floor).settings.threshold == 0.25
 
 
 def test_plan_of_a_schedule_is_a_function_of_the_step() -> None:
@@ -109,7 +114,7 @@ def test_plan_of_a_schedule_is_a_function_of_the_step() -> None:
     whole, resumed = (RulePlan(rollout, 40, 1000) for _ in range(2))
     assert whole.state_dict() == {}
     assert [whole.at(step) for step in range(41)][17:] == [resumed.at(step) for step in range(17, 41)]
-    assert whole.at(0).top_k == 100 and whole.at(40).top_k == whole.at(60).top_k == 1
+    assert whole.at(0).settings.top_k == 100 and whole.at(40).settings.top_k == whole.at(60).settings.top_k == 1
 
 
 def test_plan_of_a_controller_goes_on_from_its_state() -> None:
@@ -125,7 +130,7 @@ def test_plan_of_a_controller_goes_on_from_its_state() -> None:
     for rate in measured[2:]:
         second.observe(rate)
     assert second.state_dict() == whole.state_dict() and second.at(5) == whole.at(5)
-    assert whole.at(0).top_k > 10
+    assert whole.at(0).settings.top_k > 10
 
 
 @pytest.mark.parametrize(
@@ -164,5 +169,8 @@ def test_figures_are_those_that_may_move() -> None:
 def test_request_carries_the_rule() -> None:
     params = rule(top_k=7, top_k_decay_len=30, write_back=False).request([5, 6, 9], 3, 11, [1, 2])
     assert (params.prompt_len, params.first_token, params.trace_id, params.seed) == (3, 9, 3, 11)
-    assert (params.top_k, params.top_k_decay_len, params.write_back, params.forced_ids) == (7, 30, False, [1, 2])
+    assert params.settings == SamplingSettings(7, top_k_decay_len=30, write_back=False)
+    assert params.forced_ids == [1, 2]
     assert params.to_extra_args()["skd"]["forced_ids"] == [1, 2]
+    carried = json.loads(json.dumps(params.to_extra_args()))  # plain values all the way
+    assert RequestParams.from_extra_args(carried) == params

@@ -1,5 +1,7 @@
 """Warping against a slow numpy reference, and the law of a draw."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,21 @@ def test_the_largest_uniform_number_draws_a_possible_token():
     probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).expand(2, -1)
     drawn = sampling.draw(probs, torch.tensor([1.0, 2.0**-54], dtype=torch.float64))
     assert drawn.tolist() == [2, 1]
+
+
+def test_setting_rows_are_the_settings_row_by_row():
+    """Every setting but the gate's name, in a type that holds it exactly; a new field of the settings is a new row."""
+    first = sampling.SamplingSettings(sampling.KEEP_ALL, "floor", 0.25, 30, False, 0.5, 0.75, 2.0, 0.5)
+    second = sampling.SamplingSettings(0)
+    rows = sampling.SettingRows.of([first, second], "cpu")
+    names = [field.name for field in fields(sampling.SamplingSettings) if field.name != "gate"]
+    for name in names:
+        values = [getattr(first, name), getattr(second, name)]
+        assert getattr(rows, name).tolist() == values and values[0] != values[1], name
+    assert (rows.top_k.dtype, rows.threshold.dtype, rows.write_back.dtype) == (torch.int64, torch.float32, torch.bool)
+    assert rows.repeat(torch.tensor([1, 2])).top_k.tolist() == [sampling.KEEP_ALL, 0, 0]
+    assert rows.repeat(torch.tensor([0, 2])).write_back.tolist() == [True, True]
+    assert rows.select(torch.tensor([1, 0])).threshold.tolist() == [0.0, 0.25]
+    assert rows.select([1]).top_k_decay_len.tolist() == [0]
+    with pytest.raises(AttributeError, match="'gate' is no setting that rows have; they have top_k, threshold"):
+        rows.gate  # noqa: B018

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skd_plugin.core.accept import NOTHING
 from skd_plugin.core.token_weights import LAWS, make_weigher
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Trace
 from tests.traces import trace_of
 
 VOCAB = 50

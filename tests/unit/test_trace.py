@@ -6,12 +6,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from skd_plugin.core import accept
-from skd_plugin.core.trace import SOURCE_LETTERS, Trace
+from skd_plugin.core.trace import Source, Trace
 
 KEYS = {
     "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
-    "student_entropy", "teacher_entropy", "teacher_topk_ids", "teacher_topk_logp", "teacher_tail_logp",
+    "student_entropy", "teacher_entropy", "teacher_topk_ids", "teacher_topk_logp",
     "teacher_rest_tempered", "finish",
 }  # fmt: skip
 
@@ -22,7 +21,7 @@ def trace() -> Trace:
     nan = float("nan")
     return Trace(
         response_ids=torch.tensor([5, 6, 7], dtype=torch.int32),
-        source=torch.tensor([accept.ACCEPTED, accept.REPLACED, accept.UNDRAFTED], dtype=torch.uint8),
+        source=torch.tensor([Source.ACCEPTED, Source.REPLACED, Source.UNDRAFTED], dtype=torch.uint8),
         rejected_ids=torch.tensor([-1, 9, -1], dtype=torch.int32),
         draft_rank=torch.tensor([0, 12, -1], dtype=torch.int32),
         student_logp=torch.tensor([-0.5, -1.5, nan]),
@@ -32,7 +31,6 @@ def trace() -> Trace:
         teacher_entropy=torch.tensor([0.5, 1.5, 0.25]),
         teacher_topk_ids=torch.tensor([[5, 1], [6, 2], [7, 3]], dtype=torch.int32),
         teacher_topk_logp=torch.tensor([[-0.25, -2.0], [-0.75, -2.5], [-1.0, -float("inf")]]),
-        teacher_tail_logp=torch.tensor([-2.5, -0.8, -float("inf")]),
         teacher_rest_tempered=torch.tensor([-1.5, -0.5, -float("inf")]),
     )
 
@@ -65,7 +63,11 @@ def test_json_is_strict(trace):
 
 
 def test_letters_follow_the_codes():
-    assert [SOURCE_LETTERS[code] for code in (accept.ACCEPTED, accept.REPLACED, accept.UNDRAFTED)] == ["s", "t", "u"]
+    """A trace file is read by people and by the report: a letter never changes its meaning."""
+    letters = {"s": Source.ACCEPTED, "t": Source.REPLACED, "u": Source.UNDRAFTED}
+    letters |= {"r": Source.REFERENCE, "a": Source.RESAMPLED, "f": Source.FLAGGED}
+    assert {source.letter: source for source in Source} == letters
+    assert [source.letter for source in sorted(Source)] == list("sturaf")
 
 
 def test_slices_join_to_the_whole(trace):
