@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import vllm.model_executor.layers.utils as layers
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from skd_plugin import cpu
 from skd_plugin.core import rng, sampling
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.seams import rebind
+
+
+@contextmanager
+def loadable_weights() -> Iterator[None]:
+    """A vLLM model that is loaded inside can be loaded again.
+
+    On a CPU with oneDNN or AMX vLLM packs each weight into a form of its own and drops the original; new weights would
+    then be refused, or, worse, be stored where nothing reads them.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def keep_weight(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    packing = layers.dispatch_cpu_unquantized_gemm
+    rebind(layers, "dispatch_cpu_unquantized_gemm", keep_weight)
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = packing
 
 
 class SKDDrafter(DraftModelProposer):
@@ -51,7 +76,7 @@ class SKDDrafter(DraftModelProposer):
         return torch.cat([self._open.pop(name)[:count] for name, count in pairs if count])
 
     def _get_model(self) -> torch.nn.Module:
-        with cpu.loadable_weights():
+        with loadable_weights():
             return super()._get_model()
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:

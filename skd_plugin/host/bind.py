@@ -14,6 +14,7 @@ import ray
 from skd_plugin import cpu
 from skd_plugin.config.run import Run
 from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.host import on_cpu
 from skd_plugin.host.controller import SKDTrainer
 from skd_plugin.host.critic import SKDCritic
 from skd_plugin.host.policy_actor import SKDPolicy
@@ -54,7 +55,7 @@ def _on_cpu(host_actor: Any) -> type:
 
     class OnCpu(plain_class(host_actor)):
         def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-            cpu.adapt_host_trainer()
+            on_cpu.adapt_trainer()
             super().init_model_from_pretrained(*args, **kwargs)
 
     return OnCpu
@@ -88,6 +89,6 @@ def ray_options(run: Run) -> dict[str, Any]:
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     if run.cpu:
         env |= cpu.ENV
-        options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.cpu.install"
+        options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.host.on_cpu.install"
         options |= {"address": "local", "num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
     return options

@@ -6,14 +6,14 @@ from typing import Any
 
 import openrlhf.trainer.ray.ppo_critic as host
 
-from skd_plugin import cpu
+from skd_plugin.host import on_cpu
 from skd_plugin.host.rollout_actor import TRACE_KEY
 from skd_plugin.seams import plain_class
 
 
 class SKDCritic(plain_class(host.CriticModelActor)):
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        cpu.adapt_host_trainer()
+        on_cpu.adapt_trainer()
         super().init_model_from_pretrained(*args, **kwargs)
 
     def append(self, experience: Any) -> None:

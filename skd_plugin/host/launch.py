@@ -18,6 +18,7 @@ from types import TracebackType
 from skd_plugin import cpu
 from skd_plugin.config.host_options import HOST_MODULE
 from skd_plugin.config.run import Run
+from skd_plugin.host import on_cpu
 from skd_plugin.run_folder import RunFolder, Status
 
 
@@ -30,7 +31,7 @@ def main(run_dir: str) -> None:
     os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
     if run.cpu:
         os.environ.update(cpu.ENV)
-        cpu.install()
+        on_cpu.install()
     import ray
 
     from skd_plugin.host.bind import bind, ray_options

@@ -14,10 +14,10 @@ import torch
 from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-from skd_plugin import cpu
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
+from skd_plugin.host import on_cpu
 from skd_plugin.host.distillation import DistillationLoss
 from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyLoss, FullVocabularyTeacher
 from skd_plugin.host.lesson import LessonPlan
@@ -152,7 +152,7 @@ def _full_vocabulary(
 
 class SKDPolicy(HostPolicy):
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, *args: Any, **kwargs: Any) -> None:
-        cpu.adapt_host_trainer()
+        on_cpu.adapt_trainer()
         skd = strategy.args.skd
         if skd.loss.vocabulary == "full":
             vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
-from skd_plugin import cpu
+from skd_plugin.host import on_cpu
 
 WORKER_EXTENSION_CLS = "skd_plugin.host.weight_sync.StudentWeights"
 
@@ -36,7 +36,7 @@ class Bucket:
 
 class StudentWeights(WorkerWrap):
     def init_process_group(self, *args: Any, **kwargs: Any) -> None:
-        cpu.adapt_weight_sync()
+        on_cpu.adapt_weight_sync()
         super().init_process_group(*args, **kwargs)
 
     def update_weight(self, *args: Any, **kwargs: Any) -> None:

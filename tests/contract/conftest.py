@@ -1,10 +1,10 @@
-"""The hosts can be imported on a machine without CUDA only after `compat.cpu.install`."""
+"""The hosts can be imported on a machine without CUDA only after `host.on_cpu.install`."""
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def importable_hosts() -> None:
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
-    cpu.install()
+    on_cpu.install()

@@ -18,9 +18,9 @@ os.environ.setdefault("MASTER_PORT", "29631")
 
 import torch
 
-from skd_plugin import cpu
+from skd_plugin.host import on_cpu
 
-cpu.install()
+on_cpu.install()
 
 import openrlhf.trainer.ray.ppo_actor as host
 from openrlhf.models import Actor
@@ -146,7 +146,7 @@ def gradient_norms(actor: Actor) -> Any:
 
 
 def classes_of(kind: str) -> tuple[type, type]:
-    cpu.adapt_host_trainer()
+    on_cpu.adapt_trainer()
     if kind == "host":
         return host.ActorPPOTrainer, RemoteExperienceMaker
     from skd_plugin.host.policy_actor import SKDActorTrainer

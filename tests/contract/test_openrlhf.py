@@ -122,7 +122,7 @@ SIGNATURES = [
     ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "host/weight_sync.py"),
     ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "host/policy_actor.py"),
     ("openrlhf.utils.distributed_util:stateless_init_process_group",
-     "master_address master_port rank world_size device", "cpu.py"),
+     "master_address master_port rank world_size device", "engine/gloo.py"),
     ("openrlhf.models.loss:aggregate_loss",
      "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "host/distillation.py"),
     (f"{PPO}:PPOTrainer.__init__",
@@ -740,7 +740,7 @@ def test_source_of_a_prompt_without_one() -> None:
     assert sources(PromptDataset(rows, None, strategy)) == {"one": HELD_OUT, "two": "gsm8k"}, "revisit by_task.py"
 
 
-# --- a machine without CUDA (cpu.py) ---
+# --- a machine without CUDA (host/on_cpu.py) ---
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="these adaptations are for machines without CUDA")
 
@@ -753,7 +753,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     import openrlhf.utils.distributed_util as distributed_util
     import openrlhf.utils.utils as host_utils
 
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
     for module, name in (
         (replay_buffer, "torch"),
@@ -762,13 +762,13 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
         (distributed_util, "stateless_init_process_group"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
-    cpu.adapt_host_trainer()
+    on_cpu.adapt_trainer()
 
 
 @without_cuda
 def test_replay_buffer_lives_on_the_cpu(adapted: None) -> None:
     buffer = find("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer")(2)
-    assert buffer.target_device == torch.device("cpu"), "revisit adapt_host_trainer in skd_plugin/cpu.py"
+    assert buffer.target_device == torch.device("cpu"), "revisit adapt_trainer in skd_plugin/host/on_cpu.py"
 
 
 @without_cuda
@@ -776,20 +776,20 @@ def test_weight_sync_of_both_ends_is_gloo(adapted: None) -> None:
     """The trainer looks the function up in ppo_actor, the worker imports it when it is called."""
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
 
-    from skd_plugin.cpu import gloo_process_group
+    from skd_plugin.engine.gloo import gloo_process_group
 
-    assert ppo_actor.stateless_init_process_group is gloo_process_group, "revisit skd_plugin/cpu.py"
+    assert ppo_actor.stateless_init_process_group is gloo_process_group, "revisit skd_plugin/host/on_cpu.py"
     code = find(f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group").__code__
     assert "stateless_init_process_group" in code.co_names
     inside = imports_inside(find(f"{WRAP}.init_process_group"))
-    assert ("openrlhf.utils.distributed_util", "stateless_init_process_group") in inside, "revisit cpu.py"
+    assert ("openrlhf.utils.distributed_util", "stateless_init_process_group") in inside, "revisit host/on_cpu.py"
 
 
 @without_cuda
 def test_actor_is_loaded_in_float32(adapted: None) -> None:
     """Actor imports the conversion when it is called, so that the rebound one is found."""
     inside = imports_inside(find("openrlhf.models:Actor.__init__"))
-    assert ("openrlhf.utils.utils", "convert_to_torch_dtype") in inside, "revisit skd_plugin/cpu.py"
+    assert ("openrlhf.utils.utils", "convert_to_torch_dtype") in inside, "revisit skd_plugin/host/on_cpu.py"
     assert find("openrlhf.utils.utils:convert_to_torch_dtype")("fp32") == torch.float32
 
 
@@ -802,15 +802,15 @@ def test_every_flash_attention_import_at_import_time_has_a_stub() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flash_attn":
                 wanted |= {(node.module, alias.name) for alias in node.names}
-    assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/cpu.py"
+    assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/host/on_cpu.py"
     for module, name in wanted:
-        assert hasattr(importlib.import_module(module), name), f"add {module}.{name} to skd_plugin/cpu.py"
+        assert hasattr(importlib.import_module(module), name), f"add {module}.{name} to skd_plugin/host/on_cpu.py"
 
 
 @without_cuda
 def test_device_mesh_of_cuda_is_one_of_the_cpu() -> None:
     source = inspect.getsource(importlib.import_module("openrlhf.utils.deepspeed.deepspeed"))
-    assert "init_device_mesh(" in source, "revisit _cuda_means_cpu in skd_plugin/cpu.py"
+    assert "init_device_mesh(" in source, "revisit install in skd_plugin/cpu.py"
     assert torch.distributed.device_mesh.init_device_mesh.__module__ == "skd_plugin.cpu"
 
 

@@ -51,7 +51,7 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "a fully kept block without its bonus token must look as if its last draft had been rejected and replaced"),
     ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "603506658606", "engine/sampler.py",
      "it turns rows with -1 into token lists"),
-    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "cpu.py",
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "engine/drafter.py",
      "loadable_weights puts its own in place, which must set whatever the layers call"),
     ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "engine/offline.py",
      "VLLM_USE_V2_MODEL_RUNNER=0 must choose the V1 runner"),
@@ -73,11 +73,11 @@ SIGNATURES = [
     ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "engine/worker.py"),
     ("vllm:LLM.collective_rpc", "method timeout args kwargs", "engine/offline.py"),
     ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "host/rollout_actor.py"),
-    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "cpu.py"),
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer remove_weight", "engine/drafter.py"),
     ("vllm.distributed.utils:stateless_init_torch_distributed_process_group",
-     "host port rank world_size backend group_name return_store listen_socket", "cpu.py"),
+     "host port rank world_size backend group_name return_store listen_socket", "engine/gloo.py"),
     ("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.broadcast", "tensor src stream",
-     "cpu.py (GlooGroup) and host/weight_sync.py"),
+     "engine/gloo.py and host/weight_sync.py"),
 ]  # fmt: skip
 
 
@@ -430,7 +430,7 @@ def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:
     assert inspect.iscoroutinefunction(AsyncLLM.reset_prefix_cache), "revisit skd_plugin/host/policy_actor.py"
 
 
-# --- loadable weights (cpu.py) ---
+# --- loadable weights (engine/drafter.py) ---
 
 
 @pytest.mark.parametrize("module", ["linear", "vocab_parallel_embedding"])
@@ -438,8 +438,10 @@ def test_packing_is_imported_when_it_is_called(module: str) -> None:
     """An import at the top of the module would keep vLLM's own function in place."""
     loaded = importlib.import_module(f"vllm.model_executor.layers.{module}")
     inside = imports_inside(loaded)
-    assert ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm") in inside, "revisit cpu.py"
-    assert not hasattr(loaded, "dispatch_cpu_unquantized_gemm"), "revisit loadable_weights in skd_plugin/cpu.py"
+    assert ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm") in inside, "revisit engine/drafter.py"
+    assert not hasattr(loaded, "dispatch_cpu_unquantized_gemm"), (
+        "revisit loadable_weights in skd_plugin/engine/drafter.py"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="packing is for CPUs")
@@ -447,7 +449,7 @@ def test_weights_loaded_inside_stay_readable() -> None:
     import vllm.model_executor.layers.utils as layers
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from skd_plugin.cpu import loadable_weights
+    from skd_plugin.engine.drafter import loadable_weights
 
     original = layers.dispatch_cpu_unquantized_gemm
     layer = torch.nn.Module()
@@ -455,7 +457,9 @@ def test_weights_loaded_inside_stay_readable() -> None:
     with loadable_weights():
         UnquantizedLinearMethod().process_weights_after_loading(layer)
     assert layers.dispatch_cpu_unquantized_gemm is original
-    assert layer.weight.shape == (2, 3), "the weight was packed; revisit loadable_weights in skd_plugin/cpu.py"
+    assert layer.weight.shape == (2, 3), (
+        "the weight was packed; revisit loadable_weights in skd_plugin/engine/drafter.py"
+    )
     layer.weight.data.fill_(1.0)
     out = layer.cpu_linear(torch.ones(1, 3), layer.weight, None)
-    assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/cpu.py"
+    assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/engine/drafter.py"

@@ -9,9 +9,9 @@ import json
 import socket
 import sys
 
-from skd_plugin import cpu
+from skd_plugin.host import on_cpu
 
-cpu.install()
+on_cpu.install()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402

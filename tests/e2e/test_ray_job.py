@@ -25,9 +25,9 @@ from types import SimpleNamespace
 
 import ray
 
-from skd_plugin import cpu
+from skd_plugin.host import on_cpu
 
-cpu.install()  # without a GPU the host's imports need it
+on_cpu.install()  # without a GPU the host's imports need it
 from skd_plugin.host.bind import ray_options
 
 ray.init(**ray_options(SimpleNamespace(cpu=False)))

@@ -18,9 +18,9 @@ LOSSES = {kind: top_k_loss(make_divergence(kind, beta=0.5, alpha=0.1)) for kind 
 @pytest.fixture(scope="session")
 def distillation():
     """The module under test; OpenRLHF can be imported on a CPU only after `install`."""
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
-    cpu.install()
+    on_cpu.install()
     import skd_plugin.host.distillation as module
 
     return module

@@ -27,9 +27,9 @@ LOSSES = {
 @pytest.fixture(scope="session")
 def modules():
     """The modules under test; OpenRLHF can be imported on a CPU only after `install`."""
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
-    cpu.install()
+    on_cpu.install()
     import skd_plugin.host.distillation
     import skd_plugin.host.full_vocabulary
     import skd_plugin.host.lesson

@@ -15,9 +15,9 @@ LENGTHS = [(3, 4), (2, 3), (4, 6)]
 
 @pytest.fixture(scope="module")
 def parts() -> SimpleNamespace:
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
-    cpu.install()
+    on_cpu.install()
     from openrlhf.models import PolicyLoss
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 

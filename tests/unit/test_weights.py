@@ -11,9 +11,9 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def importable_host() -> None:
-    from skd_plugin import cpu
+    from skd_plugin.host import on_cpu
 
-    cpu.install()
+    on_cpu.install()
 
 
 @pytest.fixture
