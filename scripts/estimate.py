@@ -20,9 +20,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from skd_plugin.check.budget import Budget, make_budget
 from skd_plugin.check.environment import gpus_needed
-from skd_plugin.check.memory import ModelSize, in_gib, model_size
+from skd_plugin.check.memory_budget import Budget, make_budget
+from skd_plugin.check.memory_model import ModelSize, in_gib, model_size
 from skd_plugin.check.subject import given_options
 from skd_plugin.check.time_model import (
     GPUS,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from skd_plugin.check import budget, dry_run, environment, models, recipe, sampler, self_test
-from skd_plugin.check.finding import Finding
-from skd_plugin.check.subject import PromptError, read_prompts, read_subject
+from skd_plugin.check import dry_run, environment, memory_budget, model_pair, sampler, self_test, steps
+from skd_plugin.check.findings import Finding
+from skd_plugin.check.steps import short_name
+from skd_plugin.check.subject import PromptError, Subject, read_prompts, read_subject
 
 
 class Checks:
@@ -44,28 +45,28 @@ class Checks:
             yield Finding("recipe", "not read: the versions come first", "not run")
         else:
             self.recipe_is_wrong = self._subject.error is not None
-            yield recipe.check_recipe(self._subject)
+            yield _recipe_finding(self._subject)
 
     def _models(self) -> Iterator[Finding]:
         subject = self._subject
         self._progress("reading the models and the prompts")
-        self._teacher, self._student, missing = models.load_pair(subject.teacher, subject.student)
+        self._teacher, self._student, missing = model_pair.load_pair(subject.teacher, subject.student)
         self._prompts: list[str] = []
         yield from (finding for finding in missing if finding.remedy != subject.error)  # the recipe's line says it
         if subject.run is not None and self._student is not None:
             try:
                 self._prompts = read_prompts(subject.run, subject.options, self._student.tokenizer)
-                yield recipe.check_steps(subject.options, self._prompts, self._student.tokenizer)
+                yield steps.check_steps(subject.options, self._prompts, self._student.tokenizer)
             except PromptError as error:
                 yield Finding("prompts", str(error), "failed", "see openrlhf.data in the recipe")
         if self._teacher is None or self._student is None:
             return
-        yield models.check_vocabulary(self._teacher, self._student, refused=subject.run is None)
-        yield models.check_template(self._teacher, self._student, subject.options, self._prompts)
+        yield model_pair.check_vocabulary(self._teacher, self._student, refused=subject.run is None)
+        yield model_pair.check_template(self._teacher, self._student, subject.options, self._prompts)
         if self._prompts:
-            yield models.check_first_prompt(self._prompts[0], self._student.tokenizer)
-        yield from models.check_end_tokens(self._teacher, self._student)
-        yield models.check_padding(self._student)
+            yield model_pair.check_first_prompt(self._prompts[0], self._student.tokenizer)
+        yield from model_pair.check_end_tokens(self._teacher, self._student)
+        yield model_pair.check_padding(self._student)
 
     def _sizes(self) -> Iterator[Finding]:
         subject = self._subject
@@ -75,7 +76,9 @@ class Checks:
             return
         self._device = environment.device_memory(subject.cpu)
         pair = self._teacher.config, self._student.config
-        yield from budget.check_memory(*pair, subject.skd, subject.options, cpu=subject.cpu, device=self._device)
+        yield from memory_budget.check_memory(
+            *pair, subject.skd, subject.options, cpu=subject.cpu, device=self._device
+        )
 
     def _self_test(self) -> Iterator[Finding]:
         subject = self._subject
@@ -84,7 +87,9 @@ class Checks:
             yield Finding("self-test", "no GPU on this machine", "not run", remedy)
             return
         model = subject.teacher
-        if not subject.cpu and not budget.fits_twice(self._teacher.config, subject.skd, subject.options, self._device):
+        if not subject.cpu and not memory_budget.fits_twice(
+            self._teacher.config, subject.skd, subject.options, self._device
+        ):
             model = subject.student
             yield Finding("self-test", "two teachers do not fit in one engine; the student is tested in both places")
         prompts = self._student.tokenizer(self._prompts[: self_test.NUM_PROMPTS], add_special_tokens=False).input_ids
@@ -94,3 +99,9 @@ class Checks:
     def _dry_run(self) -> Iterator[Finding]:
         self._progress("dry run: one step of the real run, with everything that it starts (minutes)")
         yield from dry_run.run_dry(self._path, self._overrides, self._subject.run)
+
+
+def _recipe_finding(subject: Subject) -> Finding:
+    if subject.error is not None:
+        return Finding("recipe", "skd train would refuse it", "failed", subject.error)
+    return Finding("recipe", f"loads; student {short_name(subject.student)}, teacher {short_name(subject.teacher)}")

@@ -11,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from skd_plugin.check.checks import Checks
-from skd_plugin.check.finding import Finding, exit_status
-from skd_plugin.check.table import findings_table, verdict
+from skd_plugin.check.findings import Finding, exit_status, findings_table, verdict
 
 
 def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run: bool) -> int:

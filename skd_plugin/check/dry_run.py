@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from skd_plugin.check.finding import Finding
-from skd_plugin.check.memory import in_gib
+from skd_plugin.check.findings import Finding
+from skd_plugin.check.memory_model import in_gib
 from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.prepare.load_run import load_run

@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import torch
 
-from skd_plugin.check.finding import Finding
-from skd_plugin.check.memory import GIB
+from skd_plugin.check.findings import Finding
+from skd_plugin.check.memory_model import GIB
 from skd_plugin.check.subject import on_a_cluster
 from skd_plugin.config.versions import SUPPORTED, installed_version
 from skd_plugin.cpu import LOGICAL_GPUS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.finding import Finding, count
+from skd_plugin.check.findings import Finding, count
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.engine.offline import SCHEDULER_CLS, WORKER_CLS

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.check.finding import Finding
+from skd_plugin.check.findings import Finding
 from skd_plugin.check.sampler import check_parts
-from skd_plugin.check.trial import Figures, Trial
+from skd_plugin.check.self_test_process import Measured, Trial
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.offline import recipe_arguments
 from skd_plugin.run.process import run_quietly
@@ -56,44 +56,44 @@ def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -
     (folder / "trial.json").write_text(json.dumps(asdict(trial)))
     for half, doing in (("sample", "self-test: the engine"), ("compare", "self-test: transformers")):
         progress(doing)
-        error = run_quietly(["skd_plugin.check.trial", half, str(folder)], log)
+        error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)
         if error is not None:
             return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
     result = json.loads((folder / "result.json").read_text())
     return [
         check_parts(result["description"]),
-        *judge(Figures(**result["figures"]), result["dtype"], result["kept_by_a_shut_gate"]),
+        *judge(Measured(**result["measured"]), result["dtype"], result["kept_by_a_shut_gate"]),
     ]
 
 
-def judge(figures: Figures, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:
+def judge(measured: Measured, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:
     limits = TOLERANCES.get(dtype, NARROW)
     return [
-        _acceptance(figures, dtype, limits, kept_by_a_shut_gate),
-        _loss(figures, dtype, limits),
-        _gap(figures, dtype, limits),
+        _acceptance(measured, dtype, limits, kept_by_a_shut_gate),
+        _loss(measured, dtype, limits),
+        _gap(measured, dtype, limits),
     ]
 
 
-def _acceptance(figures: Figures, dtype: str, limits: Tolerance, kept_by_a_shut_gate: int) -> Finding:
-    name, rejected = "self-test: accepted", figures.proposed - figures.accepted
+def _acceptance(measured: Measured, dtype: str, limits: Tolerance, kept_by_a_shut_gate: int) -> Finding:
+    name, rejected = "self-test: accepted", measured.proposed - measured.accepted
     found = (
-        f"{figures.accepted} of {figures.proposed} proposals of the model to itself, greedy, at K = 1; "
+        f"{measured.accepted} of {measured.proposed} proposals of the model to itself, greedy, at K = 1; "
         f"{kept_by_a_shut_gate} at K = 0"
     )
-    if figures.proposed < figures.tokens or not figures.tokens:
+    if measured.proposed < measured.tokens or not measured.tokens:
         missing = (
-            f"{figures.tokens - figures.proposed} of {figures.tokens} tokens were not proposed by the draft model"
+            f"{measured.tokens - measured.proposed} of {measured.tokens} tokens were not proposed by the draft model"
         )
         remedy = "the engine does not draft: it is too small for these sequences, or SKD's sampler does not run"
         return Finding(name, missing, "failed", remedy)
-    if kept_by_a_shut_gate or figures.needless:
+    if kept_by_a_shut_gate or measured.needless:
         what = "keeps what K = 0 rejects" if kept_by_a_shut_gate else "rejects the teacher's first choice"
         return Finding(name, found, "failed", f"the gate {what}: another rule runs; run pytest tests/engine")
     if not rejected:
         return Finding(name, found)
-    found += f"; the widest rejection is {figures.widest_rejection:.2g} nats, a tie in {dtype} has {limits.tie:g}"
-    if figures.widest_rejection <= limits.tie:
+    found += f"; the widest rejection is {measured.widest_rejection:.2g} nats, a tie in {dtype} has {limits.tie:g}"
+    if measured.widest_rejection <= limits.tie:
         return Finding(name, f"{found}: ties only")
     return Finding(
         name,
@@ -104,13 +104,13 @@ def _acceptance(figures: Figures, dtype: str, limits: Tolerance, kept_by_a_shut_
     )
 
 
-def _loss(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+def _loss(measured: Measured, dtype: str, limits: Tolerance) -> Finding:
     name = "self-test: loss"
     found = (
-        f"{abs(figures.mean_loss):.1e} nats a token between the engine's traces and the model by transformers, "
-        f"{figures.max_loss:.1e} at most (allowed in {dtype}: {limits.loss:g} in the mean)"
+        f"{abs(measured.mean_loss):.1e} nats a token between the engine's traces and the model by transformers, "
+        f"{measured.max_loss:.1e} at most (allowed in {dtype}: {limits.loss:g} in the mean)"
     )
-    if math.isfinite(figures.mean_loss) and figures.mean_loss <= limits.loss:
+    if math.isfinite(measured.mean_loss) and measured.mean_loss <= limits.loss:
         return Finding(name, found)
     return Finding(
         name,
@@ -121,14 +121,14 @@ def _loss(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
     )
 
 
-def _gap(figures: Figures, dtype: str, limits: Tolerance) -> Finding:
+def _gap(measured: Measured, dtype: str, limits: Tolerance) -> Finding:
     name = "vLLM/transformers"
     found = (
-        f"log-probs of the same tokens differ by {figures.max_teacher_gap:.1e} at most, by "
-        f"{figures.mean_teacher_gap:.1e} in the mean (as draft model: {figures.max_draft_gap:.1e} at most; usual in "
+        f"log-probs of the same tokens differ by {measured.max_teacher_gap:.1e} at most, by "
+        f"{measured.mean_teacher_gap:.1e} in the mean (as draft model: {measured.max_draft_gap:.1e} at most; usual in "
         f"{dtype}: below {limits.gap:g})"
     )
-    if figures.max_teacher_gap <= limits.gap and figures.max_draft_gap <= limits.gap:
+    if measured.max_teacher_gap <= limits.gap and measured.max_draft_gap <= limits.gap:
         return Finding(name, found)
     return Finding(
         name,

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.check.finding import first_line
+from skd_plugin.check.findings import first_line
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import HostOptions, host_defaults, host_parser
 from skd_plugin.config.recipe import load_recipe

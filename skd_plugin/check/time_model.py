@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from skd_plugin.check.memory import GIB, EngineMemory, ModelSize
+from skd_plugin.check.memory_model import GIB, EngineMemory, ModelSize
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Ordinary speculative sampling, counted from a trace of the gate `interpolated` at 1.
 
-There the law of every token is p, and whether a proposal is kept depends on its prefix alone, not on the block it was
-drafted in. So one trace says how the same text would have come out of blocks of any length; and a bonus token, which
-SKD's engine leaves out and ordinary speculative sampling draws from p, has the law of the token in its place.
+There the distribution of every token is p, and whether a proposal is kept depends on its prefix alone, not on the
+block it was drafted in. So one trace says how the same text would have come out of blocks of any length; and a bonus
+token, which SKD's engine leaves out and ordinary speculative sampling draws from p, has the distribution of the token
+in its place.
 """
 
 from __future__ import annotations

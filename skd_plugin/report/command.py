@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from skd_plugin.errors import RecipeError
-from skd_plugin.report.folder import RunFolder, read_runs
+from skd_plugin.report.run_record import RunRecord, read_runs
 
 
 def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> int:
@@ -30,7 +30,7 @@ def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> 
     return 0
 
 
-def _write_page(runs: list[RunFolder], target: Path, max_traces: int) -> None:
+def _write_page(runs: list[RunRecord], target: Path, max_traces: int) -> None:
     from skd_plugin.report.page import render
     from skd_plugin.report.pieces import Pieces, load_pieces, same_tokenizer
     from skd_plugin.report.summary import kinds_of_loss

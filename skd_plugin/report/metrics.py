@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from skd_plugin.report.folder import RunFolder
+from skd_plugin.report.run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ SCORES = ("accuracy", "chrf", "rouge_l")  # of which a task has one
 FIRST = (*SCORES, "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy")
 
 
-def figures_of(runs: list[RunFolder]) -> list[Figure]:
+def figures_of(runs: list[RunRecord]) -> list[Figure]:
     """All metrics of the runs; known ones first, in the order above, others by name."""
     names = {name for run in runs for name in run.curves}
     evaluations = sorted(name for name in names if name.startswith("eval/"))

@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from skd_plugin.report import summary
-from skd_plugin.report.folder import RunFolder
 from skd_plugin.report.metrics import FIRST, Figure, evaluated, figures_of, shown_first, teacher_line
 from skd_plugin.report.pieces import Piece
+from skd_plugin.report.run_record import RunRecord
 from skd_plugin.report.traces import PackedTraces, corrections
 
 ASSETS = resources.files("skd_plugin.report") / "assets"
@@ -23,7 +23,7 @@ STYLES = ("uPlot.min.css", "style.css")
 MOST_FREQUENT = 12
 
 
-def render(runs: list[RunFolder], traces: PackedTraces, notes: list[str]) -> str:
+def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str:
     """The whole page. Args: notes: what holds for the runs together."""
     figures = figures_of(runs)
     scripts = [(ASSETS / name).read_text() for name in SCRIPTS]
@@ -63,7 +63,7 @@ def _policy(scripts: list[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'"
 
 
-def _curve_data(runs: list[RunFolder], figures: list[Figure]) -> dict[str, Any]:
+def _curve_data(runs: list[RunRecord], figures: list[Figure]) -> dict[str, Any]:
     teachers = {teacher_line(figure.name) for figure in figures}
     return {
         "first": shown_first(figures),
@@ -94,7 +94,7 @@ def _curve_data(runs: list[RunFolder], figures: list[Figure]) -> dict[str, Any]:
     }
 
 
-def _seconds(run: RunFolder) -> list[list[float]]:
+def _seconds(run: RunRecord) -> list[list[float]]:
     """Steps, and the seconds that all steps up to each have taken."""
     steps, values = run.curves.get("time/step", ([], []))
     total, sums = 0.0, []

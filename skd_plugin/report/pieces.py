@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.report.folder import RunFolder
+from skd_plugin.report.run_record import RunRecord
 
 Piece = str | list[int]  # text, or the bytes of a part of a character
 
@@ -55,7 +55,7 @@ def same_tokenizer(pieces: list[Pieces]) -> bool:
     return all(vocabulary == known[0] for vocabulary in known)
 
 
-def load_pieces(run: RunFolder) -> Pieces:
+def load_pieces(run: RunRecord) -> Pieces:
     """From the tokenizer of the run's student: its folder, else the run's own model/, else its Hugging Face name."""
     from transformers import AutoTokenizer
 

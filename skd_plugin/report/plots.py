@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skd_plugin.errors import RecipeError
-from skd_plugin.report.folder import RunFolder
 from skd_plugin.report.metrics import SCORES, Figure, evaluated, figures_of, teacher_line
+from skd_plugin.report.run_record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#c44e00", "#00795c", "#a0418a", "#6b6b00", "#4a4a4a")  # 
 DASHES = ("-", "--", ":", "-.")
 
 
-def write_plots(runs: list[RunFolder], folder: Path) -> list[Path]:
+def write_plots(runs: list[RunRecord], folder: Path) -> list[Path]:
     """Raises RecipeError: matplotlib is not installed, or `folder` is a file."""
     try:
         from matplotlib.figure import Figure as Canvas
@@ -42,7 +42,7 @@ def write_plots(runs: list[RunFolder], folder: Path) -> list[Path]:
     return written
 
 
-def _draw(axes: Axes, figure: Figure, runs: list[RunFolder]) -> None:
+def _draw(axes: Axes, figure: Figure, runs: list[RunRecord]) -> None:
     for index, run in enumerate(runs):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
         if figure.name in run.curves:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.report.folder import RunFolder, Series
 from skd_plugin.report.metrics import SCORES, Figure, figures_of, last_part, teacher_line
+from skd_plugin.report.run_record import RunRecord, Series
 
 SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
 HIDDEN = "(not shown)"
@@ -39,7 +39,7 @@ WITHOUT_A_GATE = {
 }
 
 
-def gate(run: RunFolder) -> str:
+def gate(run: RunRecord) -> str:
     method = run.option("skd.rollout.method")
     if method in WITHOUT_A_GATE:
         return WITHOUT_A_GATE[method]
@@ -53,12 +53,12 @@ def gate(run: RunFolder) -> str:
     return f"{name}, {given}" if given else name
 
 
-def loss(run: RunFolder) -> str:
+def loss(run: RunRecord) -> str:
     kind, policy = kind_of_loss(run) or "unknown", _coefficient(run, "skd.objective.rl_coef")
     return f"{_coefficient(run, 'skd.objective.kd_coef')} {kind} + {policy} policy loss" if policy else kind
 
 
-def kind_of_loss(run: RunFolder) -> str | None:
+def kind_of_loss(run: RunRecord) -> str | None:
     """The loss in words, with the options that make its values another quantity."""
     kind = run.option("skd.loss.kind")
     if not kind:
@@ -73,7 +73,7 @@ def kind_of_loss(run: RunFolder) -> str | None:
     return " ".join(words)
 
 
-def _coefficient(run: RunFolder, name: str) -> Any:
+def _coefficient(run: RunRecord, name: str) -> Any:
     """A number, or the word for one that follows a schedule (which is a section with options of its own)."""
     return "scheduled" if any(key.startswith(f"{name}.") for key in run.config) else run.option(name)
 
@@ -83,13 +83,13 @@ def short_path(name: Any) -> str:
     return "/".join(str(name).rstrip("/").split("/")[-2:]) if name else "unknown"
 
 
-def state(run: RunFolder) -> str:
+def state(run: RunRecord) -> str:
     stage, planned = run.status.get("stage"), run.status.get("planned_steps")
     steps = f"{run.steps} of {planned}" if planned and planned != run.steps else str(run.steps)
     return f"{steps} steps" + ("" if stage == "done" else f", unfinished ({stage or 'stage unknown'})")
 
 
-def tiles(run: RunFolder) -> list[Tile]:
+def tiles(run: RunRecord) -> list[Tile]:
     """The few numbers that one wants to know of a run; one whose metric is missing is left out."""
     found = []
     for figure in figures_of([run]):
@@ -108,7 +108,7 @@ def tiles(run: RunFolder) -> list[Tile]:
     return found
 
 
-def spent(run: RunFolder) -> tuple[float, float]:
+def spent(run: RunRecord) -> tuple[float, float]:
     """Seconds of all steps, evaluations and start not counted, and response tokens sampled in them."""
     step_time, speed = run.curves.get("time/step"), run.curves.get("tokens_per_s")
     if not step_time or not speed:
@@ -117,16 +117,16 @@ def spent(run: RunFolder) -> tuple[float, float]:
     return sum(step_time[1]), sum(t * speeds.get(step, 0.0) for step, t in zip(*step_time, strict=True))
 
 
-def comparison(runs: list[RunFolder], figures: list[Figure]) -> list[tuple[Figure, list[Cell | None]]]:
+def comparison(runs: list[RunRecord], figures: list[Figure]) -> list[tuple[Figure, list[Cell | None]]]:
     """A row a metric: last and best value of each run; None where a run has none."""
     return [(figure, _row(runs, figure)) for figure in figures]
 
 
-def kinds_of_loss(runs: list[RunFolder]) -> set[str]:
+def kinds_of_loss(runs: list[RunRecord]) -> set[str]:
     return {kind for run in runs if (kind := kind_of_loss(run))}
 
 
-def _row(runs: list[RunFolder], figure: Figure) -> list[Cell | None]:
+def _row(runs: list[RunRecord], figure: Figure) -> list[Cell | None]:
     series = [run.curves.get(figure.name) for run in runs]
     bests = [_best(own, figure) if own else None for own in series]
     comparable = len(runs) > 1 and (figure.name != "skd/loss" or len(kinds_of_loss(runs)) == 1)
@@ -151,7 +151,7 @@ def _lead(values: list[float], figure: Figure) -> float | None:
     return max(values) if figure.better == "high" else min(values)
 
 
-def differing_settings(runs: list[RunFolder]) -> list[tuple[str, list[str]]]:
+def differing_settings(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
     """Options on which the runs do not agree. Places inside the run folder count as equal."""
     shown = [settings(run) for run in runs]
     names = list(dict.fromkeys(name for options in shown for name in options))
@@ -159,7 +159,7 @@ def differing_settings(runs: list[RunFolder]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def settings(run: RunFolder) -> dict[str, str]:
+def settings(run: RunRecord) -> dict[str, str]:
     """Every option as text, keys and tokens hidden, the run folder written as RUN."""
     folder = run.option("skd.run_dir")
     shown = {}

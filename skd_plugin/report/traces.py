@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from skd_plugin.core.trace import NOTHING, Source
-from skd_plugin.report.folder import RunFolder, json_lines
 from skd_plugin.report.pieces import Piece, Pieces
+from skd_plugin.report.run_record import RunRecord, json_lines
 
 TOP = 5
 SOURCES = {source.letter: source for source in Source}
@@ -112,7 +112,7 @@ class PackedTraces:
         return columns
 
 
-def pack_traces(runs: list[RunFolder], pieces: list[Pieces], limit: int) -> PackedTraces:
+def pack_traces(runs: list[RunRecord], pieces: list[Pieces], limit: int) -> PackedTraces:
     """The traces of all runs, at most `limit` of each, evenly spread over its file. Adds notes to the runs."""
     packed = PackedTraces()
     for number, (run, run_pieces) in enumerate(zip(runs, pieces, strict=True)):
@@ -148,7 +148,7 @@ def corrections(packed: PackedTraces, run: int, count: int) -> list[tuple[Piece,
     return [(texts[was - 1], texts[now - 1], times) for (was, now), times in pairs.most_common(count)]
 
 
-def _spread(run: RunFolder, limit: int) -> Iterable[dict[str, Any]]:
+def _spread(run: RunRecord, limit: int) -> Iterable[dict[str, Any]]:
     path = run.path / "traces.jsonl"
     if not path.is_file():
         return

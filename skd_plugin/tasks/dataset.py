@@ -39,7 +39,7 @@ class DatasetTask(Task):
         raise NotImplementedError
 
     def merge(self, known: Example, again: Example) -> Example:
-        """Of two rows with the same prompt. The first one stays, unless a subclass knows better."""
+        """One example of two rows with the same prompt. The first one stays, unless a subclass knows better."""
         return known
 
     def examples(self, split: str, count: int | None, seed: int = 0) -> list[Example]:

@@ -1,4 +1,4 @@
-"""What travels beside a prompt through the host, as a text: the reference, and what its task's checker needs."""
+"""What travels beside a prompt through OpenRLHF, as a text: the reference, and what its task's checker needs."""
 
 from __future__ import annotations
 

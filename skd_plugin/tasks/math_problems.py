@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from skd_plugin.tasks import answers
+from skd_plugin.tasks import math_answers
 from skd_plugin.tasks.base import mean
 from skd_plugin.tasks.dataset import DatasetTask, Row, column
 
@@ -27,11 +27,11 @@ class BoxedTask(DatasetTask):
 
     def score(self, response: str, label: str) -> float:
         r"""1.0 if the last \boxed{} holds an answer equal to the label."""
-        return float(answers.equal(answers.boxed(response), label))
+        return float(math_answers.equal(math_answers.boxed(response), label))
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
         r"""`answered`: share of the responses with a \boxed{}, right or wrong."""
-        return {"answered": mean([answers.boxed(response) is not None for response in responses])}
+        return {"answered": mean([math_answers.boxed(response) is not None for response in responses])}
 
 
 class UltraInteract(BoxedTask):
@@ -45,7 +45,7 @@ class UltraInteract(BoxedTask):
 
     def target(self, row: Row) -> tuple[str, str] | None:
         response = column(row, "response")
-        answer = answers.boxed(response)
+        answer = math_answers.boxed(response)
         return (response, answer) if column(row, "task") == "Math_CoT" and answer else None
 
 
@@ -71,11 +71,11 @@ class GSMPlus(BoxedTask):
 
     def target(self, row: Row) -> tuple[str, str] | None:
         answer = str(column(row, "answer")).strip()
-        return (column(row, "solution"), answer) if answers.last_number(answer) else None
+        return (column(row, "solution"), answer) if math_answers.last_number(answer) else None
 
 
 class ASDiv(BoxedTask):
-    """ASDiv (Miao et al. 2020, arXiv 2106.15772); the unit behind a number, "9 (apples)", is no part of the answer."""
+    """ASDiv (Miao et al. 2020, arXiv 2106.15772); the unit after a number, "9 (apples)", is no part of the answer."""
 
     name = "asdiv"
     template = PROMPT + "{body} {question}"

@@ -84,7 +84,7 @@ class ReasoningGym(Task):
             return 0.0
 
     @classmethod
-    @cache  # the host asks a new task for every response, and some datasets take seconds to make
+    @cache  # OpenRLHF asks a new task for every response, and some datasets take seconds to make
     def _checker(cls) -> Any:
         return _problems(cls.dataset, cls.parameters, seed=0)
 
@@ -122,7 +122,7 @@ def _same_random_numbers(key: str) -> Iterator[None]:
 
 
 def _reference(entry: Entry) -> str:
-    """The answer, behind the written solution where there is one (gsm_symbolic); empty where no answer is kept."""
+    """The answer, after the written solution where there is one (gsm_symbolic); empty where no answer is kept."""
     if entry["answer"] is None:
         return ""
     solution, _, _ = entry["metadata"].get("answer_cot", "").partition("####")
@@ -142,7 +142,7 @@ def _problems(dataset: str, parameters: Mapping[str, Any], seed: int) -> Any:
 
 
 def _library() -> Any:
-    """The host scores in several threads: one that met an import that has begun would see half of the datasets."""
+    """OpenRLHF scores in several threads: one that met an import that has begun would see half of the datasets."""
     with _IMPORTING:
         import reasoning_gym
         import reasoning_gym.utils

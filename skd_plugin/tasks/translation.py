@@ -3,7 +3,7 @@
     translate : <time> <noun> <adjective> <determiner> <plural> <subject> ... <verb> <tense> <not> .
     -> yesterday the big dogs did not see my cat near the river .
 
-An offline twin of low-resource translation. The source is verb-final with its adjectives and determiners behind the
+An offline twin of low-resource translation. The source is verb-final with its adjectives and determiners after the
 noun, case and place as particles, and says neither "do" nor "will"; the target wants number and tense to agree. Half
 of the target's words have synonyms and the time may stand in front or at the end, so that a source has many right
 translations and a teacher that has learned the task has entropy.
@@ -218,7 +218,7 @@ def _verb(verb: list[tuple[str, str]], tense: str, negated: bool, plural: bool) 
 
 
 def _plural(word: str) -> str:
-    """Of a noun; and the third person singular of a verb, which is spelled the same way."""
+    """Plural of a noun; and the third person singular of a verb, which is spelled the same way."""
     if word == "thief":
         return "thieves"
     if word == "knife":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoTokenizer
 
-from skd_plugin.check import memory
+from skd_plugin.check import memory_model
 from skd_plugin.check.environment import LOGICAL_GPUS
 from tests.contract.source import assert_parameters
 
@@ -28,7 +28,7 @@ def test_steps_are_counted_as_the_host_counts():
 
     source = inspect.getsource(prepare_datasets)
     for part in ("len(prompts_dataset)", "args.train.batch_size", "args.train.num_episodes", "args.train.max_epochs"):
-        assert part in source, "see check/recipe.py:check_steps"
+        assert part in source, "see check/steps.py:check_steps"
 
 
 def test_the_host_pads_with_the_end_token_where_there_is_no_other(tiny_pair):
@@ -40,7 +40,7 @@ def test_the_host_pads_with_the_end_token_where_there_is_no_other(tiny_pair):
 
 
 def test_the_host_masks_by_length_and_not_by_id():
-    """Otherwise a pad token that is also the end token would hide the ends of responses; see check/models.py."""
+    """Otherwise a pad token that is also the end token would hide the ends of responses; see check/model_pair.py."""
     from openrlhf.trainer.ppo_utils.experience import Experience
 
     def sample(ids: list[int]) -> Experience:
@@ -68,8 +68,8 @@ def test_sizes_of_deepspeed():
     from openrlhf.utils.deepspeed.deepspeed_utils import get_train_ds_config
 
     zero = DeepSpeedZeroConfig(**get_train_ds_config(offload=False, stage=3)["zero_optimization"])
-    assert zero.reduce_bucket_size == zero.allgather_bucket_size == memory.BUCKET_PARAMETERS
-    assert zero.max_live_parameters == memory.GATHERED_PARAMETERS
+    assert zero.reduce_bucket_size == zero.allgather_bucket_size == memory_model.BUCKET_PARAMETERS
+    assert zero.max_live_parameters == memory_model.GATHERED_PARAMETERS
 
 
 def test_number_of_logical_gpus_on_a_cpu():

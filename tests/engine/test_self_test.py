@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from skd_plugin import cli
 from skd_plugin.check.self_test import judge
-from skd_plugin.check.trial import Trial, arguments, compare, sample
+from skd_plugin.check.self_test_process import Trial, arguments, compare, sample
 from skd_plugin.core import gates
 from skd_plugin.engine.offline import SKDEngine
 

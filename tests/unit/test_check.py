@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from skd_plugin import cli
 from skd_plugin.check import dry_run, environment, sampler
-from skd_plugin.check.finding import Finding, exit_status
-from skd_plugin.check.models import (
+from skd_plugin.check.findings import Finding, exit_status, findings_table, verdict
+from skd_plugin.check.model_pair import (
     check_end_tokens,
     check_first_prompt,
     check_padding,
@@ -31,9 +31,8 @@ from skd_plugin.check.models import (
     load_pair,
 )
 from skd_plugin.check.self_test import judge
+from skd_plugin.check.self_test_process import Measured, measure
 from skd_plugin.check.subject import read_subject
-from skd_plugin.check.table import findings_table, verdict
-from skd_plugin.check.trial import Figures, figures
 from skd_plugin.config import versions
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import RolloutConfig, SKDConfig
@@ -310,7 +309,7 @@ def test_every_method_and_gate_has_its_words():
 
 # --- the self-test's verdict ---
 
-GOOD = Figures(
+GOOD = Measured(
     tokens=100,
     proposed=100,
     accepted=100,
@@ -377,10 +376,10 @@ def test_figures_of_traces():
         teacher_topk_ids=top.indices.int(),
         teacher_topk_logp=top.values,
     )
-    found = figures(trace, logits)
+    found = measure(trace, logits)
     assert (found.tokens, found.proposed, found.accepted, found.needless) == (3, 2, 1, 0)
     same = replace(trace, rejected_ids=torch.tensor([NOTHING, 1, NOTHING], dtype=torch.int32))
-    assert figures(same, logits).needless == 1
+    assert measure(same, logits).needless == 1
     assert found.widest_rejection == pytest.approx(0.5)
     gap = abs(float(own[1] - logits[1].log_softmax(-1)[1]))
     assert found.max_teacher_gap == found.max_draft_gap == pytest.approx(gap)
@@ -615,7 +614,7 @@ def test_ctrl_c_shows_what_was_found(check, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skd_plugin.check.checks.budget.check_memory", stop)
+    monkeypatch.setattr("skd_plugin.check.checks.memory_budget.check_memory", stop)
     status, output = check()
     assert status == 130 and "Stopped" in output and "the same 179 tokens" in output and "All good" not in output
     assert not list((tmp_path / "tmp").iterdir())

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2Config
 
-from skd_plugin.check.budget import check_memory, fits_twice, make_budget
-from skd_plugin.check.memory import (
+from skd_plugin.check.memory_budget import check_memory, fits_twice, make_budget
+from skd_plugin.check.memory_model import (
     GIB,
     LOGIT_BYTES,
     RUNTIME,

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from skd_plugin.check.environment import gpus_needed
-from skd_plugin.check.memory import GIB, in_gib
+from skd_plugin.check.memory_model import GIB, in_gib
 from skd_plugin.check.time_model import GPUS
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.run import Run

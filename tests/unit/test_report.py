@@ -20,10 +20,10 @@ import pytest
 from skd_plugin.cli import main
 from skd_plugin.config.schema import GATED_METHODS, RolloutConfig
 from skd_plugin.report import summary
-from skd_plugin.report.folder import read_runs
 from skd_plugin.report.metrics import figures_of, shown_first
 from skd_plugin.report.page import ASSETS
 from skd_plugin.report.pieces import Pieces, load_pieces
+from skd_plugin.report.run_record import read_runs
 from skd_plugin.report.traces import corrections, pack_traces
 from tests.run_folder import (
     COINS,

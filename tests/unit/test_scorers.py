@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from skd_plugin.tasks import answers, scorers
+from skd_plugin.tasks import math_answers, scorers
 
 
 def test_chrf_by_hand() -> None:
@@ -50,22 +50,22 @@ def test_rouge_by_hand() -> None:
     ],
 )
 def test_boxed(text: str, found: str | None) -> None:
-    assert answers.boxed(text) == found
+    assert math_answers.boxed(text) == found
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [("... #### 72", "72"), ("####1,000\nQ: next #### 3", "1,000"), ("####\n", None), ("72", None), ("", None)],
 )
-def test_behind_hashes(text: str, found: str | None) -> None:
-    assert answers.behind_hashes(text) == found
+def test_after_hashes(text: str, found: str | None) -> None:
+    assert math_answers.after_hashes(text) == found
 
 
 @pytest.mark.parametrize(
     ("text", "found"), [("3 apples and 1,250.5 in all.", "1,250.5"), ("-4", "-4"), ("none", None), ("it is 7.", "7")]
 )
 def test_last_number(text: str, found: str | None) -> None:
-    assert answers.last_number(text) == found
+    assert math_answers.last_number(text) == found
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_last_number(text: str, found: str | None) -> None:
     ],
 )  # fmt: skip
 def test_equal(answer: str | None, gold: str, same: bool) -> None:
-    assert answers.equal(answer, gold) is same
+    assert math_answers.equal(answer, gold) is same
 
 
 def test_answers_are_compared_from_any_thread() -> None:
@@ -87,7 +87,7 @@ def test_answers_are_compared_from_any_thread() -> None:
     found: list[bool] = []
     threads = [
         threading.Thread(
-            target=lambda n=n: found.append(answers.equal(rf"\frac{{{n}}}{{4}}", rf"\frac{{{2 * n}}}{{8}}"))
+            target=lambda n=n: found.append(math_answers.equal(rf"\frac{{{n}}}{{4}}", rf"\frac{{{2 * n}}}{{8}}"))
         )
         for n in range(1, 6)
     ]
@@ -99,11 +99,11 @@ def test_answers_are_compared_from_any_thread() -> None:
 
 
 def test_an_answer_that_hangs_is_wrong_and_the_next_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LIMIT_S", 0.0)  # nothing is as fast as that
-    monkeypatch.setattr(answers, "_VERIFIER", verifier := answers._Verifier())
-    assert not answers.equal("a + b", "b + a")
-    monkeypatch.setattr(answers, "LIMIT_S", 10.0)
-    assert answers.equal("a + b", "b + a")
+    monkeypatch.setattr(math_answers, "LIMIT_S", 0.0)  # nothing is as fast as that
+    monkeypatch.setattr(math_answers, "_VERIFIER", verifier := math_answers._Verifier())
+    assert not math_answers.equal("a + b", "b + a")
+    monkeypatch.setattr(math_answers, "LIMIT_S", 10.0)
+    assert math_answers.equal("a + b", "b + a")
     process = verifier._process
     assert process is not None and process.poll() is None
     process.stdin.close()  # as when the run is killed

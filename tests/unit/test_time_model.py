@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from skd_plugin.check.memory import ModelSize
+from skd_plugin.check.memory_model import ModelSize
 from skd_plugin.check.time_model import (
     BANDWIDTH_SHARE,
     BLOCK_S,

@@ -1,20 +1,13 @@
-"""The recipe itself: does it load, and what will it run."""
+"""What a run will do: its prompts, steps, updates and tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.finding import Finding, count
-from skd_plugin.check.subject import Subject
+from skd_plugin.check.findings import Finding, count
 from skd_plugin.config.host_rules import planned_steps
 
 LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
-
-
-def check_recipe(subject: Subject) -> Finding:
-    if subject.error is not None:
-        return Finding("recipe", "skd train would refuse it", "failed", subject.error)
-    return Finding("recipe", f"loads; student {short_name(subject.student)}, teacher {short_name(subject.teacher)}")
 
 
 def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> Finding:

@@ -1,6 +1,6 @@
 """The self-test's own process: the engine with one model in both places, then the same tokens through transformers.
 
-python -m skd_plugin.check.trial sample|compare FOLDER
+python -m skd_plugin.check.self_test_process sample|compare FOLDER
 
 The two halves are two processes, so that the engine's memory is free again when transformers loads the model.
 """
@@ -55,8 +55,8 @@ def sample(engine: Any, trial: Trial) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of all response tokens together; nats."""
+class Measured:
+    """Over all response tokens together; nats."""
 
     tokens: int
     proposed: int
@@ -71,8 +71,8 @@ class Figures:
 
 
 @torch.no_grad()
-def compare(trial: Trial, traces: list[Trace], dtype: str) -> Figures:
-    """The engine's figures against a plain forward of the same model by transformers, one sequence at a time."""
+def compare(trial: Trial, traces: list[Trace], dtype: str) -> Measured:
+    """What the engine says against a plain forward of the same model by transformers, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
@@ -80,7 +80,7 @@ def compare(trial: Trial, traces: list[Trace], dtype: str) -> Figures:
         trial.model, dtype=getattr(torch, dtype), trust_remote_code=True, **placement
     ).eval()
     logits = [_response_logits(model, prompt, trace) for prompt, trace in zip(trial.prompts, traces, strict=True)]
-    return figures(Trace.join(traces), torch.cat(logits))
+    return measure(Trace.join(traces), torch.cat(logits))
 
 
 def _response_logits(model: Any, prompt: list[int], trace: Trace) -> torch.Tensor:
@@ -89,14 +89,14 @@ def _response_logits(model: Any, prompt: list[int], trace: Trace) -> torch.Tenso
     return model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
 
 
-def figures(tokens: Trace, logits_RV: torch.Tensor) -> Figures:
+def measure(tokens: Trace, logits_RV: torch.Tensor) -> Measured:
     """`logits_RV`: transformers' logits at every token of the joined traces."""
     ids_R = tokens.response_ids.long()[:, None]
     logp_R = logits_RV.log_softmax(-1).gather(1, ids_R).squeeze(1)
     loss_R = top_k_loss(forward_kl)(logits_RV, Targets.of(tokens, logits_RV.device))
     teacher_gap_R = (tokens.teacher_logp - logp_R).abs()
     drafted = tokens.source != Source.UNDRAFTED
-    return Figures(
+    return Measured(
         tokens=len(tokens),
         proposed=int(drafted.sum()),
         accepted=int((tokens.source == Source.ACCEPTED).sum()),
@@ -132,7 +132,7 @@ def main(half: str, folder: Path) -> None:
         "description": {**drawn["description"], "scheduler": options["scheduler_cls"].split(".")[-1]},
         "dtype": options["dtype"],
         "kept_by_a_shut_gate": drawn["kept_by_a_shut_gate"],
-        "figures": asdict(found),
+        "measured": asdict(found),
     }
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -33,8 +33,8 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def behind_hashes(text: str) -> str | None:
-    """What stands behind the first "####", up to the end of its line: an answer in the form of GSM8K."""
+def after_hashes(text: str) -> str | None:
+    """What stands after the first "####", up to the end of its line: an answer in the form of GSM8K."""
     _, hashes, rest = text.partition("####")
     answer = rest.strip().split("\n")[0].strip()
     return answer if hashes and answer else None
@@ -58,7 +58,7 @@ def equal(answer: str | None, gold: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """Of a plain number, with separators, a currency or a full stop around it."""
+    """The value of a plain number, with separators, a currency or a full stop around it."""
     bare = text.replace(",", "").replace("\\$", "").replace("$", "").replace("\\!", "").strip().rstrip(".")
     return Fraction(bare) if _NUMBER.fullmatch(bare) else None
 
@@ -67,7 +67,7 @@ class _Verifier:
     """One process that compares, started when it is first needed."""
 
     def __init__(self) -> None:
-        self._lock = Lock()  # the host asks from several threads
+        self._lock = Lock()  # OpenRLHF asks from several threads
         self._process: subprocess.Popen[str] | None = None
 
     def equal(self, answer: str, gold: str) -> bool:

@@ -19,7 +19,9 @@ MADE_BY_A_RUN = ("config.yaml", "metrics.jsonl", "traces.jsonl")
 
 
 @dataclass
-class RunFolder:
+class RunRecord:
+    """What is known of a run from its folder."""
+
     path: Path
     name: str
     config: dict[str, Any]  # dotted name -> value; empty if there is no config.yaml
@@ -35,7 +37,7 @@ class RunFolder:
         return max((steps[-1] for name, (steps, _) in self.curves.items() if not name.startswith("eval/")), default=0)
 
 
-def read_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
+def read_runs(paths: Iterable[str | Path]) -> list[RunRecord]:
     """Raises RecipeError: no such folder, not a run folder, or one that is named twice."""
     folders = [Path(path) for path in paths]
     for index, folder in enumerate(folders):
@@ -83,7 +85,7 @@ def _names(folders: list[Path]) -> list[str]:
     return names
 
 
-def _read_run(folder: Path, name: str) -> RunFolder:
+def _read_run(folder: Path, name: str) -> RunRecord:
     notes: list[str] = []
     config = _mapping(folder / "config.yaml", notes)
     status = _mapping(folder / "status.json", [])
@@ -94,7 +96,7 @@ def _read_run(folder: Path, name: str) -> RunFolder:
         notes.append("metrics.jsonl is empty: no step has ended yet.")
     if not (folder / "traces.jsonl").is_file():
         notes.append("There is no traces.jsonl: no responses to look at (skd.traces_per_step).")
-    return RunFolder(folder, name, flatten(config), status, _curves(records or []), notes)
+    return RunRecord(folder, name, flatten(config), status, _curves(records or []), notes)
 
 
 def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -1,17 +1,33 @@
-"""The findings as a table for a terminal of any width."""
+"""What checks say: each finding is a line of the table in the terminal."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from skd_plugin.check.finding import Finding, count
-
+Level = Literal["ok", "warning", "failed", "not run"]
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not run": "dim"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str  # what was checked
+    found: str
+    level: Level = "ok"
+    remedy: str = ""  # what to do; of warnings and failures
+
+
+def exit_status(findings: Iterable[Finding], *, recipe_is_wrong: bool) -> int:
+    """0: nothing failed; 1: a check failed; 2: the recipe is wrong. A warning is no failure."""
+    if recipe_is_wrong:
+        return 2
+    return int(any(finding.level == "failed" for finding in findings))
 
 
 def findings_table(findings: Sequence[Finding], title: str) -> Table:
@@ -35,3 +51,12 @@ def verdict(findings: Sequence[Finding]) -> Text:
     if levels["warning"]:
         return Text(f"Nothing failed; {count(levels['warning'], 'warning')} to read.", style="yellow")
     return Text("All good.", style="bold green")
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def first_line(error: BaseException | str) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.check.environment import gpus_needed
-from skd_plugin.check.finding import Finding, first_line
-from skd_plugin.check.memory import (
+from skd_plugin.check.findings import Finding, first_line
+from skd_plugin.check.memory_model import (
     EngineMemory,
     ModelSize,
     TrainerMemory,
