@@ -92,7 +92,7 @@ def _eval(argv: list[str]) -> int:
         usage="%(prog)s RECIPE.yaml|RUN [key=value ...] [--student MODEL_OR_RUN ...] [--measure NAME ...] "
         "[--samples N] [--k K ...] [--temperature T] [--out eval.json]",
         description="Measure students on the held-out prompts of a recipe; of a run folder, the student before and "
-        "after. docs/eval.md says what each figure is.",
+        "after. docs/eval.md says what each number is.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -108,7 +108,7 @@ def _eval(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="of what is sampled (default: %(default)s)")
     parser.add_argument("--out", default="eval.json", help="file to write (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
-    # A key=value behind a list of names is no name.
+    # A key=value after a list of names is no name.
     overrides = [item for names in (own.student, own.measure) for item in names if _is_override(item)]
     students, measures = ([item for item in names if not _is_override(item)] for names in (own.student, own.measure))
     where, given = _recipe_and_overrides([*rest, *overrides])
@@ -153,7 +153,7 @@ def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(unknown_key(unknown[0].split("=")[0], known))
-    # The host's parser has made typed values, which JSON (a part of YAML) carries unchanged; ours are still text.
+    # OpenRLHF's parser has made typed values, which JSON (a part of YAML) carries unchanged; ours are still text.
     given = {key: v if key.startswith("skd.") else json.dumps(v) for key, v in vars(values).items()}
     return argv[0], positional + [f"{key}={value}" for key, value in given.items()]
 

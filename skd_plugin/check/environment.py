@@ -11,7 +11,7 @@ import torch
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import GIB
 from skd_plugin.check.subject import on_a_cluster
-from skd_plugin.config.versions import SUPPORTED, installed_version
+from skd_plugin.config.versions import installed_versions
 from skd_plugin.cpu import LOGICAL_GPUS
 
 PYTHON = "3.11."  # openrlhf's wheel is built for it
@@ -21,15 +21,12 @@ def check_versions() -> list[Finding]:
     found, wrong = [f"python {platform.python_version()}"], []
     if not platform.python_version().startswith(PYTHON):
         wrong.append(Finding("python", platform.python_version(), "failed", f"use Python {PYTHON}x"))
-    for names, prefix in SUPPORTED.items():
-        version = installed_version(names)
-        if version is None or not version.startswith(prefix):
-            wanted = f"{names[0]}=={prefix}{'*' if prefix.endswith('.') else ''}"
-            wrong.append(
-                Finding(names[0], version or "not installed", "failed", f"pip install '{wanted}', the tested version")
-            )
+    for library in installed_versions():
+        if library.supported:
+            found.append(f"{library.name} {library.version}")
         else:
-            found.append(f"{next(name for name in names if installed_version((name,)))} {version}")
+            remedy = f"pip install '{library.wanted}', the tested version"
+            wrong.append(Finding(library.name, library.version or "not installed", "failed", remedy))
     return [Finding("versions", ", ".join(found)), *wrong]
 
 

@@ -27,11 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def host_parser() -> argparse.ArgumentParser:
-    """The host's argument parser, built from its source: it stands under `if __name__ == "__main__"`, where it cannot
+    """OpenRLHF's argument parser, built from its source: it stands under `if __name__ == "__main__"`, where it cannot
     be imported, and importing the module costs ten seconds of vLLM and DeepSpeed.
 
     Raises:
-        RuntimeError: the host's script no longer has the form that this reads.
+        RuntimeError: OpenRLHF's script no longer has the form that this reads.
     """
     declarations, _ = _around_parsing()
     namespace: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=_Parser), "datetime": datetime}
@@ -45,10 +45,10 @@ def host_defaults() -> dict[str, Any]:
 
 
 def check_by_host(arguments: list[str]) -> None:
-    """The checks between options that the host makes after parsing, run from its source before anything is started.
+    """The checks between options that OpenRLHF makes after parsing, run from its source before anything is started.
 
     Raises:
-        RecipeError: with the host's own words.
+        RecipeError: with OpenRLHF's own words.
     """
     from contextlib import redirect_stdout
     from io import StringIO
@@ -65,7 +65,7 @@ def check_by_host(arguments: list[str]) -> None:
 
 
 def hierarchize(args: argparse.Namespace) -> SimpleNamespace:
-    """The host's function of this name, by its file: an import of it would bring DeepSpeed with it."""
+    """OpenRLHF's function of this name, by its file: an import of it would bring DeepSpeed with it."""
     root = importlib.util.find_spec("openrlhf")
     if root is None or root.origin is None:
         raise RuntimeError("openrlhf is not installed; run scripts/install.sh")
@@ -77,10 +77,10 @@ def hierarchize(args: argparse.Namespace) -> SimpleNamespace:
 
 
 def _around_parsing() -> tuple[list[ast.stmt], list[ast.stmt]]:
-    """The statements of the host's script before it parses its arguments, and those behind.
+    """The statements of OpenRLHF's script before it parses its arguments, and those after.
 
     Raises:
-        RuntimeError: the host's script no longer has the form that this reads.
+        RuntimeError: OpenRLHF's script no longer has the form that this reads.
     """
     body = _main_body()
     place = next((i for i, node in enumerate(body) if "parse_args" in ast.dump(node)), None)
@@ -101,10 +101,10 @@ def _main_body() -> list[ast.stmt]:
 
 
 def host_arguments(section: HostOptions, parser: argparse.ArgumentParser) -> list[str]:
-    """The `openrlhf:` section as a command line of the host.
+    """The `openrlhf:` section as a command line of OpenRLHF.
 
     Raises:
-        RecipeError: an unknown option (the nearest one is named) or a value that the host's parser refuses.
+        RecipeError: an unknown option (the nearest one is named) or a value that OpenRLHF's parser refuses.
     """
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     arguments: list[str] = []
@@ -134,4 +134,4 @@ def _switch(key: str, value: bool, parser: argparse.ArgumentParser) -> list[str]
     for action in parser._actions:
         if action.dest == key and action.nargs == 0 and getattr(action, "const", None) == value:
             return [action.option_strings[0]]
-    raise RecipeError(f"openrlhf: the host has no way to set '{key}' to {value}")
+    raise RecipeError(f"openrlhf: OpenRLHF has no way to set '{key}' to {value}")

@@ -1,4 +1,4 @@
-"""What a distillation run asks of the host's options: values set for the user, values refused, and why."""
+"""What a distillation run asks of OpenRLHF's options: values set for the user, values refused, and why."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from skd_plugin.config.recipe import flatten
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
 
-NO_REWARD = "skd:no-reward"  # stands in reward.remote_url, without which the host starts a reward model
+NO_REWARD = "skd:no-reward"  # stands in reward.remote_url, without which OpenRLHF starts a reward model
 
-# Reward-free training: the host starts no reference model (kl 0) and no critic (reinforce).
+# Reward-free training: OpenRLHF starts no reference model (kl 0) and no critic (reinforce).
 DEFAULTS: dict[str, Any] = {
     "algo.kl.init_coef": 0,
     "algo.advantage.estimator": "reinforce",
@@ -33,7 +33,7 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 # What is not supported: option -> (allowed value, reason). Together with REWARD_FREE the one list of refusals.
 FIXED: dict[str, tuple[Any, str]] = {
-    "rollout.temperature": (1.0, "the host divides the trained logits by it; set skd.rollout.student_temperature"),
+    "rollout.temperature": (1.0, "OpenRLHF divides the trained logits by it; set skd.rollout.student_temperature"),
     "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
     "train.async_enable": (False, "the asynchronous trainer builds its own actors, which SKD does not reach yet"),
     "train.partial_rollout_enable": (False, "a response must come from one student"),
@@ -82,7 +82,7 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
         raise RecipeError(f"openrlhf.vllm.num_engines is {options['vllm.num_engines']}, but SKD samples in an engine")
     if options["ckpt.max_num"] < 2:
         raise RecipeError(
-            f"openrlhf.ckpt.max_num is {options['ckpt.max_num']}, but must be 2 or more: the host deletes the oldest "
+            f"openrlhf.ckpt.max_num is {options['ckpt.max_num']}, but must be 2 or more: OpenRLHF deletes the oldest "
             "checkpoint before it writes the next, and a run that dies in between would have none"
         )
     _check_batches(options)
@@ -100,7 +100,7 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
 def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:
     """Steps of a run, each a roll-out of `batch_size` prompts with its updates; what does not fill one is left out.
 
-    The host's `max_steps` counts updates of the weights, which are more where train.batch_size is smaller than a
+    OpenRLHF's `max_steps` counts updates of the weights, which are more where train.batch_size is smaller than a
     roll-out or train.max_epochs is above 1. With dynamic filtering there are fewer steps than planned.
     """
     return prompts // batch_size * episodes
@@ -110,7 +110,7 @@ def _check_batches(options: HostOptions) -> None:
     if options["train.batch_size"] % options["train.micro_batch_size"]:
         raise RecipeError(
             f"openrlhf.train.batch_size = {options['train.batch_size']} is not a multiple of train.micro_batch_size = "
-            f"{options['train.micro_batch_size']}: the host would drop the rest"
+            f"{options['train.micro_batch_size']}: OpenRLHF would drop the rest"
         )
     per_rollout = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
     if per_rollout % options["train.batch_size"]:

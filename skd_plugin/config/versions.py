@@ -1,8 +1,9 @@
-"""The hosts that this version of the plugin was tested with. Checked before anything is started."""
+"""The libraries that this version of the plugin was tested with. Checked before anything is started."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 from skd_plugin.errors import RecipeError
 
@@ -16,29 +17,36 @@ SUPPORTED = {  # distribution names -> version prefix; the first installed name 
 }
 
 
-def installed_version(names: tuple[str, ...]) -> str | None:
+class Installed(NamedTuple):
+    name: str  # of the distribution
+    version: str | None  # None: it is not installed
+    wanted: str  # as pip is told
+
+    @property
+    def supported(self) -> bool:
+        return self.version is not None and self.version.startswith(self.wanted.partition("==")[2].rstrip("*"))
+
+
+def installed_versions() -> list[Installed]:
+    """A line for each library of SUPPORTED."""
+    return [_installed(names, f"{names[0]}=={p}{'*' if p.endswith('.') else ''}") for names, p in SUPPORTED.items()]
+
+
+def _installed(names: tuple[str, ...], wanted: str) -> Installed:
     for name in names:
         try:
-            return version(name)
+            return Installed(name, version(name), wanted)
         except PackageNotFoundError:
             continue
-    return None
+    return Installed(names[0], None, wanted)
 
 
-def check_versions() -> dict[str, str]:
-    """Versions found, by distribution name.
-
-    Raises:
-        RecipeError: one is missing or is not a supported one; names what was found, what is supported, what to do.
-    """
-    found = {}
-    for names, prefix in SUPPORTED.items():
-        have = installed_version(names)
-        if have is None or not have.startswith(prefix):
-            wanted = f"{names[0]}=={prefix}{'*' if prefix.endswith('.') else ''}"
+def check_versions() -> None:
+    """Raises RecipeError for the first library that is missing or not a supported one: what was found, what to do."""
+    for library in installed_versions():
+        if not library.supported:
+            found = "is not installed" if library.version is None else f"{library.version} is installed"
             raise RecipeError(
-                f"{names[0]} {have or 'is not installed'}{' is installed' if have else ''}; this plugin rebinds names "
-                f"inside it and is tested with {wanted} only. Install that version: pip install '{wanted}'."
+                f"{library.name} {found}; this plugin rebinds names inside it and is tested with {library.wanted} "
+                f"only. Install that version: pip install '{library.wanted}'."
             )
-        found[names[0]] = have
-    return found

@@ -1,4 +1,4 @@
-"""The process that becomes OpenRLHF: binds SKD's parts, then runs the host's own script as `__main__`.
+"""The process that becomes OpenRLHF: binds SKD's parts, then runs OpenRLHF's own script as `__main__`.
 
 python -m skd_plugin.host.launch RUN_DIR
 """
@@ -43,7 +43,7 @@ def main(run_dir: str) -> None:
     sys.argv = [HOST_MODULE, *run.host_argv()]
     runpy.run_module(HOST_MODULE, run_name="__main__")
     if status.read()["stage"] != "saving":
-        raise RuntimeError("the host came to its end without SKD's trainer: it no longer uses the names we rebind")
+        raise RuntimeError("OpenRLHF came to its end without SKD's trainer: it no longer uses the names we rebind")
     status.stage("done")
     ray.shutdown()
 

@@ -41,7 +41,7 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
     return tokenizers["student"]
 
 
-# Options of transformers' models that change the logits behind the output head, and the values at which they do not.
+# Options of transformers' models that change the logits after the output head, and the values at which they do not.
 TRANSFORMED_LOGITS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0),  # Gemma 2 and later
     "logits_soft_cap": (None, 0),

@@ -1,4 +1,4 @@
-"""Work in a process of its own: its chatter goes to a file, and it ends with the command that started it."""
+"""Work in a process of its own: its chatter goes to a file, and nothing of it outlives the command that started it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,58 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-GRACE_S = 5.0
+import psutil
+
 POLL_S = 0.5
+GRACE_S = 10.0  # for the process to end by itself after a signal
+RUN_ID = "SKD_RUN_ID"  # environment variable by which everything that a process has started is found again
 # vLLM puts "(EngineCore pid=7)" in front.
 ERROR = re.compile(r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
 
-def run_quietly(module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None) -> str | None:
-    """`python -m` with both outputs into `log`. Returns None, or the error that ended it.
+def _nothing() -> None:
+    pass
+
+
+def run_module(
+    module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = _nothing, name: str = "skd"
+) -> int:
+    """`python -m` with both outputs into `log`; returns its exit status.
+
+    It and everything that it started on this machine (Ray's daemons, actors, vLLM's processes) have ended when this
+    returns, or raises KeyboardInterrupt.
 
     Args:
         look: called twice a second until it ends.
+        name: what its processes have in their environment begins with it.
     """
+    run_id = f"{name}:{uuid.uuid4().hex}"
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *module_and_arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: Ctrl-C comes here first, and `_end` reaches all of it
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the other in order
+            env={**os.environ, RUN_ID: run_id, "PYTHONUNBUFFERED": "1"},
         )
     try:
-        status = _wait(process, look)
+        while True:
+            try:
+                return process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                look()
     finally:
-        _end(process)
+        _end(process, run_id)
+
+
+def run_quietly(module_and_arguments: Sequence[str], log: Path, look: Callable[[], None] = _nothing) -> str | None:
+    """`run_module`; returns None, or the error that ended it."""
+    status = run_module(module_and_arguments, log, look)
     return None if status == 0 else last_error(log) or f"it ended with status {status}"
 
 
@@ -48,22 +73,17 @@ def last_error(log: Path) -> str | None:
     return lines[-1].strip() if lines else None
 
 
-def _wait(process: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
-    while True:
-        try:
-            return process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            look()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process and whatever it has started, unless it is gone already."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
+def _end(process: subprocess.Popen[bytes], run_id: str) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for left in psutil.process_iter():
+        try:
+            if left.pid != os.getpid() and left.environ().get(RUN_ID) == run_id:
+                left.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue

@@ -69,7 +69,7 @@ def summary_table(folder: RunFolder, wall_s: float) -> Table:
         table.add_column(heading, justify="left" if not heading else "right")
     for key in student[0] if student else ():
         if key != "step" and not key.endswith("response_len"):
-            show = _short if key.endswith("/kl") else _percent  # a task's figures are all in [0, 1]
+            show = _short if key.endswith("/kl") else _percent  # a task's own metrics are all in [0, 1]
             after = student[-1].get(key) if len(student) > 1 else None
             name = key.removeprefix("eval/").replace("/kl", "/KL to teacher, nats")
             table.add_row(name, show(student[0][key]), show(after), show(teacher.get(key)))

@@ -1,6 +1,6 @@
 """A run that was cut off goes on from its last checkpoint when the same command is given again.
 
-What a killed run can leave: lines of steps behind the checkpoint, a half-written line, a half-written checkpoint, an
+What a killed run can leave: lines of steps after the checkpoint, a half-written line, a half-written checkpoint, an
 actor's checkpoint without the critic's, and a `latest` file that names any of these.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from skd_plugin.config.run import Run
 from skd_plugin.run_folder import replace_text
 
-METRIC_FILE = "metric.json"  # the host writes it into a checkpoint when all ranks have written theirs
-GROUPS = ("_actor", "_critic")  # folders of checkpoints, by the host's names
+METRIC_FILE = "metric.json"  # OpenRLHF writes it into a checkpoint when all ranks have written theirs
+GROUPS = ("_actor", "_critic")  # folders of checkpoints, by OpenRLHF's names
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,21 @@ def look_at(run: Run) -> Earlier:
 
 def _why_not(run: Run) -> str:
     """Why this run is another one than that in the folder; empty where it is not."""
-    if run.folder.status.read().get("stage") == "done":
+    folder = run.folder
+    if folder.status.read().get("stage") == "done":
         return "it is finished"
     if not run.skd.resume:
         return "skd.resume is false"
-    changed = _changed_options(run)
-    return f"its recipe was another one ({', '.join(changed)})" if changed else ""
+    if not folder.config.exists():
+        return f"its recipe was another one ({folder.config.name} is missing)"
+    before, now = Run.load(folder).flat_options(), run.flat_options()
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    changed.discard("openrlhf.ckpt.load_enable")
+    return f"its recipe was another one ({', '.join(sorted(changed))})" if changed else ""
 
 
-def prepare(run: Run, step: int) -> Run:
-    """Brings the folder back to what it was behind `step`; returns the run that goes on from there."""
+def go_on_from(run: Run, step: int) -> Run:
+    """Brings the folder back to what it was after `step`; returns the run that goes on from there."""
     for group in _groups(run):
         for tag, number in _tags(group).items():
             if number > step or not _is_complete(group / tag):
@@ -63,11 +68,8 @@ def prepare(run: Run, step: int) -> Run:
 
 def last_step(run: Run) -> int | None:
     """The newest step of which every group of models has a whole checkpoint."""
-    common: set[int] | None = None
-    for group in _groups(run):
-        steps = {number for tag, number in _tags(group).items() if _is_complete(group / tag)}
-        common = steps if common is None else common & steps
-    return max(common) if common else None
+    steps = [{n for tag, n in _tags(group).items() if _is_complete(group / tag)} for group in _groups(run)]
+    return max(set.intersection(*steps), default=None)
 
 
 def _groups(run: Run) -> list[Path]:
@@ -85,12 +87,3 @@ def _tags(group: Path) -> dict[str, int]:
 
 def _is_complete(checkpoint: Path) -> bool:
     return (checkpoint / METRIC_FILE).exists()
-
-
-def _changed_options(run: Run) -> list[str]:
-    """Names of the options that differ from those of the run in the folder."""
-    if not run.folder.config.exists():
-        return [f"{run.folder.config.name} is missing"]
-    before, now = Run.load(run.folder).flat_options(), run.flat_options()
-    differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-    return sorted(differing - {"openrlhf.ckpt.load_enable"})

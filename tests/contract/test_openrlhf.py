@@ -714,7 +714,7 @@ def test_refused_option_exists_and_its_allowed_value_is_what_a_run_gets(key: str
 def test_events_are_written_into_the_run_folder() -> None:
     source = inspect.getsource(find("openrlhf.utils.logging_utils:TensorboardLogger"))
     assert "os.path.join(args.logger.tensorboard_dir, args.logger.wandb.run_name)" in source, (
-        "revisit _run_folder_options in skd_plugin/prepare/load_run.py"
+        "revisit host_options_of in skd_plugin/prepare/load_run.py"
     )
 
 

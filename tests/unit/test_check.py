@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import get_args
 
@@ -110,10 +111,14 @@ def test_the_last_line(level, words):
 
 def test_every_wrong_version_has_a_line(monkeypatch):
     assert [f.level for f in environment.check_versions()] == ["ok"]
-    found = {("ray",): "2.40.0", ("deepspeed",): None}
-    monkeypatch.setattr(
-        environment, "installed_version", lambda names: found.get(names, versions.installed_version(names))
-    )
+    real = versions.version
+
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise PackageNotFoundError(name)
+        return "2.40.0" if name == "ray" else real(name)
+
+    monkeypatch.setattr(versions, "version", version)
     findings = {f.name: f for f in environment.check_versions()}
     assert findings["versions"].level == "ok" and "ray" not in findings["versions"].found
     assert findings["ray"].level == "failed" and findings["ray"].found == "2.40.0"
@@ -560,8 +565,7 @@ def test_a_failure_without_a_wrong_recipe(check):
 
 
 def test_wrong_versions_come_first(check, monkeypatch):
-    monkeypatch.setattr(versions, "installed_version", lambda names: "0.1")
-    monkeypatch.setattr(environment, "installed_version", lambda names: "0.1")
+    monkeypatch.setattr(versions, "version", lambda name: "0.1")
     status, output = check()
     assert status == 1 and "the versions come first" in output and output.count("the tested version") == 6
 

@@ -58,7 +58,7 @@ def test_goes_on_from_the_last_whole_checkpoint(run: Run) -> None:
     checkpoint(run, 2)
     checkpoint(run, 4, whole=False)  # killed while it was being written, by one rank of several
     assert resume.look_at(run).step == 2
-    going_on = resume.prepare(run, 2)
+    going_on = resume.go_on_from(run, 2)
     assert going_on.host["ckpt.load_enable"] is True
     assert recorded_steps(run) == [0, 1, 2]
     assert tags(run) == {"global_step2"} and latest(run) == "global_step2"
@@ -68,14 +68,14 @@ def test_a_half_written_line_is_dropped(run: Run) -> None:
     checkpoint(run, 4)
     with run.folder.metrics.path.open("a") as file:
         file.write('{"step": 5, "skd/lo')
-    resume.prepare(run, 4)
+    resume.go_on_from(run, 4)
     assert recorded_steps(run) == [0, 1, 2, 3, 4]
 
 
 def test_traces_are_cut_with_the_metrics(run: Run) -> None:
     checkpoint(run, 2)
     run.folder.traces.path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
-    resume.prepare(run, 2)
+    resume.go_on_from(run, 2)
     assert run.folder.traces.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -87,7 +87,7 @@ def test_actor_and_critic_go_on_from_the_same_step(run: Run) -> None:
         checkpoint(run, step)
     checkpoint(run, 2, group="_critic")
     assert resume.look_at(run).step == 2
-    resume.prepare(run, 2)
+    resume.go_on_from(run, 2)
     assert tags(run) == tags(run, "_critic") == {"global_step2"}
     assert latest(run) == latest(run, "_critic") == "global_step2"
 
@@ -96,14 +96,14 @@ def test_the_best_checkpoint_of_an_evaluation_counts(run: Run) -> None:
     checkpoint(run, 2)
     checkpoint(run, 4, tag="best_global_step")
     assert resume.look_at(run).step == 4
-    resume.prepare(run, 4)
+    resume.go_on_from(run, 4)
     assert latest(run) == "best_global_step4"
 
 
 def test_an_empty_latest_is_mended(run: Run) -> None:
     checkpoint(run, 2)
     (Path(run.host["ckpt.path"]) / "_actor" / "latest").write_text("")
-    resume.prepare(run, resume.look_at(run).step)
+    resume.go_on_from(run, resume.look_at(run).step)
     assert latest(run) == "global_step2"
 
 
