@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from skd_plugin.errors import RecipeError
+from skd_plugin.words import first_line
 
 
 def load_tokenizer(name: str, role: str) -> Any:
@@ -18,7 +19,7 @@ def load_tokenizer(name: str, role: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {_first_line(error)}") from error
+        raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {first_line(error)}") from error
 
 
 def load_model_config(name: str, role: str) -> Any:
@@ -29,7 +30,7 @@ def load_model_config(name: str, role: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"the {role} '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise RecipeError(f"the {role} '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 def generation_end_ids(name: str) -> frozenset[int]:
@@ -103,7 +104,3 @@ def _tensor(path: str, name: str) -> torch.Tensor | None:
 
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (it is no dictionary)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

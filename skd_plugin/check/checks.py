@@ -9,8 +9,8 @@ import torch
 
 from skd_plugin.check import dry_run, environment, memory_budget, model_pair, sampler, self_test, steps
 from skd_plugin.check.findings import Finding
-from skd_plugin.check.steps import short_name
 from skd_plugin.check.subject import PromptError, Subject, read_prompts, read_subject
+from skd_plugin.words import short_name
 
 
 class Checks:
@@ -104,4 +104,5 @@ class Checks:
 def _recipe_finding(subject: Subject) -> Finding:
     if subject.error is not None:
         return Finding("recipe", "skd train would refuse it", "failed", subject.error)
-    return Finding("recipe", f"loads; student {short_name(subject.student)}, teacher {short_name(subject.teacher)}")
+    student, teacher = short_name(subject.student or "-"), short_name(subject.teacher or "-")
+    return Finding("recipe", f"loads; student {student}, teacher {teacher}")

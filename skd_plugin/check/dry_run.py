@@ -22,9 +22,9 @@ from skd_plugin.check.memory_model import in_gib
 from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.prepare.load_run import load_run
-from skd_plugin.run.progress import duration
 from skd_plugin.run.supervisor import supervise
 from skd_plugin.run_folder import RunFolder
+from skd_plugin.words import duration
 
 MEMORY_POLL_S = 1.0
 

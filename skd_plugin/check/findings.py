@@ -11,6 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from skd_plugin.words import count
+
 Level = Literal["ok", "warning", "failed", "not run"]
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not run": "dim"}
 
@@ -51,12 +53,3 @@ def verdict(findings: Sequence[Finding]) -> Text:
     if levels["warning"]:
         return Text(f"Nothing failed; {count(levels['warning'], 'warning')} to read.", style="yellow")
     return Text("All good.", style="bold green")
-
-
-def count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def first_line(error: BaseException | str) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

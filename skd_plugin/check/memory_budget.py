@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.check.environment import gpus_needed
-from skd_plugin.check.findings import Finding, first_line
+from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import (
     EngineMemory,
     ModelSize,
@@ -18,6 +18,7 @@ from skd_plugin.check.memory_model import (
 )
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.offline import CPU_CACHE_BYTES
+from skd_plugin.words import first_line
 
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
 CPU_BATCHED_TOKENS = 2048

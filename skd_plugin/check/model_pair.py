@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.check.findings import Finding, first_line
+from skd_plugin.check.findings import Finding
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import generation_end_ids, load_model_config, load_tokenizer
 from skd_plugin.prepare.model_checks import check_vocabularies
+from skd_plugin.words import first_line
 
 HEAD, TAIL = 110, 60  # characters shown of a long prompt; its end shows the turn that the student is asked to begin
 

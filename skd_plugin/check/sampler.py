@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.findings import Finding, count
+from skd_plugin.check.findings import Finding
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.engine.offline import SCHEDULER_CLS, WORKER_CLS
+from skd_plugin.words import count
 
 GATES = {  # the laws are in core/gates.py
     "top_k": "it is among the teacher's {top_k} most probable",

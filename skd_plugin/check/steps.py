@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from skd_plugin.check.findings import Finding, count
+from skd_plugin.check.findings import Finding
 from skd_plugin.config.host_rules import planned_steps
+from skd_plugin.words import count
 
 LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
 
@@ -32,8 +33,3 @@ def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> 
             "give more prompts, or lower openrlhf.rollout.batch_size: nothing would be trained",
         )
     return Finding("steps", found)
-
-
-def short_name(model: str | None) -> str:
-    """The last two parts of a path or hub name."""
-    return "/".join((model or "-").rstrip("/").split("/")[-2:])

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.check.findings import first_line
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import HostOptions, host_defaults, host_parser
 from skd_plugin.config.recipe import load_recipe
@@ -19,6 +18,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import load_rows, render_prompts
 from skd_plugin.prepare.load_run import load_run, on_cpu
 from skd_plugin.prepare.rows import read_rows
+from skd_plugin.words import first_line
 
 
 @dataclass(frozen=True)

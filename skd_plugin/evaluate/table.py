@@ -10,6 +10,7 @@ from rich.text import Text
 
 from skd_plugin.evaluate.estimates import Estimate
 from skd_plugin.evaluate.result import Result
+from skd_plugin.words import short_name
 
 NATS = ("kl", "student_entropy", "teacher_entropy")
 WIDTH = 106  # of a table of two students
@@ -23,7 +24,7 @@ def tables(result: Result) -> Iterator[Table]:
         table = Table(title=Text(task, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("mean \\[95 % interval]", overflow="fold")
         for student in result.students:
-            table.add_column(Text(_short(student.name)), justify="right", overflow="fold")
+            table.add_column(Text(short_name(student.name)), justify="right", overflow="fold")
         two = len(result.students) == 2
         if two:
             table.add_column("difference", justify="right")
@@ -64,8 +65,3 @@ def _cell(name: str, estimate: Estimate | None, *, signed: bool) -> Text:
         text += f" [{show(estimate.low)}, {show(estimate.high)}]"
         clear = signed and not estimate.low <= 0 <= estimate.high
     return Text(text, style="bold" if clear else "", no_wrap=True)
-
-
-def _short(name: str) -> str:
-    """The last two parts of a path or hub name."""
-    return "/".join(name.rstrip("/").split("/")[-2:])

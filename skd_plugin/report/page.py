@@ -16,6 +16,7 @@ from skd_plugin.report.metrics import FIRST, Figure, evaluated, figures_of, show
 from skd_plugin.report.pieces import Piece
 from skd_plugin.report.run_record import RunRecord
 from skd_plugin.report.traces import PackedTraces, corrections
+from skd_plugin.words import short_name
 
 ASSETS = resources.files("skd_plugin.report") / "assets"
 SCRIPTS = ("uPlot.iife.min.js", "page.js", "charts.js", "traces.js")
@@ -28,7 +29,7 @@ def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str
     figures = figures_of(runs)
     scripts = [(ASSETS / name).read_text() for name in SCRIPTS]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"short": summary.short_path, "number": summary.number, "piece": visible}
+    environment.filters |= {"short": short_name, "number": summary.number, "piece": visible}
     page = environment.from_string((ASSETS / "page.html").read_text())
     return page.render(
         title=", ".join(run.name for run in runs),

@@ -8,6 +8,7 @@ from typing import Any
 
 from skd_plugin.report.metrics import SCORES, Figure, figures_of, last_part, teacher_line
 from skd_plugin.report.run_record import RunRecord, Series
+from skd_plugin.words import duration
 
 SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
 HIDDEN = "(not shown)"
@@ -76,11 +77,6 @@ def kind_of_loss(run: RunRecord) -> str | None:
 def _coefficient(run: RunRecord, name: str) -> Any:
     """A number, or the word for one that follows a schedule (which is a section with options of its own)."""
     return "scheduled" if any(key.startswith(f"{name}.") for key in run.config) else run.option(name)
-
-
-def short_path(name: Any) -> str:
-    """The last two parts of a path; a Hugging Face name has two anyway."""
-    return "/".join(str(name).rstrip("/").split("/")[-2:]) if name else "unknown"
 
 
 def state(run: RunRecord) -> str:
@@ -177,12 +173,6 @@ def number(value: float, figure: Figure | None = None) -> str:
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def _best(series: Series, figure: Figure) -> tuple[int, float] | None:

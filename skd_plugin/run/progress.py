@@ -10,6 +10,7 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 from skd_plugin.run_folder import RunFolder
+from skd_plugin.words import duration
 
 LOSSES = {"skd/loss": "loss", "rl/loss": "policy loss"}
 
@@ -96,12 +97,6 @@ def _evaluation(record: dict[str, Any]) -> list[tuple[str, str]]:
         name = name.removeprefix("teacher_")
         shown.append((f"{who} {task} {name}", _short(value) if name == "kl" else _percent(value)))
     return shown
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def _short(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from skd_plugin.run.progress import Follower, duration, summary_table
+from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder, Status
 
 STEP = {"skd/loss": 0.5, "skd/accept_rate": 0.25, "skd/kl": 0.3, "tokens_per_s": 200.0}
@@ -154,8 +154,3 @@ def test_summary_of_a_run_without_steps_or_evaluations(folder: Folder) -> None:
     assert len(rows_of(folder, 5)) == 1
     folder.write({"step": 0, "eval/arithmetic/accuracy": 0.25})
     assert rows_of(folder, 5)["arithmetic/accuracy"] == ["25.0 %", "-", "-"]
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (61, "1m01s"), (7325, "2h02m")])
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
