@@ -47,7 +47,7 @@ clean_up() {
     trap - EXIT USR1 TERM INT
     # The training first: what Ray starts for a job outlives it where Slurm does not track processes by cgroups.
     [ -z "${job:-}" ] || timeout 60 ray job stop "$SUBMISSION_ID" || true
-    [ ${#steps[@]} -eq 0 ] || kill "${steps[@]}" 2>/dev/null || true # srun ends Ray, and Ray its workers, on every node
+    kill $(jobs -p) 2>/dev/null || true # srun ends Ray, and Ray its workers, on every node
     wait
 }
 requeue() {
@@ -80,9 +80,9 @@ until [ "$(nodes_up 2>/dev/null || echo 0)" -eq "$count" ]; do
     wait $!
 done
 
+job=coming # a signal may come before the next line has its process
 "${submit[@]}" & # in the background, because bash hears of a signal only while it waits
 job=$!
-steps+=("$job")
 status=0
 wait "$job" || status=$?
 job= # has ended by itself

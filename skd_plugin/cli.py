@@ -37,21 +37,25 @@ A key is skd.<option> or openrlhf.<option>; a flag is --skd.<option> or any flag
 
 
 def _train(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        parser = _flag_parser()
+        parser.prog = "skd train RECIPE.yaml [key=value ...]"
+        parser.usage = "%(prog)s [--flag value ...]"
+        print(parser.format_help())
+        return 0
     from skd_plugin.prepare.load_run import load_run
     from skd_plugin.run.supervisor import supervise
 
-    if {"-h", "--help"} & set(argv):
-        print(_train_help())
-        return 0
-    recipe, overrides = _recipe_and_overrides(argv)
-    return supervise(load_run(recipe, overrides))
+    return supervise(load_run(*_recipe_and_overrides(argv)))
 
 
 def _rollout(argv: list[str]) -> int:
     from skd_plugin.rollout_command import run_rollout
 
-    parser = argparse.ArgumentParser(
-        prog="skd rollout", description="Sample interleaved responses and write their traces; no training."
+    parser = _own_parser(
+        "rollout",
+        "RECIPE.yaml [key=value ...] --prompts FILE --out FILE [--samples N]",
+        "Sample interleaved responses and write their traces; no training.",
     )
     parser.add_argument(
         "--prompts",
@@ -61,39 +65,49 @@ def _rollout(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
     parser.add_argument("--out", required=True, help="trace file to write, one JSON line a response")
     own, rest = parser.parse_known_args(argv)
-    recipe, overrides = _recipe_and_overrides(rest)
-    return run_rollout(recipe, overrides, own.prompts, own.samples, own.out)
+    return run_rollout(*_recipe_and_overrides(rest), own.prompts, own.samples, own.out)
 
 
 def _check(argv: list[str]) -> int:
     from skd_plugin.check.command import run_check
 
-    parser = argparse.ArgumentParser(
-        prog="skd check",
-        usage="%(prog)s RECIPE.yaml [key=value ...] [--dry-run] [--no-self-test]",
-        description="Find what is wrong before a run. Exit status: 0 nothing failed, 1 a check failed, 2 the recipe "
-        "is wrong.",
-        allow_abbrev=False,
+    parser = _own_parser(
+        "check",
+        "RECIPE.yaml [key=value ...] [--dry-run] [--no-self-test]",
+        "Find what is wrong before a run. Exit status: 0 nothing failed, 1 a check failed, 2 the recipe is wrong.",
     )
     parser.add_argument("--dry-run", action="store_true", help="run one real step in a run folder that is thrown away")
     parser.add_argument(
         "--no-self-test", dest="self_test", action="store_false", help="do not start an engine with the teacher in it"
     )
     own, rest = parser.parse_known_args(argv)
-    recipe, overrides = _recipe_and_overrides(rest)
-    return run_check(recipe, overrides, self_test=own.self_test, dry_run=own.dry_run)
+    return run_check(*_recipe_and_overrides(rest), self_test=own.self_test, dry_run=own.dry_run)
 
 
 def _eval(argv: list[str]) -> int:
-    from skd_plugin.evaluate.plan import DEFAULT_SAMPLES, MEASURES, make_plan
+    from skd_plugin.evaluate.plan import make_plan
 
-    parser = argparse.ArgumentParser(
-        prog="skd eval",
-        usage="%(prog)s RECIPE.yaml|RUN [key=value ...] [--student MODEL_OR_RUN ...] [--measure NAME ...] "
+    own, rest = _eval_parser().parse_known_args(argv)
+    # A key=value after a list of names is no name.
+    overrides = [item for names in (own.student, own.measure) for item in names if _is_override(item)]
+    students, measures = ([item for item in names if not _is_override(item)] for names in (own.student, own.measure))
+    where, given = _recipe_and_overrides([*rest, *overrides])
+    plan = make_plan(where, given, students, measures, own.samples, own.k, own.temperature)
+
+    from skd_plugin.evaluate.command import run_eval
+
+    return run_eval(plan, where, own.out)
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    from skd_plugin.evaluate.plan import DEFAULT_SAMPLES, MEASURES
+
+    parser = _own_parser(
+        "eval",
+        "RECIPE.yaml|RUN [key=value ...] [--student MODEL_OR_RUN ...] [--measure NAME ...] "
         "[--samples N] [--k K ...] [--temperature T] [--out eval.json]",
-        description="Measure students on the held-out prompts of a recipe; of a run folder, the student before and "
-        "after. docs/eval.md says what each number is.",
-        allow_abbrev=False,
+        "Measure students on the held-out prompts of a recipe; of a run folder, the student before and after. "
+        "docs/eval.md says what each number is.",
     )
     parser.add_argument(
         "--student", nargs="+", default=[], help="models or run folders to compare (default: the recipe's student)"
@@ -107,24 +121,16 @@ def _eval(argv: list[str]) -> int:
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k (default: those of 1 4 16 within --samples)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of what is sampled (default: %(default)s)")
     parser.add_argument("--out", default="eval.json", help="file to write (default: %(default)s)")
-    own, rest = parser.parse_known_args(argv)
-    # A key=value after a list of names is no name.
-    overrides = [item for names in (own.student, own.measure) for item in names if _is_override(item)]
-    students, measures = ([item for item in names if not _is_override(item)] for names in (own.student, own.measure))
-    where, given = _recipe_and_overrides([*rest, *overrides])
-    plan = make_plan(where, given, students, measures, own.samples, own.k, own.temperature)
-
-    from skd_plugin.evaluate.command import run_eval
-
-    return run_eval(plan, where, own.out)
+    return parser
 
 
 def _report(argv: list[str]) -> int:
     from skd_plugin.report.command import run_report
 
-    parser = argparse.ArgumentParser(
-        prog="skd report",
-        description="One self-contained HTML page of one or several run folders; see docs/report.md.",
+    parser = _own_parser(
+        "report",
+        "RUN [RUN ...] [--out report.html] [--png DIR] [--traces N]",
+        "One self-contained HTML page of one or several run folders; see docs/report.md.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a folder that skd train wrote; the run may still go on"
@@ -136,6 +142,12 @@ def _report(argv: list[str]) -> int:
     )
     own = parser.parse_args(argv)
     return run_report(own.runs, own.out, own.png, own.traces)
+
+
+def _own_parser(command: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """Of the flags that a command has beside those of a recipe, of which none may be taken for one of them."""
+    name = f"skd {command}"
+    return argparse.ArgumentParser(prog=name, usage=f"{name} {usage}", description=description, allow_abbrev=False)
 
 
 def _recipe_and_overrides(argv: list[str]) -> tuple[str, list[str]]:
@@ -181,13 +193,6 @@ def _flag_parser() -> argparse.ArgumentParser:
             f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=(text + shown).replace("%", "%%")
         )
     return parser
-
-
-def _train_help() -> str:
-    parser = _flag_parser()
-    parser.prog = "skd train RECIPE.yaml [key=value ...]"
-    parser.usage = "%(prog)s [--flag value ...]"
-    return parser.format_help()
 
 
 if __name__ == "__main__":

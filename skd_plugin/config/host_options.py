@@ -41,7 +41,7 @@ def host_parser() -> argparse.ArgumentParser:
 
 def host_defaults() -> dict[str, Any]:
     """OpenRLHF's own value of every option of it."""
-    return {action.dest: action.default for action in host_parser()._actions if action.option_strings}
+    return {action.dest: action.default for action in host_parser()._actions if action.dest != "help"}
 
 
 def check_by_host(arguments: list[str]) -> None:
@@ -55,7 +55,7 @@ def check_by_host(arguments: list[str]) -> None:
 
     _, rest = _around_parsing()
     # Neither its imports nor its call of train().
-    checks = [node for node in rest if isinstance(node, ast.If | ast.Assert | ast.Assign)]
+    checks: list[ast.stmt] = [node for node in rest if isinstance(node, ast.If | ast.Assert | ast.Assign)]
     namespace = {"args": host_parser().parse_args(arguments), "hierarchize": hierarchize}
     try:
         with redirect_stdout(StringIO()):  # its warnings are repeated in the run's log

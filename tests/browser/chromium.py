@@ -13,6 +13,8 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
+from tests.waiting import wait_for
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 EXECUTABLE = next((path for path in map(shutil.which, NAMES) if path), "")
 FLAGS = [
@@ -25,7 +27,7 @@ FLAGS = [
     "--disable-sync",
     "--remote-debugging-port=0",
 ]
-LIMIT_S = 60
+LIMIT_S = 600  # a guard against a hang
 
 
 class Chromium:
@@ -100,6 +102,11 @@ class Chromium:
             self.problems.append(json.dumps(parameters))
 
 
+def _page(port: str) -> dict[str, Any] | None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=LIMIT_S) as answer:
+        return next((target for target in json.load(answer) if target["type"] == "page"), None)
+
+
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chromium]:
     """Args: profile: an empty folder for what the browser writes."""
@@ -108,9 +115,8 @@ def chromium(profile: Path) -> Iterator[Chromium]:
         try:
             line = next(line for line in process.stderr if "DevTools listening on" in line)
             port = line.split("/devtools")[0].rpartition(":")[2]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=LIMIT_S) as answer:
-                target = next(target for target in json.load(answer) if target["type"] == "page")
-            with connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
+            target = wait_for(lambda: _page(port), "the browser's page")
+            with connect(target["webSocketDebuggerUrl"], max_size=None, open_timeout=LIMIT_S) as socket:
                 yield Chromium(socket)
         finally:
             process.terminate()

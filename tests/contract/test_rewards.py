@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.contract.test_openrlhf import _Engine, _Tokenizer
+from tests.waiting import GUARD_S
 
 
 def execute(executor: Any, prompt: str = "ab") -> dict[str, Any]:
@@ -71,7 +72,7 @@ def test_a_reward_that_does_not_come_is_an_error(reward_file, body: str, cause: 
     from skd_plugin.host.rewards import RewardError
 
     with pytest.raises(RewardError, match=f"prompt 'ab'.*{cause}"):
-        execute(rewarded(reward_file(body), timeout_s=0.2))
+        execute(rewarded(reward_file(body), timeout_s=0.2 if "sleep" in body else GUARD_S))
 
 
 @pytest.fixture

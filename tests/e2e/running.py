@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
+
+from skd_plugin.config.run import Run
+from skd_plugin.run import resume
+from skd_plugin.run_folder import RunFolder
+from tests.waiting import GUARD_S, wait_for
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = [
@@ -32,8 +35,6 @@ LONGER = [
     "skd.traces_per_step=8",
 ]
 NUM_STEPS = 12
-START_LIMIT_S = 400
-END_LIMIT_S = 240  # a guard against a hang, wide enough for a busy machine
 
 
 def start(folder: Path, *overrides: str, recipe: Path = RECIPE) -> subprocess.Popen[str]:
@@ -54,14 +55,13 @@ def _hear_ctrl_c() -> None:
 def finish(folder: Path, *overrides: str, recipe: Path = RECIPE) -> str:
     """A run to its end; returns what it printed."""
     process = start(folder, *overrides, recipe=recipe)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 0, output
     return output
 
 
 def metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return RunFolder(folder).metrics.read()
 
 
 def steps(folder: Path) -> list[dict]:
@@ -70,15 +70,35 @@ def steps(folder: Path) -> list[dict]:
 
 
 def traces(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "traces.jsonl").read_text().splitlines()]
+    return RunFolder(folder).traces.read()
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while not any(record["step"] >= step for record in steps(folder)):
+    def there() -> bool:
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"no step {step} after {START_LIMIT_S} s"
-        time.sleep(0.2)
+        return any(record["step"] >= step for record in steps(folder))
+
+    wait_for(there, f"step {step}")
+
+
+def checkpoint(folder: Path) -> int | None:
+    """Step of the last complete checkpoint, from which a killed run goes on."""
+    return resume.last_step(Run.load(RunFolder(folder))) if RunFolder(folder).config.exists() else None
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    """A complete one: OpenRLHF has written the last file of it."""
+
+    def there() -> bool:
+        assert process.poll() is None, process.stdout.read()
+        return checkpoint(folder) is not None
+
+    wait_for(there, "a complete checkpoint")
+
+
+def wait_until_gone(folder: Path) -> None:
+    """Every process of the run."""
+    wait_for(lambda: not processes_with(folder), "the end of every process of the run")
 
 
 def processes_with(folder: Path) -> list[psutil.Process]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import END_LIMIT_S, UNMEASURED, processes_with, start, wait_for_step
+from tests.e2e.running import UNMEASURED, checkpoint, processes_with, start, wait_for_checkpoint
+from tests.waiting import GUARD_S
 
 pytestmark = pytest.mark.e2e
 
@@ -14,10 +15,10 @@ pytestmark = pytest.mark.e2e
 def kill_one(folder: Path, *names: str) -> str:
     """Output of an endless run in which a process with one of these names is killed."""
     process = start(folder, "skd.task.train_prompts=4000", *UNMEASURED)
-    wait_for_step(folder, 2, process)
+    wait_for_checkpoint(folder, process)
     victim = next(p for p in processes_with(folder) if any(name in " ".join(p.cmdline()) + p.name() for name in names))
     victim.kill()
-    output, _ = process.communicate(timeout=END_LIMIT_S)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1, output
     assert not processes_with(folder)
     return output
@@ -28,8 +29,8 @@ def test_a_dead_process_ends_the_run_with_one_error(tmp_path: Path, names: tuple
     output = kill_one(tmp_path, *names)
     assert "The run failed:" in output and "host.log" in output
     assert "The same command goes on from the checkpoint of step" in output
-    latest = (tmp_path / "checkpoints" / "_actor" / "latest").read_text()
-    assert list((tmp_path / "checkpoints" / "_actor" / latest).glob("*model_states.pt"))
+    whole = tmp_path / "checkpoints" / "_actor" / f"global_step{checkpoint(tmp_path)}"
+    assert list(whole.glob("*model_states.pt"))
 
 
 def test_a_full_disk_ends_the_run_with_advice(tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_full_disk_ends_the_run_with_advice(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "traces.jsonl").symlink_to("/dev/full")
     process = start(folder, *UNMEASURED)
-    output, _ = process.communicate(timeout=END_LIMIT_S * 2)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1, output
     assert "No space left on device. Make room, or point skd.run_dir at another disk" in output
     assert not processes_with(folder)

@@ -9,16 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import GUARD_S, wait_for
+
 pytestmark = pytest.mark.e2e
 
 RAY = str(Path(sys.executable).with_name("ray"))
-START_LIMIT_S = 120
 JOB = """
 import os
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def cluster() -> Iterator[str]:
     )
     yield f"http://127.0.0.1:{dashboard}"
     process.terminate()
-    process.wait(60)
+    process.wait(GUARD_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -76,12 +76,12 @@ def submit(address: str, script: Path) -> subprocess.CompletedProcess[str]:
     """Again and again until the cluster takes jobs, which is a while after its dashboard answers."""
     environment = json.dumps({"env_vars": {"OF_THE_JOB": "yes"}})
     command = [RAY, "job", "submit", f"--address={address}", f"--runtime-env-json={environment}"]
-    deadline = time.monotonic() + START_LIMIT_S
-    while True:
+
+    def accepted() -> subprocess.CompletedProcess[str] | None:
         done = subprocess.run([*command, "--", sys.executable, str(script)], capture_output=True, text=True)
-        if "submitted successfully" in done.stdout or time.monotonic() > deadline:
-            return done
-        time.sleep(1)
+        return done if "submitted successfully" in done.stdout else None
+
+    return wait_for(accepted, "a job that the cluster takes", poll_s=1.0)
 
 
 def test_a_job_uses_its_cluster(tmp_path: Path, cluster: str) -> None:

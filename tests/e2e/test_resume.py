@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,40 +12,45 @@ import psutil
 import pytest
 
 from tests.e2e.running import (
-    END_LIMIT_S,
     LONGER,
     NUM_STEPS,
+    checkpoint,
     finish,
     metrics,
     processes_with,
     start,
     steps,
     traces,
+    wait_for_checkpoint,
     wait_for_step,
+    wait_until_gone,
 )
+from tests.waiting import GUARD_S
 
 pytestmark = pytest.mark.e2e
 
 
-def kill_once(folder: Path, rng: random.Random, victim: str = "") -> bool:
-    """Kills a process of the run (any, or one with `victim` in its command line) at a random moment of its training.
+def kill_one(folder: Path, process: subprocess.Popen[str], rng: random.Random, victim: str = "") -> bool:
+    """Kills a process of the run, any, or one with `victim` in its command line, at a random moment from now on.
 
     Returns whether that ended the run; some of Ray's helpers are not missed.
     """
-    process = start(folder, *LONGER)
-    done = steps(folder)[-1]["step"] if steps(folder) else 0
-    wait_for_step(folder, min(done + 1, NUM_STEPS - 2), process)
     time.sleep(rng.uniform(0.0, 1.0))
-    found = [p for p in [*processes_with(folder), psutil.Process(process.pid)] if victim in " ".join(p.cmdline())]
+    found = [p for p in [*processes_with(folder), psutil.Process(process.pid)] if victim in command_line(p)]
     chosen = rng.choice(found)
-    print(f"behind step {steps(folder)[-1]['step']}: killing {' '.join(chosen.cmdline())[:100]}", flush=True)
+    print(f"with the checkpoint {checkpoint(folder)}: killing {command_line(chosen)[:100]}", flush=True)
     chosen.kill()
-    process.communicate(timeout=END_LIMIT_S)
-    deadline = time.monotonic() + 60
-    while processes_with(folder) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not processes_with(folder)
+    process.communicate(timeout=GUARD_S)
+    wait_until_gone(folder)
     return process.returncode != 0
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def same_run(folder: Path, undisturbed: Path) -> None:
@@ -60,9 +66,12 @@ def same_run(folder: Path, undisturbed: Path) -> None:
 
 
 def test_a_killed_run_goes_on(tmp_path, finished_run):
-    assert kill_once(tmp_path / "run", random.Random(0), "SKDPolicy")
-    assert "going on from its checkpoint of step" in finish(tmp_path / "run", *LONGER)
-    same_run(tmp_path / "run", finished_run[0])
+    folder = tmp_path / "run"
+    process = start(folder, *LONGER)
+    wait_for_checkpoint(folder, process)
+    assert kill_one(folder, process, random.Random(0), "SKDPolicy")
+    assert "going on from its checkpoint of step" in finish(folder, *LONGER)
+    same_run(folder, finished_run[0])
 
 
 @pytest.mark.soak
@@ -70,7 +79,10 @@ def test_ten_kills_at_random_points(tmp_path, finished_run):
     rng = random.Random(int(os.environ.get("SKD_SOAK_SEED", "1")))
     folder = tmp_path / "run0"
     for number in range(1, 11):
-        if not kill_once(folder, rng):  # this run came to its end all the same
+        done = steps(folder)[-1]["step"] if steps(folder) else 0
+        process = start(folder, *LONGER)
+        wait_for_step(folder, min(done + 1, NUM_STEPS - 2), process)
+        if not kill_one(folder, process, rng):  # this run came to its end all the same
             same_run(folder, finished_run[0])
             folder = tmp_path / f"run{number}"
     if steps(folder):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import END_LIMIT_S, RECIPE, UNMEASURED, finish, metrics, processes_with, start, steps, traces
+from tests.e2e.running import RECIPE, UNMEASURED, finish, metrics, processes_with, start, steps, traces
+from tests.waiting import GUARD_S
 
 pytestmark = pytest.mark.e2e
 
@@ -118,7 +119,7 @@ def test_a_reward_that_raises_ends_the_run(tmp_path: Path) -> None:
     broken.write_text("def reward_func(queries, prompts, labels):\n    raise KeyError('no such label')\n")
     folder = tmp_path / "run"
     process = start(folder, *UNMEASURED, "skd.objective.rl_coef=1", f"openrlhf.reward.remote_url={broken}")
-    output, _ = process.communicate(timeout=END_LIMIT_S * 2)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1, output
     assert "The run failed: " in output and "no reward for the prompt" in output and "no such label" in output
     assert not processes_with(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.running import (
-    END_LIMIT_S,
     NUM_STEPS,
     RECIPE,
     UNMEASURED,
@@ -21,7 +19,9 @@ from tests.e2e.running import (
     steps,
     traces,
     wait_for_step,
+    wait_until_gone,
 )
+from tests.waiting import GUARD_S
 
 pytestmark = pytest.mark.e2e
 
@@ -71,7 +71,7 @@ def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
     process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
     wait_for_step(tmp_path, 1, process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=END_LIMIT_S)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 130, output
     assert "Stopped" in output
     assert not processes_with(tmp_path)
@@ -83,7 +83,4 @@ def test_a_killed_skd_takes_its_processes_with_it(tmp_path):
     wait_for_step(tmp_path, 1, process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while processes_with(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not processes_with(tmp_path)
+    wait_until_gone(tmp_path)

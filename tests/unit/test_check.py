@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -40,6 +39,7 @@ from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.run import process
 from skd_plugin.run_folder import RunFolder, Status
+from tests.waiting import wait_for
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]
@@ -422,10 +422,15 @@ def test_nothing_outlives_a_check(tmp_path, monkeypatch):
     sleeper = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
     name = module(tmp_path, monkeypatch, sleeper + "print(p.pid, flush=True)")
     assert process.run_quietly([name], tmp_path / "log") is None
-    pid, deadline = int((tmp_path / "log").read_text()), time.monotonic() + 20
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pid = int((tmp_path / "log").read_text())
+
+    def gone() -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_for(gone, "the end of what the process has started")
 
 
 # --- the dry run's report ---

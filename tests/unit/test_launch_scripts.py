@@ -6,19 +6,20 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import GUARD_S, wait_for
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECIPE = "recipes/own.yaml"
-# How a stand-in acts behind the line that it logs. srun blocks as `ray start --block` does.
+# How a stand-in acts after the line that it logs. srun blocks as `ray start --block` does.
 STAND_INS = {
     "skd": 'exit "$(cat skd_status 2>/dev/null || echo 0)"',
-    "ray": '[ "$2" = stop ] || [ ! -e job_hangs ] || exec /bin/sleep 60; '
+    "ray": '[ "$2" = stop ] || [ ! -e job_hangs ] || exec /bin/sleep 3600; '
     'exit "$(cat ray_status 2>/dev/null || echo 0)"',
-    "srun": "exec /bin/sleep 60",
+    "srun": "exec /bin/sleep 3600",
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; fi',
     "python": "head -n 1 nodes_up; sed -i 1d nodes_up",  # how many nodes are up, at each look
     "sleep": "exit 0",
@@ -51,7 +52,7 @@ def launch(root: Path, script: str, *words: str, **variables: str) -> subprocess
         env=environment(root, **variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GUARD_S,
     )
 
 
@@ -184,12 +185,9 @@ def test_slurm_goes_back_into_the_queue_when_its_time_is_over(
     (root / "nodes_up").write_text("2\n")
     (root / "job_hangs").touch()
     run = subprocess.Popen(["bash", "scripts/launch_slurm.sh", RECIPE], cwd=root, env=environment(root))
-    for _ in range(400):
-        if any(call.startswith("ray") for call in calls(root)):
-            break
-        time.sleep(0.05)
+    wait_for(lambda: any(call.startswith("ray") for call in calls(root)), "the job")
     run.send_signal(number)
-    assert run.wait(20) == status  # which also waits for the stand-ins of srun: they are ended
+    assert run.wait(GUARD_S) == status  # which also waits for the stand-ins of srun: they are ended
     assert (calls(root)[-1] == "scontrol <requeue> <7>") == requeued
     assert "ray <job> <stop> <slurm-7-0>" in calls(root)[-2:], "the training is stopped before Ray"
 
