@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,37 @@ class JsonLines:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+    def scan(self, notes: list[str]) -> Iterator[Record]:
+        """The records one after the other, of a file that may have been cut or edited: a line that is no record is
+        left out, and what was left out is added to `notes` at the end. None where there is no file."""
+        if not self.path.is_file():
+            return
+        bad, cut = [], False
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line)
+                except ValueError:  # of JSON or of UTF-8
+                    cut = not line.endswith(b"\n")
+                    bad += [] if cut or not line.strip() else [number]
+                    continue
+                if isinstance(record, dict):
+                    yield record
+                else:
+                    bad.append(number)
+        if cut:
+            notes.append(f"The last line of {self.path.name} is half written and was left out.")
+        if bad:
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            notes.append(f"{self.path.name}: {len(bad)} unreadable line(s) were left out (line {shown}).")
+
+    def count(self) -> int:
+        """Lines of the file, whole or not."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file)
 
     def cut_after(self, step: int) -> None:
         """Keeps the whole lines up to `step`: those after it will be written again."""

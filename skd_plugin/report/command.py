@@ -36,7 +36,7 @@ def _write_page(runs: list[RunRecord], target: Path, max_traces: int) -> None:
     from skd_plugin.report.summary import kinds_of_loss
     from skd_plugin.report.traces import pack_traces
 
-    pieces = [load_pieces(run) if (run.path / "traces.jsonl").is_file() else Pieces(None) for run in runs]
+    pieces = [load_pieces(run) if run.folder.traces.path.is_file() else Pieces(None) for run in runs]
     notes = []
     if not same_tokenizer(pieces):
         notes.append(

@@ -50,7 +50,7 @@ def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str
     )
 
 
-def visible(piece: Piece | tuple[int, ...]) -> str:
+def visible(piece: Piece) -> str:
     """A piece with its white space to be seen, in the signs that traces.js uses."""
     if not isinstance(piece, str):
         return "".join(f"⟨{byte:02X}⟩" for byte in piece)

@@ -9,7 +9,7 @@ from typing import Any
 
 from skd_plugin.report.run_record import RunRecord
 
-Piece = str | list[int]  # text, or the bytes of a part of a character
+Piece = str | tuple[int, ...]  # text, or the bytes of a part of a character
 
 
 class Pieces:
@@ -60,7 +60,7 @@ def load_pieces(run: RunRecord) -> Pieces:
     from transformers import AutoTokenizer
 
     student = run.option("openrlhf.actor.model_name_or_path")
-    places = [place for place in (student, str(run.path / "model")) if place and Path(place).is_dir()]
+    places = [place for place in (student, str(run.folder.model)) if place and Path(place).is_dir()]
     if student and not Path(student).is_absolute():
         places.append(student)
     for place in places:
@@ -91,4 +91,4 @@ def _text_or_bytes(raw: bytes) -> Piece:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return list(raw)
+        return tuple(raw)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,19 @@ import yaml
 
 from skd_plugin.config.recipe import flatten
 from skd_plugin.errors import RecipeError
+from skd_plugin.run_folder import Record, RunFolder
 
 Series = tuple[list[int], list[float]]  # steps, rising, and the values at them
-
-MADE_BY_A_RUN = ("config.yaml", "metrics.jsonl", "traces.jsonl")
 
 
 @dataclass
 class RunRecord:
     """What is known of a run from its folder."""
 
-    path: Path
+    folder: RunFolder
     name: str
-    config: dict[str, Any]  # dotted name -> value; empty if there is no config.yaml
-    status: dict[str, Any]
+    config: Record  # dotted name -> value; empty if there is no config.yaml
+    status: Record
     curves: dict[str, Series]  # metric -> its series
     notes: list[str] = field(default_factory=list)  # what a reader of the page must know about the files
 
@@ -39,45 +37,24 @@ class RunRecord:
 
 def read_runs(paths: Iterable[str | Path]) -> list[RunRecord]:
     """Raises RecipeError: no such folder, not a run folder, or one that is named twice."""
-    folders = [Path(path) for path in paths]
+    folders = [RunFolder(Path(path)) for path in paths]
     for index, folder in enumerate(folders):
-        if not folder.exists():
-            raise RecipeError(f"there is no run folder {folder}")
-        if not any((folder / name).is_file() for name in MADE_BY_A_RUN):
+        if not folder.path.exists():
+            raise RecipeError(f"there is no run folder {folder.path}")
+        written = folder.config, folder.metrics.path, folder.traces.path
+        if not any(file.is_file() for file in written):
             raise RecipeError(
-                f"{folder} is not a run folder: it holds none of {', '.join(MADE_BY_A_RUN)}. "
+                f"{folder.path} is not a run folder: it holds none of {', '.join(file.name for file in written)}. "
                 "Name the folder that skd train wrote (skd.run_dir)"
             )
-        if folder.resolve() in [other.resolve() for other in folders[:index]]:
-            raise RecipeError(f"{folder} is named twice")
+        if folder.path.resolve() in [other.path.resolve() for other in folders[:index]]:
+            raise RecipeError(f"{folder.path} is named twice")
     return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
-def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line that is none is left out, and a note says so."""
-    bad, cut = [], False
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:  # of JSON or of UTF-8
-                cut = not line.endswith(b"\n")
-                bad += [] if cut or not line.strip() else [number]
-                continue
-            if isinstance(record, dict):
-                yield record
-            else:
-                bad.append(number)
-    if cut:
-        notes.append(f"The last line of {path.name} is half written and was left out.")
-    if bad:
-        lines = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        notes.append(f"{path.name}: {len(bad)} unreadable line(s) were left out (line {lines}).")
-
-
-def _names(folders: list[Path]) -> list[str]:
+def _names(folders: list[RunFolder]) -> list[str]:
     """Short names that tell the folders apart: as many trailing parts of the paths as that takes."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [folder.path.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -85,21 +62,21 @@ def _names(folders: list[Path]) -> list[str]:
     return names
 
 
-def _read_run(folder: Path, name: str) -> RunRecord:
+def _read_run(folder: RunFolder, name: str) -> RunRecord:
     notes: list[str] = []
-    config = _mapping(folder / "config.yaml", notes)
-    status = _mapping(folder / "status.json", [])
-    records = list(json_lines(folder / "metrics.jsonl", notes)) if (folder / "metrics.jsonl").is_file() else None
-    if records is None:
+    config = _mapping(folder.config, notes)
+    status = _mapping(folder.status.path, [])
+    records = list(folder.metrics.scan(notes))
+    if not folder.metrics.path.is_file():
         notes.append("There is no metrics.jsonl: no curves.")
     elif not records:
         notes.append("metrics.jsonl is empty: no step has ended yet.")
-    if not (folder / "traces.jsonl").is_file():
+    if not folder.traces.path.is_file():
         notes.append("There is no traces.jsonl: no responses to look at (skd.traces_per_step).")
-    return RunRecord(folder, name, flatten(config), status, _curves(records or []), notes)
+    return RunRecord(folder, name, flatten(config), status, _curves(records), notes)
 
 
-def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+def _mapping(path: Path, notes: list[str]) -> Record:
     """A YAML (or JSON) mapping, or {} and a note."""
     if not path.is_file():
         notes.append(f"There is no {path.name}: models and settings are unknown.")
@@ -114,7 +91,7 @@ def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return content
 
 
-def _curves(records: list[dict[str, Any]]) -> dict[str, Series]:
+def _curves(records: list[Record]) -> dict[str, Series]:
     """Every number of the records by metric. A step that was run again after a resume counts as it was last."""
     found: dict[str, dict[int, float]] = {}
     for record in records:

@@ -23,7 +23,8 @@ import numpy as np
 
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.report.pieces import Piece, Pieces
-from skd_plugin.report.run_record import RunRecord, json_lines
+from skd_plugin.report.run_record import RunRecord
+from skd_plugin.run_folder import Record
 
 TOP = 5
 SOURCES = {source.letter: source for source in Source}
@@ -36,13 +37,13 @@ PER_TOKEN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_lo
 class PackedTraces:
     """Grows by `add`; a row of `per_trace` a response, an entry of the token columns a token."""
 
-    pieces: dict[tuple[int, Piece | tuple[int, ...]], int] = field(default_factory=dict)  # (id, text) -> place
+    pieces: dict[tuple[int, Piece], int] = field(default_factory=dict)  # (id, text) -> place
     special: set[int] = field(default_factory=set)
     strings: dict[str, int] = field(default_factory=dict)
     columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
     per_trace: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, run: int, record: dict[str, Any], place: Callable[[int], int]) -> None:
+    def add(self, run: int, record: Record, place: Callable[[int], int]) -> None:
         """Args: place: token id -> its place in the table of pieces, of the run's tokenizer."""
         ids, rejected = record["response_ids"], record["rejected_ids"]
         sources = [SOURCES[letter] for letter in record["source"]]
@@ -86,17 +87,14 @@ class PackedTraces:
             header_columns[name] = [values.dtype.name, offset, len(values)]
             parts.append(raw)
             offset += len(raw)
-        pieces = [[id_, list(text) if isinstance(text, tuple) else text] for id_, text in self.pieces]
-        header = json.dumps(
-            {"columns": header_columns, "pieces": pieces, "special": sorted(self.special), "strings": [*self.strings]}
-        ).encode()
+        tables = {"pieces": [*self.pieces], "special": sorted(self.special), "strings": [*self.strings]}
+        header = json.dumps({"columns": header_columns, **tables}).encode()
         header += b" " * (-len(header) % 4)
         length = np.array([len(header)], dtype="<u4").tobytes()
         return base64.b64encode(gzip.compress(b"".join([length, header, *parts]), 6, mtime=0)).decode()
 
     def place(self, token_id: int, piece: Piece, special: bool) -> int:
-        key = token_id, tuple(piece) if isinstance(piece, list) else piece
-        place = self.pieces.setdefault(key, len(self.pieces) + 1)
+        place = self.pieces.setdefault((token_id, piece), len(self.pieces) + 1)
         if special:
             self.special.add(place)
         return place
@@ -148,22 +146,18 @@ def corrections(packed: PackedTraces, run: int, count: int) -> list[tuple[Piece,
     return [(texts[was - 1], texts[now - 1], times) for (was, now), times in pairs.most_common(count)]
 
 
-def _spread(run: RunRecord, limit: int) -> Iterable[dict[str, Any]]:
-    path = run.path / "traces.jsonl"
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        total = sum(1 for _ in file)
+def _spread(run: RunRecord, limit: int) -> Iterable[Record]:
+    total = run.folder.traces.count()
     if total > limit:
         run.notes.append(f"{limit:,} of the {total:,} traces are here, evenly spread (--traces).")
-    for index, record in enumerate(json_lines(path, run.notes)):
+    for index, record in enumerate(run.folder.traces.scan(run.notes)):
         if total <= limit or index * limit // total != (index - 1) * limit // total:
             yield record
 
 
-def _is_whole(record: dict[str, Any]) -> bool:
-    values = [record.get(name) for name in PER_TOKEN]
-    if not all(isinstance(value, list | str) for value in values):
+def _is_whole(record: Record) -> bool:
+    values = [value for name in PER_TOKEN if isinstance(value := record.get(name), list | str)]
+    if len(values) < len(PER_TOKEN):
         return False
     return len({len(value) for value in values}) == 1 and set(record["source"]) <= SOURCES.keys()
 

@@ -213,7 +213,7 @@ def test_byte_level_pieces_are_exact_and_parts_of_a_character_are_bytes(tmp_path
 
     vocab = {"</s>": 0, "Ġhi": 1, "Ċ": 2, "Ã¤": 3, "Ã": 4, "Ġâ": 5, "<|im_start|>": 6}
     pieces = saved(tmp_path, vocab, decoders.ByteLevel())
-    assert [pieces[i] for i in range(6)] == ["</s>", " hi", "\n", "ä", [0xC3], [0x20, 0xE2]]
+    assert [pieces[i] for i in range(6)] == ["</s>", " hi", "\n", "ä", (0xC3,), (0x20, 0xE2)]
     assert pieces.is_special(0) and not pieces.is_special(1)
 
 
@@ -223,7 +223,7 @@ def test_byte_fallback_and_word_marks(tmp_path):
     vocab = {"</s>": 0, "▁hi": 1, "<0x0A>": 2, "<0xE2>": 3, "x": 4}
     decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     pieces = saved(tmp_path, vocab, decoder)
-    assert [pieces[i] for i in range(5)] == ["</s>", " hi", "\n", [0xE2], "x"]
+    assert [pieces[i] for i in range(5)] == ["</s>", " hi", "\n", (0xE2,), "x"]
 
 
 def test_word_pieces(tmp_path):
@@ -244,7 +244,7 @@ def test_plain_words_and_ids_that_nobody_knows(tmp_path):
 def test_the_students_folder_comes_first_and_the_runs_model_is_the_fallback(tmp_path):
     student = write_tokenizer(tmp_path / "student", ["</s>", "A"])
     (run,) = read_runs([write_run(tmp_path / "run", student=student)])
-    write_tokenizer(run.path / "model", ["</s>", "B"])
+    write_tokenizer(run.folder.model, ["</s>", "B"])
     assert load_pieces(run)[1] == "A"
     for file in student.iterdir():
         file.unlink()
@@ -445,7 +445,7 @@ def test_last_and_best_values_and_who_leads(tmp_path):
 
 def test_losses_of_different_kinds_are_not_ranked(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", skd={"loss": {"kind": "jsd"}})])
-    lines(runs[1].path / "metrics.jsonl", three_steps(loss=0.1))
+    lines(runs[1].folder.metrics.path, three_steps(loss=0.1))
     runs = read_runs([tmp_path / "a", tmp_path / "b"])
     rows = {figure.name: cells for figure, cells in summary.comparison(runs, figures_of(runs))}
     assert not any(cell.last_leads or cell.best_leads for cell in rows["skd/loss"])

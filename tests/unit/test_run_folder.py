@@ -58,6 +58,17 @@ def test_lines_are_cut_after_a_step(tmp_path: Path) -> None:
     assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_scan_leaves_out_what_is_no_record(tmp_path: Path) -> None:
+    lines, notes = JsonLines(tmp_path / "traces.jsonl"), []
+    assert list(lines.scan(notes)) == [] and lines.count() == 0 and not notes  # there is no file
+    lines.path.write_bytes(b'{"a": 1}\n[2]\n\n\xff\n{"a": 3}\n{"a": 4')
+    assert list(lines.scan(notes)) == [{"a": 1}, {"a": 3}] and lines.count() == 6
+    assert notes == [
+        "The last line of traces.jsonl is half written and was left out.",
+        "traces.jsonl: 2 unreadable line(s) were left out (line 2, 4).",
+    ]
+
+
 def test_config_makes_its_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "run")
     folder.write_config({"skd": {"b": 1, "a": None}, "cpu": True})
