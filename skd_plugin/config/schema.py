@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -200,6 +200,13 @@ class LossConfig(Section):
         return self.model_dump(exclude={"top_k", "vocabulary", "chunk", "reweight"})
 
 
+class Coefficients(NamedTuple):
+    """What the two losses count in a training step."""
+
+    kd: float  # the distillation loss
+    rl: float  # the policy loss
+
+
 class ObjectiveConfig(Section):
     kd_coef: movable(Annotated[float, Field(ge=0)]) = Field(1.0, description="weight of the distillation loss")
     rl_coef: movable(Annotated[float, Field(ge=0)]) = Field(
@@ -218,16 +225,16 @@ class ObjectiveConfig(Section):
     def uses_rewards(self) -> bool:
         return max(extremes(self.rl_coef)) > 0
 
-    def coefficients(self, progress: float) -> dict[str, float]:
-        """Of both terms, when this share of training is done."""
-        return {"kd": value_at(self.kd_coef, progress), "rl": value_at(self.rl_coef, progress)}
+    def coefficients(self, progress: float) -> Coefficients:
+        """Those when this share of training is done."""
+        return Coefficients(value_at(self.kd_coef, progress), value_at(self.rl_coef, progress))
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> ObjectiveConfig:
         effects = dict.fromkeys(("replaced_tokens", "teacher_advantage"), self.uses_rewards)
         refuse_idle(self, effects, "rl_coef is 0, so there is no policy loss")
         for share in range(1001):
-            if not any(self.coefficients(share / 1000).values()):
+            if not any(self.coefficients(share / 1000)):
                 raise ValueError(f"kd_coef and rl_coef are both 0 when {share / 10:g} % of training is done")
         return self
 

@@ -12,13 +12,14 @@ from openrlhf.trainer.ppo_trainer import PPOTrainer, compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin.config.host_rules import NO_REWARD, planned_steps
-from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.schema import Coefficients, SKDConfig
+from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host import by_task
+from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.host.metrics import mean_kl, objective_metrics, rollout_metrics
-from skd_plugin.host.rollout_actor import TRACE_KEY
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.seams import plain_class
@@ -29,7 +30,7 @@ HostTrainer = plain_class(PPOTrainer)
 RULE_STATE = "skd_rule"  # key in the host's checkpoint of what a controller has learned
 EXPECTED_PARTS = {
     "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
-    "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "plan": "LessonPlan"},
+    "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
 }
 
 
@@ -143,8 +144,9 @@ class SKDTrainer(HostTrainer):
         self._rollout_figures["tokens"] = sum(len(trace) for trace in traces)
         return status, step
 
-    def _begin_step(self, global_step: int) -> dict[str, float]:
-        coefficients = self.skd.objective.coefficients(min(global_step / max(self.planned_steps, 1), 1.0))
+    def _begin_step(self, global_step: int) -> Coefficients:
+        progress = min(global_step / max(self.planned_steps, 1), 1.0)
+        coefficients = self.skd.objective.coefficients(progress)
         seed = derive_seed(self.args.train.seed, global_step) % 2**63
         ray.get(self.actor_model_group.async_run_method("begin_step", coefficients, seed))
         return coefficients
@@ -220,10 +222,9 @@ class SKDTrainer(HostTrainer):
     def _trace_record(self, sample: Experience) -> dict[str, Any]:
         trace = sample.info[TRACE_KEY][0]
         finish = "length" if bool(sample.truncated) else "stop"
-        ids = sample.sequences[0].tolist()
-        first = int(sample.action_mask[0].nonzero()[0]) + 1 if bool(sample.action_mask.any()) else len(ids)
+        prompt_ids = sample.sequences[0, : first_response_place(sample.action_mask[0])].tolist()
         return {
-            **trace.to_json(ids[:first], finish),
+            **trace.to_json(prompt_ids, finish),
             "prompt": sample.prompts[0],
             "response": self._text(trace),
         }

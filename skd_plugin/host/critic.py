@@ -7,7 +7,7 @@ from typing import Any
 import openrlhf.trainer.ray.ppo_critic as host
 
 from skd_plugin.host import on_cpu
-from skd_plugin.host.rollout_actor import TRACE_KEY
+from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.seams import plain_class
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import NOTHING, Source, Trace
-from skd_plugin.host.lesson import students_own
+from skd_plugin.host.batch import students_own
 
 RARE_SOURCES = {
     "reference_frac": Source.REFERENCE,
@@ -58,20 +59,20 @@ POLICY_FIGURES = {  # name in the host's status -> ours
 
 
 def objective_metrics(
-    status: dict[str, Any], traces: list[Trace], coefficients: dict[str, float]
+    status: dict[str, Any], traces: list[Trace], coefficients: Coefficients
 ) -> dict[str, float | None]:
     """Figures of the two terms of the loss; those of the policy only where it takes part or rewards are measured.
 
     Args:
         status: what the host's training step returned.
     """
-    figures = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients["kd"]}
+    figures = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients.kd}
     reward = status.get("rollout/reward_mean")
     if reward is not None and not math.isnan(reward):
         figures["rl/reward"] = reward
-    if coefficients["rl"]:
+    if coefficients.rl:
         own = torch.cat([students_own(trace) for trace in traces]).float().mean().item()
-        figures |= {"rl/coef": coefficients["rl"], "rl/own_frac": own}
+        figures |= {"rl/coef": coefficients.rl, "rl/own_frac": own}
         figures |= {ours: status[theirs] for theirs, ours in POLICY_FIGURES.items() if theirs in status}
     return figures
 

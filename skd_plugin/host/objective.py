@@ -1,119 +1,172 @@
-"""What a training step minimises: kd_coef x distillation + rl_coef x the host's policy loss, each over its own tokens.
+"""What a training step minimises: kd_coef x distillation + rl_coef x OpenRLHF's policy loss, each over its own tokens.
 
-Shapes: B sequences, T tokens each; per-token tensors are [B, T - 1] as everywhere in the host: entry t belongs to
-token t + 1.
+Shapes: N response tokens of a micro-batch, V vocabulary; per-token tensors are [B, T - 1] (core/layout.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
-from skd_plugin.host.distillation import DistillationLoss
-from skd_plugin.host.lesson import Lesson
+from skd_plugin.config.schema import Coefficients
+from skd_plugin.core.losses import Targets, TokenLoss
+from skd_plugin.host.batch import MicroBatch
 
-Term = Callable[[dict[str, Any], Lesson], tuple[torch.Tensor, dict[str, torch.Tensor]]]  # -> (scalar loss, figures)
+
+class Distillation(Protocol):
+    """How the student's training forward gives the token losses of a batch."""
+
+    def forward_arguments(self, batch: MicroBatch) -> dict[str, Any]:
+        """Further arguments of the student's forward."""
+        ...
+
+    def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
+        """float32 [N], nats, not yet weighted; `output` is what the model's forward returned."""
+        ...
 
 
-class Objective(torch.nn.Module):
-    """Stands where the host has its PolicyLoss: same arguments, same five results.
+class TopKDistillation:
+    """Against the teacher's entries in the traces, from the student's logits."""
 
-    A term whose coefficient is zero is not computed, so that a run with one term is exactly a run without the other.
-    """
+    def __init__(self, token_loss: TokenLoss) -> None:
+        self._token_loss = token_loss
 
-    def __init__(self, terms: dict[str, Term]) -> None:
-        super().__init__()
-        self._terms = terms
-        self._active: list[tuple[float, Term]] = []
-        self._experience: Any = None
+    def forward_arguments(self, batch: MicroBatch) -> dict[str, Any]:
+        return {}
 
-    def weigh(self, **coefficients: float) -> None:
-        """The coefficients of the terms from now on.
+    def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
+        logits_NV = batch.layout.predictions(output["logits"])
+        # A batch without a response token takes the same way, so that every ZeRO rank runs its backward.
+        return self._token_loss(logits_NV, Targets.of(batch.tokens, logits_NV.device))
+
+
+class Objective:
+    """The loss of a run; `step` makes the one of a micro-batch."""
+
+    def __init__(self, distillation: Distillation, policy_loss: PolicyLoss, token_level_loss: bool) -> None:
+        """`token_level_loss`: a mean over tokens, else over sequences of their means."""
+        self.distillation = distillation
+        self.policy_loss = policy_loss
+        self.token_level_loss = token_level_loss
+        self._coefficients: Coefficients | None = None
+
+    def weigh(self, coefficients: Coefficients) -> None:
+        """The coefficients from now on. One that is 0 takes no part, so that a run with one loss is exactly a run
+        without the other.
 
         Raises:
-            KeyError: a coefficient without a term.
-            ValueError: all are zero; there would be nothing to learn.
+            ValueError: both are zero; there would be nothing to learn.
         """
-        self._active = [(value, self._terms[name]) for name, value in coefficients.items() if value]
-        if not self._active:
+        if not any(coefficients):
             raise ValueError("skd.objective.kd_coef and rl_coef are both 0 in this step; give one of them a value")
+        self._coefficients = coefficients
 
-    def expect(self, experience: Any) -> None:
-        """The batch whose loss is asked for next; its `info` receives the figures of each term."""
-        self._experience = experience
-
-    def forward(
-        self, log_probs: torch.Tensor, old_log_probs: Any, advantages: Any, action_mask: torch.Tensor, **others: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio); the terms report theirs in `info`."""
-        call = dict(
-            log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask, **others
-        )
-        experience, self._experience = self._experience, None
-        none = torch.zeros((), device=log_probs.device)
-        loss = none
-        for coefficient, term in self._active:
-            value, figures = term(call, experience.lesson)
-            loss = loss + coefficient * value
-            experience.info.update(figures)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} ({_shown(experience.info)}). The student has diverged or a model's logits "
-                "are not finite: lower openrlhf.actor.adam.lr or openrlhf.actor.max_norm, and start again from the "
-                "last checkpoint"
-            )
-        return loss, none, none, None, None
+    @contextmanager
+    def step(self, student: torch.nn.Module, experience: Any) -> Iterator[StepLoss]:
+        """While it is open, the training forward of `student` also gives the token losses of the experience's batch,
+        and what is yielded reduces them: OpenRLHF calls first the one and then the other, without a batch of ours.
+        """
+        if self._coefficients is None:
+            raise RuntimeError("the loss has no coefficients yet: SKDTrainer did not begin this step")
+        loss = StepLoss(self, self._coefficients, experience)
+        hooks = []
+        if self._coefficients.kd:
+            hooks = [
+                student.register_forward_pre_hook(loss.before_forward, with_kwargs=True),
+                student.register_forward_hook(loss.after_forward),
+            ]
+        try:
+            yield loss
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-class DistillationTerm:
-    """Divergence from the teacher over all response tokens."""
-
-    def __init__(self, loss: DistillationLoss, token_level_loss: bool) -> None:
-        self._loss = loss
-        self._token_level_loss = token_level_loss
-
-    def __call__(self, call: dict[str, Any], lesson: Lesson) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mask = call["action_mask"]
-        values = self._loss(mask, lesson.sequences, lesson.traces) * lesson.weights.to(mask.device)
-        totals = {name: call[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size") if name in call}
-        loss = aggregate_loss(values, mask, token_level_loss=self._token_level_loss, **totals)
-        return loss, {"skd_loss": ((values * mask).sum() / mask.sum().clamp_min(1)).detach()}
-
-
-class PolicyTerm:
-    """The host's policy loss over the tokens of `lesson.policy_mask`, with their own total.
-
-    A token that the teacher wrote was not drawn from the student, so by default it gets no policy gradient. Where the
-    recipe wants it weighted instead (`replaced_tokens: importance`), it is in the mask, and its old log-probability is
-    that of the law it was drawn from, the teacher's: the host's ratio then is q(v) / p(v), bounded by the host's clip.
+class StepLoss:
+    """The loss of one micro-batch: targets and forward, token losses, reduction. Stands where OpenRLHF has its
+    PolicyLoss: same arguments, same five results.
     """
 
-    def __init__(self, policy_loss: PolicyLoss) -> None:
-        self._policy_loss = policy_loss
+    def __init__(self, objective: Objective, coefficients: Coefficients, experience: Any) -> None:
+        self._objective = objective
+        self._coefficients = coefficients
+        self._batch: MicroBatch = experience.batch.to(experience.action_mask.device)
+        self._info: dict[str, Any] = experience.info  # OpenRLHF makes metrics of what is in it
+        self._token_losses_N: torch.Tensor | None = None
 
-    def __call__(self, call: dict[str, Any], lesson: Lesson) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mask = lesson.policy_mask.to(call["action_mask"].device)
-        foreign = lesson.foreign.to(mask.device)
-        behaviour = call["rollout_log_probs"]
-        old = torch.where(foreign, behaviour, call["old_log_probs"])
-        loss, clip_ratio, kl, rollout_kl, filtered = self._policy_loss(
-            call["log_probs"],
-            old,
-            call["advantages"],
-            action_mask=mask,
-            rollout_log_probs=behaviour,
-            **lesson.policy_totals,
+    def before_forward(self, student: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, kwargs | self._objective.distillation.forward_arguments(self._batch)
+
+    def after_forward(self, student: torch.nn.Module, args: Any, result: Any) -> None:
+        _, output = result  # the training forward returns log-probs and the model's output
+        self._token_losses_N = self._objective.distillation.token_losses(self._batch, output)
+
+    def __call__(
+        self,
+        log_probs: torch.Tensor,
+        old_log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        action_mask: torch.Tensor,
+        rollout_log_probs: torch.Tensor,
+        **totals: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio); the policy's are in the batch's info."""
+        loss = nothing = torch.zeros((), device=log_probs.device)
+        if self._coefficients.kd:
+            loss = loss + self._coefficients.kd * self._distillation_loss(action_mask, totals)
+        if self._coefficients.rl:
+            policy = self._policy_loss(log_probs, old_log_probs, advantages, rollout_log_probs)
+            loss = loss + self._coefficients.rl * policy
+        if not torch.isfinite(loss):
+            scalars = {k: v for k, v in self._info.items() if isinstance(v, torch.Tensor) and v.dim() == 0}
+            shown = ", ".join(f"{name} {value.item():.3g}" for name, value in scalars.items())
+            raise FloatingPointError(
+                f"the loss is {loss.item()} ({shown}). The student has diverged or a model's logits are not finite: "
+                "lower openrlhf.actor.adam.lr or openrlhf.actor.max_norm, and start again from the last checkpoint"
+            )
+        return loss, nothing, nothing, None, None
+
+    def _distillation_loss(self, action_mask: torch.Tensor, totals: dict[str, Any]) -> torch.Tensor:
+        """Divergence from the teacher over all response tokens."""
+        if self._token_losses_N is None:
+            raise RuntimeError("there are no token losses: OpenRLHF's Actor did not run its forward hooks")
+        layout = self._batch.layout
+        values_N = self._token_losses_N * self._batch.token_weights_N
+        self._info["skd_loss"] = (values_N.sum() / max(len(layout), 1)).detach()
+        return aggregate_loss(
+            layout.spread(values_N), action_mask, token_level_loss=self._objective.token_level_loss, **totals
         )
-        figures = {"rl_loss": loss, "rl_clip_ratio": clip_ratio, "rl_kl": kl}
+
+    def _policy_loss(
+        self,
+        log_probs: torch.Tensor,
+        old_log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        rollout_log_probs: torch.Tensor,
+    ) -> torch.Tensor:
+        """OpenRLHF's policy loss over the tokens of `policy_mask`, with their own total.
+
+        A token that the teacher wrote was not drawn from the student, so by default it gets no policy gradient. Where
+        the recipe wants it weighted instead (`replaced_tokens: importance`), it is in the mask, and its old log-prob
+        is that of the distribution it was drawn from, the teacher's: the ratio is q(v) / p(v), bounded by the clip.
+        """
+        batch = self._batch
+        old = torch.where(batch.teacher_tokens, rollout_log_probs, old_log_probs)
+        loss, clip_ratio, kl, rollout_kl, filtered = self._objective.policy_loss(
+            log_probs,
+            old,
+            advantages,
+            action_mask=batch.policy_mask,
+            rollout_log_probs=rollout_log_probs,
+            **batch.policy_totals,
+        )
+        metrics = {"rl_loss": loss, "rl_clip_ratio": clip_ratio, "rl_kl": kl}
         if rollout_kl is not None:
-            figures |= {"rl_rollout_kl": rollout_kl, "rl_filtered": filtered}
-        # Means over no token at all are 0 / 0; the host would carry the NaN into the mean of the whole step.
-        return loss, {name: value.detach().nan_to_num(0.0) for name, value in figures.items()}
-
-
-def _shown(info: dict[str, Any]) -> str:
-    scalars = {k: v for k, v in info.items() if isinstance(v, torch.Tensor) and v.dim() == 0}
-    return ", ".join(f"{name} {value.item():.3g}" for name, value in scalars.items())
+            metrics |= {"rl_rollout_kl": rollout_kl, "rl_filtered": filtered}
+        # Means over no token at all are 0 / 0; OpenRLHF would carry the NaN into the mean of the whole step.
+        self._info.update({name: value.detach().nan_to_num(0.0) for name, value in metrics.items()})
+        return loss

@@ -20,6 +20,7 @@ from skd_plugin.core.trace import Trace
 from skd_plugin.engine.offline import end_tokens, engine_arguments, refuse_unsupported, response_limit, split_prompt
 from skd_plugin.engine.references import is_chosen, reference_ids
 from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.host.rewards import RewardedExecutor
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.models import load_tokenizer
@@ -27,7 +28,6 @@ from skd_plugin.seams import plain_class
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
-TRACE_KEY = "skd"  # of a response, and of Experience.info
 
 HostRollout = plain_class(RolloutRayActor)
 

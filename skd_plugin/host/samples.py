@@ -13,8 +13,7 @@ from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import SamplingRule
-from skd_plugin.host.lesson import in_layout, students_own
-from skd_plugin.host.rollout_actor import TRACE_KEY
+from skd_plugin.host.batch import TRACE_KEY, per_token, students_own
 
 
 class SKDSamplesGenerator(SamplesGenerator):
@@ -76,14 +75,14 @@ class SKDSamplesGenerator(SamplesGenerator):
         from: the student's, or the teacher's for a token of the teacher.
         """
         trace = response[TRACE_KEY]
-        response["rollout_log_probs"] = _behaviour(response, trace)
+        response["rollout_log_probs"] = _rollout_log_probs(response, trace)
         experience = super()._process_response_into_experience(response, **generate_kwargs)
         experience.info[TRACE_KEY] = [trace]
         return experience
 
 
-def _behaviour(response: dict[str, Any], trace: Trace) -> list[float]:
-    """log-probability of every token of the sequence, as the host wants it: 0 where nothing was sampled."""
+def _rollout_log_probs(response: dict[str, Any], trace: Trace) -> list[float]:
+    """log-probability of every token of the sequence, as OpenRLHF wants it: 0 where nothing was sampled."""
     sampled = sum(end - start for start, end in response["action_ranges"])
     if sampled != len(trace):
         raise RuntimeError(
@@ -119,16 +118,17 @@ class SKDExperienceMaker(RemoteExperienceMaker):
         The penalty for leaving the reference model is for the student's own tokens; a teacher's token pays none.
         """
         for experience in experiences:
-            experience.kl = experience.kl * in_layout(experience.action_mask, experience.info[TRACE_KEY], students_own)
+            own = per_token(experience, students_own)
+            experience.kl = experience.kl * own.to(experience.kl.device)
         experiences = super().compute_advantages_and_returns(experiences)
         for experience in experiences:
-            gain = in_layout(experience.action_mask, experience.info[TRACE_KEY], _teachers_gain)
+            gain = per_token(experience, _teachers_gain).to(experience.advantages.device)
             experience.advantages = experience.advantages + self.args.skd.objective.teacher_advantage * gain
         return experiences
 
 
-def _teachers_gain(trace: Trace) -> torch.Tensor:
-    return (trace.teacher_logp - trace.student_logp).nan_to_num(0.0)  # nothing is known of an undrafted token
+def _teachers_gain(tokens: Trace) -> torch.Tensor:
+    return (tokens.teacher_logp - tokens.student_logp).nan_to_num(0.0)  # nothing is known of an undrafted token
 
 
 class RewardFreeExperienceMaker(RemoteExperienceMaker):

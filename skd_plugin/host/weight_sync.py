@@ -1,18 +1,19 @@
-"""Receives the trained student's weights in vLLM's worker and loads them into the draft model.
-
-Passed to vLLM by path as `worker_extension_cls`, in place of the host's WorkerWrap, which it extends.
-"""
+"""The trained student's weights on their way into the engines' draft model: both ends, and what travels between."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
 from skd_plugin.host import on_cpu
 
+BUCKET_BYTES = 512 << 20  # one message; a larger parameter travels alone
 WORKER_EXTENSION_CLS = "skd_plugin.host.weight_sync.StudentWeights"
 
 
@@ -35,6 +36,8 @@ class Bucket:
 
 
 class StudentWeights(WorkerWrap):
+    """The engine's end: passed to vLLM by path as `worker_extension_cls`, in place of OpenRLHF's WorkerWrap."""
+
     def init_process_group(self, *args: Any, **kwargs: Any) -> None:
         on_cpu.adapt_weight_sync()
         super().init_process_group(*args, **kwargs)
@@ -81,3 +84,92 @@ class StudentWeights(WorkerWrap):
         arguments = list(arguments)
         arguments[6] = self.device.index  # the same GPU may have another number in this process
         return rebuild(*arguments)
+
+
+class StudentSender:
+    """The trainer's end: the student's weights to every engine's draft model, few large messages and not one call a
+    parameter. OpenRLHF's trainer has made the process group, or shares its GPU with the engines (CUDA IPC).
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        """`trainer`: OpenRLHF's ActorPPOTrainer; every rank must send."""
+        self._model = trainer.actor.model.module
+        self._engines = trainer.vllm_engines
+        self._args = trainer.strategy.args
+        self._use_cuda_ipc = trainer.use_cuda_ipc
+        self._group = None if trainer.use_cuda_ipc else getattr(trainer, "_model_update_group", None)  # rank 0 has it
+
+    def send(self) -> None:
+        import deepspeed
+        from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
+
+        torch.cuda.empty_cache()
+        for bucket, parameters in buckets(self._model):
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self._args.ds.zero_stage == 3):
+                if self._use_cuda_ipc:
+                    self._send_by_ipc(bucket, flatten(parameters))
+                elif torch.distributed.get_rank() == 0:
+                    self._send_by_broadcast(bucket, flatten(parameters))
+        if torch.distributed.get_rank() == 0:
+            ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
+        torch.cuda.empty_cache()
+        torch_dist_barrier_and_cuda_sync()
+
+    def _send_by_broadcast(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        refs = [engine.receive_student.remote(bucket) for engine in self._engines]
+        # In a thread of its own: a broadcast to an engine that has died never returns, but its Ray call does.
+        stream = torch.cuda.current_stream() if flat.is_cuda else None
+        sender = threading.Thread(target=self._broadcast, args=(flat, stream), daemon=True)
+        sender.start()
+        while refs:
+            arrived, refs = ray.wait(refs, num_returns=1)
+            ray.get(arrived)
+        sender.join()
+
+    def _broadcast(self, flat: torch.Tensor, stream: Any) -> None:
+        if flat.is_cuda:
+            torch.cuda.set_device(flat.device)  # a thread starts on device 0
+        if getattr(self._args.vllm, "sync_with_ray", False):
+            import ray.util.collective as collective
+
+            collective.broadcast(flat, 0, group_name=self._group)
+        else:
+            self._group.broadcast(flat, src=0, stream=stream)
+
+    def _send_by_ipc(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        from openrlhf.trainer.ray.utils import get_physical_gpu_id
+        from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        handles: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(handles, {get_physical_gpu_id(): reduce_tensor(flat)})
+        if torch.distributed.get_rank() == 0:
+            merged = {gpu: handle for handle_of_rank in handles for gpu, handle in handle_of_rank.items()}
+            ray.get([engine.receive_student.remote(bucket, merged) for engine in self._engines])
+        torch_dist_barrier_and_cuda_sync()
+
+
+def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, list[torch.nn.Parameter]]]:
+    """A model's parameters in their order, as many together as `BUCKET_BYTES` hold, of one dtype."""
+
+    def shape(parameter: torch.nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape beside the shard
+
+    def made(named: list[tuple[str, torch.nn.Parameter]]) -> tuple[Bucket, list[torch.nn.Parameter]]:
+        names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        return Bucket(names, [tuple(shape(p)) for p in parameters], parameters[0].dtype), parameters
+
+    open_bucket: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        num_bytes = shape(parameter).numel() * parameter.element_size()
+        if open_bucket and (size + num_bytes > BUCKET_BYTES or parameter.dtype != open_bucket[0][1].dtype):
+            yield made(open_bucket)
+            open_bucket, size = [], 0
+        open_bucket.append((name, parameter))
+        size += num_bytes
+    yield made(open_bucket)
+
+
+def flatten(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.cat([p.data.reshape(-1) for p in parameters])

@@ -29,8 +29,9 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils import get_strategy, get_tokenizer
 
 from skd_plugin.config.host_options import hierarchize, host_parser
+from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.rollout_actor import TRACE_KEY
+from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.prepare.load_run import load_run
 from tests.contract.test_parity import ESTIMATORS, STEPS, VARIANTS
 from tests.traces import trace_of
@@ -120,7 +121,7 @@ def train(kind: str, options: dict[str, Any], run_dir: Path) -> dict[str, Any]:
                 experience.info.pop(TRACE_KEY)
             trainer.replay_buffer.append(experience)
         if kind == "skd":
-            trainer.actor_loss_fn.weigh(kd=0.0, rl=1.0)
+            trainer.objective.weigh(Coefficients(kd=0.0, rl=1.0))
         torch.manual_seed(step)  # of the shuffling into micro-batches
         status = trainer.ppo_train(args.algo.kl.init_coef)
         trainer.replay_buffer.clear()

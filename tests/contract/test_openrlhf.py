@@ -47,24 +47,24 @@ WRAP = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
 EXPERIENCE = "openrlhf.trainer.ppo_utils.experience"
 
 HASHES = [  # host code, hash, our file, what we assume of it
-    (f"{ACTOR}:ActorPPOTrainer.training_step", "9c6de117fd80", "host/policy_actor.py and host/distillation.py",
+    (f"{ACTOR}:ActorPPOTrainer.training_step", "9c6de117fd80", "host/policy_actor.py and host/objective.py",
      "it calls the actor with return_output, hands actor_loss_fn masks and totals by keyword, unpacks five results, "
      "and makes a metric of everything in info"),
     (f"{ACTOR}:ActorPPOTrainer.ppo_train", "91d18c4b07d9", "host/policy_actor.py",
      "it draws batches from the replay buffer and passes one normalisation for a whole optimizer step"),
-    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "9f4eee15d4b0", "host/policy_actor.py",
+    (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "9f4eee15d4b0", "host/weight_sync.py",
      "our broadcast takes its place and must do whatever else it does"),
-    (f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "07d8ac18ba1f", "host/policy_actor.py and host/weight_sync.py",
+    (f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "07d8ac18ba1f", "host/weight_sync.py",
      "it makes the group through which our buckets travel, and says who has which rank"),
     (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "d17c9b944d6e", "host/policy_actor.py",
      "it names ActorPPOTrainer and gives it the prepared actor, whose forward our hook listens to"),
-    ("openrlhf.models.loss:aggregate_loss", "daf538678b29", "host/distillation.py",
+    ("openrlhf.models.loss:aggregate_loss", "daf538678b29", "host/objective.py",
      "it turns our token values into the loss"),
-    ("openrlhf.models:Actor.forward", "43bd58c109a6", "host/distillation.py",
+    ("openrlhf.models:Actor.forward", "43bd58c109a6", "host/objective.py",
      "it returns unshifted float32 logits beside the log-probs when return_output is set"),
-    ("openrlhf.utils.loss_utils:iter_grad_accum_global_norm", "cd9b41d68351", "host/distillation.py",
+    ("openrlhf.utils.loss_utils:iter_grad_accum_global_norm", "cd9b41d68351", "host/batch.py",
      "it gives the token count of the whole optimizer step"),
-    ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "host/distillation.py",
+    ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "host/batch.py",
      "it gives the token count of the whole optimizer step"),
     (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "host/controller.py",
      "it calls generate_samples, train_step, save_logs_and_checkpoints and evaluate, in this order, with these keys"),
@@ -118,13 +118,12 @@ SIGNATURES = [
     (f"{ACTOR}:ActorPPOTrainer.broadcast_to_vllm", "", "host/policy_actor.py"),
     (f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "strategy pretrain max_steps vllm_engines",
      "host/policy_actor.py"),
-    (f"{ACTOR}:get_physical_gpu_id", "", "host/policy_actor.py"),
-    ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "host/weight_sync.py"),
-    ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "host/policy_actor.py"),
+        ("openrlhf.trainer.ray.utils:get_physical_gpu_id", "", "host/weight_sync.py"),
+    ("openrlhf.utils.distributed_util:torch_dist_barrier_and_cuda_sync", "", "host/weight_sync.py"),
     ("openrlhf.utils.distributed_util:stateless_init_process_group",
      "master_address master_port rank world_size device", "engine/gloo.py"),
     ("openrlhf.models.loss:aggregate_loss",
-     "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "host/distillation.py"),
+     "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size", "host/objective.py"),
     (f"{PPO}:PPOTrainer.__init__",
      "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
      "host/controller.py"),
@@ -151,7 +150,7 @@ SIGNATURES = [
      "* bundle_indices agent_func_path remote_rm_url mm_pad_token_ids **", "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.generate", "prompt_token_ids sampling_params multi_modal_data",
      "host/rollout_actor.py"),
-    (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/policy_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/weight_sync.py"),
     ("openrlhf.utils.agent:AgentExecutorBase.execute",
      "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/rollout_actor.py"),
     (f"{WRAP}.init_process_group",
@@ -171,7 +170,7 @@ def test_signature(path: str, names: str, ours: str) -> None:
 ATTRIBUTES = [
     ((f"{ACTOR}:ActorPPOTrainer.__init__",),
      "strategy args actor actor_loss_fn vllm_engines use_cuda_ipc replay_buffer", "host/policy_actor.py"),
-    ((f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group",), "_model_update_group", "host/policy_actor.py"),
+    ((f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group",), "_model_update_group", "host/weight_sync.py"),
     ((f"{ACTOR}:PolicyModelActor.init_model_from_pretrained",), "trainer actor", "host/policy_actor.py"),
     ((f"{PPO}:PPOTrainer.__init__", f"{PPO}:BasePPOTrainer.__init__"),
      "strategy args actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
@@ -489,13 +488,13 @@ def test_action_mask_is_shifted_by_one(generator: Any) -> None:
     """Entry t of action_mask belongs to token t + 1; token_losses relies on it."""
     experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9]), max_len=16)
     assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]]
-    assert experience.action_mask.tolist() == [[0, 0, 1, 1]], "revisit skd_plugin/host/distillation.py"
+    assert experience.action_mask.tolist() == [[0, 0, 1, 1]], "revisit skd_plugin/core/layout.py"
 
 
 def test_overlong_sequence_is_cut_at_its_end(generator: Any) -> None:
     """The mask then covers the first tokens of the trace, and token_losses cuts the trace to it."""
     experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9, 10]), max_len=5)
-    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit skd_plugin/host/distillation.py"
+    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit joined() in skd_plugin/host/batch.py"
     assert experience.action_mask.tolist() == [[0, 0, 1, 1]]
     assert len(experience.info["skd"][0]) == 3
 
@@ -572,28 +571,20 @@ def test_samples_a_prompt_follow_the_call_and_not_the_recipe() -> None:
     assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/host/controller.py"
 
 
-# --- the loss (host/distillation.py) ---
+# --- the loss (host/objective.py) ---
 
 
-def test_actor_forward_returns_the_logits_that_the_hook_keeps() -> None:
+def test_actor_forward_returns_the_logits_that_the_loss_reads() -> None:
     """A tuple (log-probs, output) when asked for the output; unshifted float32 logits in it, at temperature 1."""
     from openrlhf.models import Actor
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from skd_plugin.core.losses import forward_kl
-    from skd_plugin.host.distillation import DistillationLoss
 
     config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
     actor = Actor(LlamaForCausalLM(config))
     actor.packing_samples = False
-    loss = DistillationLoss(forward_kl)
-    actor.register_forward_hook(loss.capture)
     ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
-    actor(ids, ones[:, 1:], attention_mask=ones)
-    assert loss._logits_BTV is None, "a forward for log-probs only must not be captured"
     log_probs, output = actor(ids, ones[:, 1:], attention_mask=ones, return_output=True)
-    assert loss._logits_BTV is output["logits"], "revisit skd_plugin/host/distillation.py"
     assert output["logits"].shape == (2, 6, 16) and output["logits"].dtype == torch.float32
     expected = output["logits"][:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(log_probs, expected)
@@ -626,14 +617,14 @@ def test_step_totals_are_arguments_of_the_reduction() -> None:
     pairs = list(iter_grad_accum_global_norm(masks, SimpleNamespace(), 2, lambda mask: mask))
     assert [info["batch_num_tokens"].item() for _, info in pairs] == [3.0, 3.0]  # 6 tokens / 2 micro-batches
     accepted = set(inspect.signature(aggregate_loss).parameters)
-    assert set(pairs[0][1]) <= accepted, "revisit skd_plugin/host/distillation.py, forward(**others)"
+    assert set(pairs[0][1]) <= accepted, "revisit skd_plugin/host/objective.py, StepLoss._distillation_loss"
 
 
 def test_loss_of_the_host_is_unpacked_into_five() -> None:
     """The first has a gradient, the second and third are detached, the last two may be None."""
     source = inspect.getsource(find(f"{ACTOR}:ActorPPOTrainer.training_step"))
     assert "actor_loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio = self.actor_loss_fn(" in source, (
-        "revisit the result of DistillationLoss.forward in skd_plugin/host/distillation.py"
+        "revisit the result of StepLoss in skd_plugin/host/objective.py"
     )
 
 

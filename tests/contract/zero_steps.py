@@ -44,9 +44,9 @@ class Task:
                                   expected_N=expected)  # fmt: skip
 
     def loss(self, actor: Actor, full: bool) -> torch.Tensor:
-        if full:
-            actor.learn(self.read)
         call = dict(action_mask=self.mask, attention_mask=torch.ones_like(self.ids), return_output=True)
+        if full:
+            call["read_head"] = self.read
         log_probs, output = actor(self.ids, **call)
         if full:
             divergence = output["token_losses"].sum()

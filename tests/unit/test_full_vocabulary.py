@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from skd_plugin.core.trace import Trace
 from skd_plugin.models import load_output_head
 from tests.conftest import VOCAB
 from tests.traces import trace_of
+from tests.unit.test_distillation import batches
 
 LENGTHS = [(3, 4), (2, 1), (5, 6)]
 PLAIN = dict(
@@ -30,9 +33,8 @@ def modules():
     from skd_plugin.host import on_cpu
 
     on_cpu.install()
-    import skd_plugin.host.distillation
+    import skd_plugin.host.batch
     import skd_plugin.host.full_vocabulary
-    import skd_plugin.host.lesson
     import skd_plugin.host.objective
 
     return skd_plugin.host
@@ -71,9 +73,15 @@ class Batch:
             self.action_mask[row, row + prompt - 1 : row + prompt + response - 1] = 1
             hidden = teacher.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
             traces.append(make_trace(ids[prompt:], hidden, teacher.lm_head.weight))
-        weights = torch.rand(self.action_mask.shape, generator=generator) * self.action_mask
-        unused = torch.zeros_like(self.action_mask, dtype=torch.bool)
-        self.lesson = modules.lesson.Lesson(traces, self.sequences, weights, self.action_mask.bool(), unused)
+        self.traces = traces
+        self.weights = torch.rand(self.action_mask.shape, generator=generator)
+
+    @property
+    def experience(self) -> SimpleNamespace:
+        found = SimpleNamespace(sequences=self.sequences, action_mask=self.action_mask, info={"skd": self.traces})
+        made = batches().batch_of(found)
+        found.batch = replace(made, token_weights_N=made.layout.take(self.weights))
+        return found
 
     @property
     def inputs(self) -> dict:
@@ -96,26 +104,26 @@ def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor)
     )
 
 
-def make_term(modules, actor, head: torch.Tensor, kind: str, full: bool, by_token: bool, alone: bool = True):
-    """The distillation term of the objective, and what prepares a batch for it."""
+def make_objective(modules, head: torch.Tensor, kind: str, full: bool, by_token: bool = True, alone: bool = True):
+    """The distillation loss alone, over the whole vocabulary or all V teacher entries."""
     against = whole_vocabulary_loss if full else top_k_loss
     token_loss = make_token_loss(kind, **LOSSES[kind], against=against)
+    distillation = modules.objective.TopKDistillation(token_loss)
     if full:
-        loss = modules.full_vocabulary.FullVocabularyLoss()
-        teacher = modules.full_vocabulary.FullVocabularyTeacher(
+        distillation = modules.full_vocabulary.FullVocabularyDistillation(
             head, token_loss, chunk=3, vocab=VOCAB, token_level_loss=by_token, alone=alone
         )
+    objective = modules.objective.Objective(distillation, None, by_token)
+    objective.weigh(modules.objective.Coefficients(kd=1.0, rl=0.0))
+    return objective
 
-        def prepare(batch: Batch) -> None:
-            actor.learn(teacher.lesson(batch.lesson, batch.action_mask))
-    else:
-        loss = modules.distillation.DistillationLoss(token_loss)
 
-        def prepare(batch: Batch) -> None:
-            pass
-
-    actor.register_forward_hook(loss.capture)
-    return modules.objective.DistillationTerm(loss, by_token), prepare
+def run_step(objective, actor, batch: Batch, return_entropy: bool = False, **totals):
+    """(loss, log-probs, output) of OpenRLHF's two calls in a training step."""
+    with objective.step(actor, batch.experience) as loss:
+        log_probs, output = actor(**batch.inputs, return_output=True, return_entropy=return_entropy)
+        value, *_ = loss(log_probs, None, None, action_mask=batch.action_mask, rollout_log_probs=None, **totals)
+    return value, log_probs, output
 
 
 def train(modules, hf_models, kind: str, full: bool, by_token: bool = True, rl: float = 0.0, entropy: float = 0.0):
@@ -124,11 +132,9 @@ def train(modules, hf_models, kind: str, full: bool, by_token: bool = True, rl: 
 
     model, teacher = deepcopy(hf_models["student"]), hf_models["teacher"]
     actor = make_actor(modules, model, full)
-    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), kind, full, by_token, alone=not rl)
+    objective = make_objective(modules, teacher.lm_head.weight.detach(), kind, full, by_token, alone=not rl)
     batch = Batch(modules, teacher)
-    prepare(batch)
-    log_probs, output = actor(**batch.inputs, return_output=True, return_entropy=bool(entropy))
-    loss, _ = term({"action_mask": batch.action_mask, "log_probs": log_probs}, batch.lesson)
+    loss, log_probs, output = run_step(objective, actor, batch, bool(entropy))
     loss = loss + rl * (log_probs * torch.linspace(-1, 1, log_probs.shape[1])).sum()
     if entropy:
         loss = loss + entropy * (output.entropy * batch.action_mask).sum()
@@ -175,7 +181,7 @@ def test_other_forwards_are_the_hosts(modules, student, hf_models) -> None:
             found[full] = actor(**batch.inputs)
             log_probs, output[full] = actor(**batch.inputs, return_output=True, return_entropy=True)
         assert torch.equal(log_probs, found[full])
-        student.lm_head.__dict__.pop("forward", None)
+        assert "forward" not in vars(student.lm_head)
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
     mask = batch.action_mask
     torch.testing.assert_close(output[True].entropy * mask, output[False].entropy * mask, rtol=1e-5, atol=1e-5)
@@ -208,52 +214,34 @@ def test_a_batch_without_a_response_token_has_a_gradient_of_zero(modules, studen
     teacher = hf_models["teacher"]
     batch = Batch(modules, teacher)
     batch.action_mask.zero_()
-    batch.lesson.weights.zero_()
-    actor = make_actor(modules, student, True)
-    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), "forward_kl", True, True)
-    prepare(batch)
-    actor(**batch.inputs, return_output=True)
-    loss, _ = term({"action_mask": batch.action_mask, "batch_num_tokens": torch.tensor(5.0)}, batch.lesson)
+    batch.traces = [trace.slice(0, 0) for trace in batch.traces]
+    objective = make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", True)
+    loss, *_ = run_step(objective, make_actor(modules, student, True), batch, batch_num_tokens=torch.tensor(5.0))
     loss.backward()
     assert not any(p.grad is None or p.grad.any() for p in student.parameters())
 
 
-def test_a_lesson_is_used_once(modules, student, hf_models) -> None:
-    """A forward without a lesson has no token losses, and a loss without a forward in between has no values."""
+def test_a_forward_outside_of_a_step_has_no_loss(modules, student, hf_models) -> None:
     teacher = hf_models["teacher"]
-    batch = Batch(modules, teacher)
-    actor = make_actor(modules, student, True)
-    term, prepare = make_term(modules, actor, teacher.lm_head.weight.detach(), "forward_kl", True, True)
-    prepare(batch)
-    actor(**batch.inputs, return_output=True)
-    call = {"action_mask": batch.action_mask}
-    assert term(call, batch.lesson)[0] > 0
-    with pytest.raises(RuntimeError, match="were not captured"):
-        term(call, batch.lesson)
-    actor(**batch.inputs, return_output=True)
-    with pytest.raises(RuntimeError, match=r"without the teacher.s hidden states"):
-        term(call, batch.lesson)
+    batch, actor = Batch(modules, teacher), make_actor(modules, student, True)
+    value, *_ = run_step(make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", True), actor, batch)
+    assert value > 0
+    _, output = actor(**batch.inputs, return_output=True)
+    assert not output["token_losses"].any()
 
 
 def test_another_head_than_the_engines_teacher_raises(modules, student, hf_models) -> None:
     teacher = hf_models["teacher"]
-    batch = Batch(modules, teacher)
-    _, prepare = make_term(
-        modules, make_actor(modules, student, True), 0.5 * teacher.lm_head.weight.detach(), "forward_kl", True, True
-    )
+    objective = make_objective(modules, 0.5 * teacher.lm_head.weight.detach(), "forward_kl", True)
     with pytest.raises(RuntimeError, match=r"nats from those of the engine .* skd.loss.vocabulary=top_k"):
-        prepare(batch)
+        run_step(objective, make_actor(modules, student, True), Batch(modules, teacher))
 
 
-def test_tokens_that_are_not_the_traces_raise(modules, student, hf_models) -> None:
-    teacher = hf_models["teacher"]
-    batch = Batch(modules, teacher)
-    _, prepare = make_term(
-        modules, make_actor(modules, student, True), teacher.lm_head.weight.detach(), "forward_kl", True, True
-    )
+def test_tokens_that_are_not_the_traces_raise(modules, hf_models) -> None:
+    batch = Batch(modules, hf_models["teacher"])
     batch.sequences[0, 5] += 1
     with pytest.raises(RuntimeError, match="not those of its traces"):
-        prepare(batch)
+        _ = batch.experience
 
 
 # --- the teacher's head from its checkpoint ---

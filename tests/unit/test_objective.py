@@ -1,4 +1,4 @@
-"""The two terms of the loss: which tokens each one trains, and that neither dilutes the other."""
+"""The two losses of a step: which tokens each one trains, and that neither dilutes the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skd_plugin.core.trace import Source
-from tests.unit.test_distillation import LOSSES, Batch
+from tests.unit.test_distillation import LOSSES, Batch, Student, batches, even, token_losses
 
 LENGTHS = [(3, 4), (2, 3), (4, 6)]
 
@@ -19,23 +19,16 @@ def parts() -> SimpleNamespace:
 
     on_cpu.install()
     from openrlhf.models import PolicyLoss
-    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-    from skd_plugin.host import distillation, lesson, objective
+    from skd_plugin.host import objective
 
-    return SimpleNamespace(
-        PolicyLoss=PolicyLoss,
-        host_totals=iter_grad_accum_global_norm,
-        DistillationLoss=distillation.DistillationLoss,
-        lesson=lesson,
-        objective=objective,
-    )
+    return SimpleNamespace(PolicyLoss=PolicyLoss, objective=objective)
 
 
 class Step:
-    """One optimizer step of micro-batches on random logits, through the plan and the objective."""
+    """One optimizer step of micro-batches on random logits."""
 
-    def __init__(self, parts, sources: dict[tuple[int, int], int], replaced_tokens: str = "exclude", weigher=None):
+    def __init__(self, parts, sources: dict[tuple[int, int], int], replaced_tokens: str = "exclude", weighting=even):
         self.parts = parts
         self.batch = Batch(LENGTHS)
         for trace in self.batch.traces:
@@ -48,22 +41,16 @@ class Step:
         logp = self.batch.logits.detach()[:, :-1].log_softmax(-1)
         self.logp = logp.gather(2, self.batch.sequences[:, 1:, None]).squeeze(2)
         self.old = self.logp + 0.05 * torch.randn(shape, generator=generator)
-        self.behaviour = self.logp + 0.1 * torch.randn(shape, generator=generator)
-        self.plan = parts.lesson.LessonPlan(
-            parts.host_totals, weigher or (lambda trace: torch.ones(len(trace))), replaced_tokens
-        )
+        self.rollout_logp = self.logp + 0.1 * torch.randn(shape, generator=generator)
+        self.batches = batches(weighting, replaced_tokens)
 
     def gradient(self, kd: float, rl: float, micro_batches=((0, 1, 2),), token_level: bool = True) -> torch.Tensor:
         """Gradient of the logits; `self.infos` and `self.loss` are set on the way."""
-        capture = self.parts.DistillationLoss(LOSSES["forward_kl"])
+        distillation = self.parts.objective.TopKDistillation(LOSSES["forward_kl"])
         policy = self.parts.PolicyLoss(token_level_loss=token_level)
-        objective = self.parts.objective.Objective(
-            {
-                "kd": self.parts.objective.DistillationTerm(capture, token_level),
-                "rl": self.parts.objective.PolicyTerm(policy),
-            }
-        )
-        objective.weigh(kd=kd, rl=rl)
+        objective = self.parts.objective.Objective(distillation, policy, token_level)
+        objective.weigh(self.parts.objective.Coefficients(kd=kd, rl=rl))
+        student = Student()
         experiences = []
         for rows in micro_batches:
             _, sequences, mask, traces = self.batch.rows(*rows)
@@ -71,19 +58,20 @@ class Step:
                 SimpleNamespace(rows=list(rows), sequences=sequences, action_mask=mask, info={"skd": traces})
             )
         self.infos, self.loss = [], 0.0
-        for experience, totals in self.plan(experiences, SimpleNamespace(), len(experiences), lambda e: e.action_mask):
+        count = len(experiences)
+        for experience, totals in self.batches(experiences, SimpleNamespace(), count, lambda e: e.action_mask):
             logits = self.batch.logits[experience.rows]
             logp = logits[:, :-1].log_softmax(-1).gather(2, experience.sequences[:, 1:, None]).squeeze(2)
-            capture.capture(None, None, (None, {"logits": logits}))
-            objective.expect(experience)
-            loss, *_ = objective(
-                logp,
-                self.old[experience.rows],
-                self.advantages[experience.rows],
-                action_mask=experience.action_mask,
-                rollout_log_probs=self.behaviour[experience.rows],
-                **totals,
-            )
+            with objective.step(student, experience) as step_loss:
+                student(logits)
+                loss, *_ = step_loss(
+                    logp,
+                    self.old[experience.rows],
+                    self.advantages[experience.rows],
+                    action_mask=experience.action_mask,
+                    rollout_log_probs=self.rollout_logp[experience.rows],
+                    **totals,
+                )
             (loss / len(experiences)).backward()
             self.loss += loss.item() / len(experiences)
             self.infos.append(experience.info)
@@ -95,38 +83,38 @@ class Step:
         return row, LENGTHS[row][0] - 1 + index
 
 
-FOREIGN = {(0, 1): Source.REPLACED, (1, 0): Source.UNDRAFTED, (2, 2): Source.REFERENCE, (2, 3): Source.RESAMPLED}
+TEACHERS = {(0, 1): Source.REPLACED, (1, 0): Source.UNDRAFTED, (2, 2): Source.REFERENCE, (2, 3): Source.RESAMPLED}
 
 
 def test_only_the_students_own_tokens_get_a_policy_gradient(parts) -> None:
-    step = Step(parts, {**FOREIGN, (2, 5): Source.FLAGGED})
+    step = Step(parts, {**TEACHERS, (2, 5): Source.FLAGGED})
     gradient = step.gradient(kd=0.0, rl=1.0)
     for row, (_, length) in enumerate(LENGTHS):
         for index in range(length):
             moved = gradient[step.position(row, index)].abs().sum() > 0
-            assert moved == ((row, index) not in FOREIGN), (row, index)
+            assert moved == ((row, index) not in TEACHERS), (row, index)
 
 
 def test_replaced_tokens_do_not_dilute_the_policy_loss(parts) -> None:
     """The policy loss is a mean over its own tokens, however many others there are."""
-    step = Step(parts, FOREIGN)
+    step = Step(parts, TEACHERS)
     step.gradient(kd=0.0, rl=1.0)
     values = []
     for row, (prompt, length) in enumerate(LENGTHS):
         for index in range(length):
-            if (row, index) not in FOREIGN:
+            if (row, index) not in TEACHERS:
                 place = (row, prompt - 1 + index)
                 ratio, advantage = (step.logp[place] - step.old[place]).exp(), step.advantages[place]
                 values.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
     assert step.loss == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
-    assert len(values) == sum(length for _, length in LENGTHS) - len(FOREIGN)
+    assert len(values) == sum(length for _, length in LENGTHS) - len(TEACHERS)
 
 
-def test_importance_weighted_tokens_are_measured_against_the_law_they_came_from(parts) -> None:
+def test_importance_weighted_tokens_are_measured_against_the_distribution_they_came_from(parts) -> None:
     """Ratio q / p for a replaced token, from the rollout's record; only replaced tokens are let in."""
-    step = Step(parts, FOREIGN, "importance")
+    step = Step(parts, TEACHERS, "importance")
     place = step.position(0, 1)
-    step.behaviour[place] = step.logp[place] - 0.1
+    step.rollout_logp[place] = step.logp[place] - 0.1
     step.advantages[place] = 1.0
     gradient = step.gradient(kd=0.0, rl=1.0)
     ratio, count = torch.tensor(0.1).exp(), sum(length for _, length in LENGTHS) - 3
@@ -135,29 +123,28 @@ def test_importance_weighted_tokens_are_measured_against_the_law_they_came_from(
     expected[step.batch.sequences[0, place[1] + 1]] -= ratio / count
     torch.testing.assert_close(gradient[place], expected, rtol=1e-4, atol=1e-6)
     assert gradient[step.position(1, 0)].abs().sum() == 0  # undrafted
-    step.behaviour[place] = step.logp[place] - 1.0  # a ratio beyond the host's clip
+    step.rollout_logp[place] = step.logp[place] - 1.0  # a ratio beyond the host's clip
     assert step.gradient(kd=0.0, rl=1.0)[place].abs().sum() == 0
 
 
 def test_without_a_policy_coefficient_it_is_pure_distillation(parts) -> None:
     """Bit for bit, even where the policy's tensors are not there or not finite."""
-    step = Step(parts, FOREIGN)
+    step = Step(parts, TEACHERS)
     pure = step.gradient(kd=1.0, rl=0.0)
     step.advantages[:] = float("nan")
     assert torch.equal(step.gradient(kd=1.0, rl=0.0), pure)
     assert pure.abs().sum() > 0 and "rl_loss" not in step.infos[0]
 
 
-def test_terms_add_up(parts) -> None:
-    step = Step(parts, FOREIGN)
+def test_losses_add_up(parts) -> None:
+    step = Step(parts, TEACHERS)
     kd, rl = step.gradient(kd=1.0, rl=0.0), step.gradient(kd=0.0, rl=1.0)
     torch.testing.assert_close(step.gradient(kd=0.3, rl=2.0), 0.3 * kd + 2.0 * rl, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("token_level", [True, False])
 def test_micro_batches_sum_to_the_whole(parts, token_level: bool) -> None:
-    weigher = lambda trace: trace.response_ids.float() + 0.5  # noqa: E731
-    step = Step(parts, FOREIGN, weigher=weigher)
+    step = Step(parts, TEACHERS, weighting=lambda trace: trace.response_ids.float() + 0.5)
     whole = step.gradient(1.0, 0.5, token_level=token_level)
     for split in (((0,), (1,), (2,)), ((2, 0), (1,))):
         found = step.gradient(1.0, 0.5, split, token_level=token_level)
@@ -165,14 +152,12 @@ def test_micro_batches_sum_to_the_whole(parts, token_level: bool) -> None:
 
 
 def test_weights_have_mean_one_over_the_step(parts) -> None:
-    """Scaling a weigher changes nothing; the loss is the weighted mean of the token losses."""
+    """Scaling the weights changes nothing; the loss is the weighted mean of the token losses."""
     weigh = lambda trace: trace.response_ids.float()  # noqa: E731
-    step = Step(parts, {}, weigher=weigh)
+    step = Step(parts, {}, weighting=weigh)
     gradient = step.gradient(1.0, 0.0, ((0, 1), (2,)))
-    scaled = Step(parts, {}, weigher=lambda trace: 100 * weigh(trace)).gradient(1.0, 0.0, ((0, 1), (2,)))
+    scaled = Step(parts, {}, weighting=lambda trace: 100 * weigh(trace)).gradient(1.0, 0.0, ((0, 1), (2,)))
     torch.testing.assert_close(scaled, gradient, rtol=1e-4, atol=1e-7)
-    from skd_plugin.host.distillation import token_losses
-
     values = token_losses(*step.batch.all, LOSSES["forward_kl"]).detach()
     mask = step.batch.action_mask.bool()
     weights = torch.cat([weigh(trace) for trace in step.batch.traces])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,25 +22,14 @@ def model() -> torch.nn.Module:
     return torch.nn.Sequential(*parts, torch.nn.Linear(1, 1))
 
 
-@pytest.fixture
-def trainer(model: torch.nn.Module) -> Any:
-    """The part of SKDActorTrainer that makes buckets; DeepSpeed's engine holds the model as `.module`."""
-    from skd_plugin.host.policy_actor import SKDActorTrainer
-
-    made = object.__new__(SKDActorTrainer)
-    made.actor = SimpleNamespace(model=SimpleNamespace(module=model))
-    return made
-
-
 def test_unpacked_weights_are_the_packed_ones() -> None:
-    from skd_plugin.host.policy_actor import _flatten
-    from skd_plugin.host.weight_sync import Bucket
+    from skd_plugin.host.weight_sync import Bucket, flatten
 
     originals = [torch.randn(shape) for shape in ((2, 3), (4,), (), (1, 5, 2))]
     parameters = [torch.nn.Parameter(tensor) for tensor in originals]
     parameters[0] = torch.nn.Parameter(originals[0].T.contiguous().T)  # not contiguous in memory
     bucket = Bucket(list("abcd"), [tuple(t.shape) for t in originals], torch.float32)
-    flat = _flatten(parameters)
+    flat = flatten(parameters)
     assert flat.shape == (bucket.size,) == (6 + 4 + 1 + 10,)
     unpacked = bucket.unpack(flat)
     assert [name for name, _ in unpacked] == list("abcd")
@@ -59,42 +47,48 @@ def test_names_and_shapes_must_match() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 40, 60, 1 << 20])
-def test_buckets_hold_every_parameter_once(trainer, model, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_hold_every_parameter_once(model, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the model's order, of one dtype each, and within the limit unless a parameter alone exceeds it."""
-    from skd_plugin.host import policy_actor
+    from skd_plugin.host import weight_sync
 
-    monkeypatch.setattr(policy_actor, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", limit)
     received = []
-    for bucket, parameters in trainer._buckets():
+    for bucket, parameters in weight_sync.buckets(model):
         assert {p.dtype for p in parameters} == {bucket.dtype}
         num_bytes = bucket.size * torch.empty(0, dtype=bucket.dtype).element_size()
         assert len(parameters) == 1 or num_bytes <= limit
-        received += bucket.unpack(policy_actor._flatten(parameters))
+        received += bucket.unpack(weight_sync.flatten(parameters))
     expected = list(model.named_parameters())
     assert [name for name, _ in received] == [name for name, _ in expected]
     for (name, found), (_, wanted) in zip(received, expected, strict=True):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted), name
 
 
-def test_a_bucket_is_filled_up_to_the_limit(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_is_filled_up_to_the_limit(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of the parameters in turn: 48, 16, 16 (of another dtype), 20, 20, 4, 4."""
-    monkeypatch.setattr("skd_plugin.host.policy_actor.BUCKET_BYTES", 40)
-    sizes = [len(bucket.names) for bucket, _ in trainer._buckets()]
+    from skd_plugin.host import weight_sync
+
+    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", 40)
+    sizes = [len(bucket.names) for bucket, _ in weight_sync.buckets(model)]
     assert sizes == [1, 1, 1, 2, 2]
 
 
-def test_a_large_limit_makes_one_bucket_a_run_of_dtypes(trainer) -> None:
-    names = [bucket.names for bucket, _ in trainer._buckets()]
+def test_a_large_limit_makes_one_bucket_a_run_of_dtypes(model) -> None:
+    from skd_plugin.host.weight_sync import buckets
+
+    names = [bucket.names for bucket, _ in buckets(model)]
     assert names == [["0.weight", "0.bias"], ["1.weight"], ["2.weight", "2.bias", "3.weight", "3.bias"]]
 
 
 def test_sharded_parameter_has_its_whole_shape(model: torch.nn.Module) -> None:
     """Under ZeRO-3 a parameter is an empty shard outside GatheredParameters; its shape is beside it."""
-    from skd_plugin.host.policy_actor import _bucket
+    from skd_plugin.host.weight_sync import buckets
 
     shard = torch.nn.Parameter(torch.empty(0))
     shard.ds_shape = torch.Size((6, 7))
-    assert _bucket(["w"], [shard]).shapes == [(6, 7)]
+    model = torch.nn.Module()
+    model.register_parameter("w", shard)
+    assert [bucket.shapes for bucket, _ in buckets(model)] == [[(6, 7)]]
 
 
 class Worker:

@@ -1,0 +1,77 @@
+"""Where the response tokens of a batch are: in OpenRLHF's per-token tensors, and in the model's output.
+
+A causal model predicts token t + 1 at position t. OpenRLHF's per-token tensors are therefore [B, T - 1]: entry t
+belongs to token t + 1. This module is the only place that knows it.
+
+Shapes: B sequences of T tokens with their padding, N response tokens of the batch, row by row in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ResponseLayout:
+    """The N response tokens of a padded batch."""
+
+    action_mask: torch.Tensor  # bool [B, T - 1], true at the entries of response tokens
+    row_N: torch.Tensor  # int64, sequence of each
+    entry_N: torch.Tensor  # int64, its entry in the per-token tensors
+
+    @classmethod
+    def of(cls, action_mask: torch.Tensor) -> ResponseLayout:
+        """`action_mask`: [B, T - 1], any type; several spans a row are several turns."""
+        mask = action_mask.bool()
+        return cls(mask, *mask.nonzero(as_tuple=True))
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    def counts(self) -> list[int]:
+        """Response tokens of each sequence."""
+        return self.action_mask.sum(1).tolist()
+
+    def tokens(self, sequences_BT: torch.Tensor) -> torch.Tensor:
+        """The response tokens themselves [N]."""
+        return sequences_BT[self.row_N, self.entry_N + 1]
+
+    def predictions(self, output_BT: torch.Tensor) -> torch.Tensor:
+        """What a model's output [B, T, ...] says of each response token, before it has seen it: [N, ...]."""
+        return output_BT[self.row_N, self.entry_N]
+
+    def packed_predictions(self, output_1S: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`predictions` of a packed forward, whose output [1, S, ...] holds the S tokens of `attention_mask` [B, T]
+        without padding.
+        """
+        place_BT = attention_mask.flatten().cumsum(0).view_as(attention_mask) - 1
+        return output_1S[0, place_BT[self.row_N, self.entry_N]]
+
+    def take(self, values_BT: torch.Tensor) -> torch.Tensor:
+        """Entries of a per-token tensor [B, T - 1] that belong to response tokens: [N]."""
+        return values_BT[self.row_N, self.entry_N]
+
+    def spread(self, values_N: torch.Tensor) -> torch.Tensor:
+        """A per-token tensor [B, T - 1] with these values, 0 elsewhere; differentiable, also where N is 0."""
+        places = self.row_N.to(values_N.device), self.entry_N.to(values_N.device)
+        return values_N.new_zeros(self.action_mask.shape).index_put(places, values_N)
+
+    def put(self, values_NM: torch.Tensor, output_BT: torch.Tensor) -> torch.Tensor:
+        """A model's output [B, T, M] with these values at the predictions of response tokens, 0 elsewhere.
+
+        Args:
+            output_BT: any output of the model, of which batch, length, and device are taken.
+        """
+        shape = (*output_BT.shape[:2], values_NM.shape[1])
+        return values_NM.new_zeros(shape).index_put((self.row_N, self.entry_N), values_NM)
+
+    def to(self, device: torch.device) -> ResponseLayout:
+        return ResponseLayout(self.action_mask.to(device), self.row_N.to(device), self.entry_N.to(device))
+
+
+def first_response_place(action_mask: torch.Tensor) -> int | None:
+    """Place in its sequence of the first response token of one row [T - 1]; None where there is none."""
+    entries = action_mask.bool().nonzero()
+    return int(entries[0]) + 1 if len(entries) else None
