@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Memory and time of the GPU recipes by the cost models of skd_plugin/check, as the tables of docs/gpus.md.
+"""Memory and time of the GPU recipes by the cost models, as the tables of docs/gpus.md.
 
     python scripts/estimate.py                                   # of every command in recipes/gpu-*.yaml
     python scripts/estimate.py RECIPE.yaml [key=value ...]       # of one recipe
@@ -18,13 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from skd_plugin.check.environment import gpus_needed
-from skd_plugin.check.memory_budget import Budget, make_budget
-from skd_plugin.check.memory_model import ModelSize, in_gib, model_size
-from skd_plugin.check.subject import given_options
-from skd_plugin.check.time_model import (
+from time_model import (
     GPUS,
     Gpu,
     StepTime,
@@ -35,10 +29,17 @@ from skd_plugin.check.time_model import (
     tokens_per_block,
     training_seconds,
 )
+from transformers import AutoConfig
+
+from skd_plugin.check.environment import gpus_needed
+from skd_plugin.check.memory_budget import Budget, make_budget
+from skd_plugin.check.memory_model import ModelSize, in_gib, model_size
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.host_rules import planned_steps
 from skd_plugin.config.recipe import load_recipe
-from skd_plugin.config.schema import SKDConfig, parse_skd
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.models import load_model_config
+from skd_plugin.prepare.load_run import read_models
 from skd_plugin.prepare.task_prompts import longest_response
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ LENGTH = 0.5  # of the longest response allowed; skd/response_len says what it i
 
 
 def _published(kind: str, hidden: int, layers: int, heads: int, kv: int, inner: int, rows: int, **others: Any) -> Any:
-    """A model's configuration by the figures of its config.json on the Hub, without asking the Hub."""
+    """A model's configuration by the numbers of its config.json on the Hub, without asking the Hub."""
     return AutoConfig.for_model(
         kind,
         hidden_size=hidden,
@@ -86,7 +87,7 @@ class Plan:
     recipe: str
     overrides: tuple[str, ...]
     skd: SKDConfig
-    options: dict[str, Any]  # all of OpenRLHF's, dotted
+    options: HostOptions  # all of OpenRLHF's, dotted
     teacher: ModelSize
     student: ModelSize
 
@@ -105,7 +106,7 @@ class Plan:
 
     @property
     def responses(self) -> int:
-        """Of a step."""
+        """Responses of a step."""
         return self.options["rollout.batch_size"] * self.options["rollout.n_samples_per_prompt"]
 
     @property
@@ -125,9 +126,8 @@ class Plan:
 
 
 def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
-    content = load_recipe(recipe, overrides)
-    skd = parse_skd(content["skd"])
-    options = given_options(content, skd)
+    models = read_models(load_recipe(recipe, overrides))
+    skd, options = models.skd, models.options
     teacher = _size(skd.teacher.model_name_or_path, "teacher")
     student = _size(options["actor.model_name_or_path"], "student")
     return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
@@ -144,7 +144,7 @@ def header_commands(recipe: Path) -> list[list[str]]:
 
 
 def all_plans() -> list[Plan]:
-    """Of every command of the GPU recipes, each recipe with the same options once."""
+    """A plan of every command of the GPU recipes, each recipe with the same options once."""
     found: dict[tuple[str, ...], Plan] = {}
     for recipe in sorted((ROOT / "recipes").glob("gpu-*.yaml"), key=lambda path: path.stem):
         for words in header_commands(recipe):
@@ -179,7 +179,7 @@ def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTim
             across_nodes=gpus_needed(options)[0] > GPUS_OF_A_NODE,  # Ray packs the trainer onto as few as it can
             micro_batch=options["train.micro_batch_size"],
             checkpointing=options["actor.gradient_checkpointing_enable"],
-            behaviour=plan.skd.objective.uses_rewards,
+            rollout_logp=plan.skd.objective.uses_rewards,
         ),
         sync=sync_seconds(plan.student, gpu, across_nodes=plan.nodes > 1),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from skd_plugin.check.checks import Checks
+from skd_plugin.check.checks import run_checks
 from skd_plugin.check.findings import Finding, exit_status, findings_table, verdict
 
 
@@ -27,8 +27,8 @@ def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run
     findings: list[Finding] = []
     try:
         with console.status("reading the recipe") as spinner:
-            checks = Checks(recipe, overrides, folder, spinner.update)
-            for finding in checks.all(self_test=self_test, dry_run=dry_run):
+            checks = run_checks(recipe, overrides, folder, spinner.update, self_test=self_test, dry_run=dry_run)
+            for finding in checks:
                 findings.append(finding)
     except KeyboardInterrupt:
         console.print("Stopped; this is what had been found:")
@@ -39,7 +39,7 @@ def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run
             shutil.rmtree(folder)  # else its log is named in the table
     console.print(findings_table(findings, f"skd check {recipe}"))
     console.print(verdict(findings))
-    return exit_status(findings, recipe_is_wrong=checks.recipe_is_wrong)
+    return exit_status(findings)
 
 
 def _be_quiet() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import psutil
 import torch
@@ -11,6 +10,7 @@ import torch
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import GIB
 from skd_plugin.check.subject import on_a_cluster
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.versions import installed_versions
 from skd_plugin.cpu import LOGICAL_GPUS
 
@@ -39,7 +39,8 @@ def device_memory(cpu: bool) -> int | None:
     return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
-def check_device(cpu: bool, options: dict[str, Any] | None) -> Finding:
+def check_device(cpu: bool, options: HostOptions) -> Finding:
+    """`options`: empty where they are not known."""
     if cpu:
         memory = psutil.virtual_memory()
         found = (
@@ -66,8 +67,8 @@ def check_device(cpu: bool, options: dict[str, Any] | None) -> Finding:
     return _against_the_need(found, count, options, "GPUs here")
 
 
-def gpus_needed(options: dict[str, Any]) -> tuple[int, int, int]:
-    """Of the trainer, of the engines, and of the host's other models beside them (openrlhf.cli.train_ppo_ray.train).
+def gpus_needed(options: HostOptions) -> tuple[int, int, int]:
+    """GPUs of the trainer, the engines, and OpenRLHF's other models beside them (openrlhf.cli.train_ppo_ray.train).
 
     With train.colocate_all all of them share the trainer's.
     """
@@ -83,8 +84,8 @@ def gpus_needed(options: dict[str, Any]) -> tuple[int, int, int]:
     return group("actor"), engines, reference + critic + reward - shared
 
 
-def _need_in_words(options: dict[str, Any] | None) -> str:
-    if options is None:
+def _need_in_words(options: HostOptions) -> str:
+    if not options:
         return "what the recipe needs is not known"
     trainer, engines, others = gpus_needed(options)
     if options["train.colocate_all"]:
@@ -93,8 +94,8 @@ def _need_in_words(options: dict[str, Any] | None) -> str:
     return f"the recipe needs {trainer + engines + others}: {trainer} to train, {engines} to sample{rest}"
 
 
-def _against_the_need(found: str, count: int, options: dict[str, Any] | None, what: str) -> Finding:
-    if options is None:
+def _against_the_need(found: str, count: int, options: HostOptions, what: str) -> Finding:
+    if not options:
         return Finding("device", found)
     need = gpus_needed(options)[0] if options["train.colocate_all"] else sum(gpus_needed(options))
     if need > count:

@@ -25,11 +25,10 @@ class Finding:
     remedy: str = ""  # what to do; of warnings and failures
 
 
-def exit_status(findings: Iterable[Finding], *, recipe_is_wrong: bool) -> int:
+def exit_status(findings: Iterable[Finding]) -> int:
     """0: nothing failed; 1: a check failed; 2: the recipe is wrong. A warning is no failure."""
-    if recipe_is_wrong:
-        return 2
-    return int(any(finding.level == "failed" for finding in findings))
+    failed = {finding.name for finding in findings if finding.level == "failed"}
+    return 2 if "recipe" in failed else int(bool(failed))
 
 
 def findings_table(findings: Sequence[Finding], title: str) -> Table:

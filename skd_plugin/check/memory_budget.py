@@ -16,6 +16,7 @@ from skd_plugin.check.memory_model import (
     model_size,
     trainer_memory,
 )
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.offline import CPU_CACHE_BYTES
 from skd_plugin.words import first_line
@@ -34,7 +35,7 @@ class Budget:
 
 
 def make_budget(
-    teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: dict[str, Any], *, cpu: bool, device: int | None
+    teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: HostOptions, *, cpu: bool, device: int | None
 ) -> Budget:
     """`device`: bytes of one device; None where it is not known, and then the engine has no budget."""
     trainers = gpus_needed(options)[0]
@@ -68,7 +69,7 @@ def make_budget(
     return Budget(engine, trainer, requests)
 
 
-def fits_twice(config: Any, skd: SKDConfig, options: dict[str, Any], device: int) -> bool:
+def fits_twice(config: Any, skd: SKDConfig, options: HostOptions, device: int | None) -> bool:
     """Whether one engine holds a model as teacher and as student, with a cache for one sequence."""
     try:
         size = model_size(config)
@@ -77,12 +78,12 @@ def fits_twice(config: Any, skd: SKDConfig, options: dict[str, Any], device: int
     return make_budget(size, size, skd, options, cpu=False, device=device).engine.sequences >= 1
 
 
-def _utilization(skd: SKDConfig, options: dict[str, Any]) -> float:
+def _utilization(skd: SKDConfig, options: HostOptions) -> float:
     return skd.vllm.get("gpu_memory_utilization", options["vllm.gpu_memory_utilization"])
 
 
 def check_memory(
-    teacher: Any, student: Any, skd: SKDConfig, options: dict[str, Any], *, cpu: bool, device: int | None
+    teacher: Any, student: Any, skd: SKDConfig, options: HostOptions, *, cpu: bool, device: int | None
 ) -> list[Finding]:
     """`teacher`, `student`: transformers configurations."""
     try:
@@ -97,7 +98,7 @@ def check_memory(
     return [*findings, _offloaded(budget, options)] if budget.trainer.host else findings
 
 
-def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int | None) -> Finding:
+def _engine(budget: Budget, skd: SKDConfig, options: HostOptions, device: int | None) -> Finding:
     engine = budget.engine
     weights = (
         f"weights {in_gib(engine.teacher + engine.student)} (teacher {in_gib(engine.teacher)}, student "
@@ -132,7 +133,7 @@ def _engine(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int
     return Finding(name, found)
 
 
-def _trainer(budget: Budget, options: dict[str, Any], device: int | None) -> Finding:
+def _trainer(budget: Budget, options: HostOptions, device: int | None) -> Finding:
     colocated = options["train.colocate_all"]
     trainer, engine = budget.trainer, budget.engine
     need = trainer.total + (engine.peak if colocated else 0)
@@ -150,7 +151,7 @@ def _trainer(budget: Budget, options: dict[str, Any], device: int | None) -> Fin
     return Finding(name, found, "failed" if need > 1.15 * device else "warning", "; ".join(_savings(options)))
 
 
-def _savings(options: dict[str, Any]) -> list[str]:
+def _savings(options: HostOptions) -> list[str]:
     """What would help, cheapest first."""
     ways = [
         (options["train.colocate_all"], "lower openrlhf.vllm.gpu_memory_utilization"),
@@ -162,12 +163,12 @@ def _savings(options: dict[str, Any]) -> list[str]:
     return [way for possible, way in ways if possible] or ["more GPUs for the trainer, or a shorter data.max_len"]
 
 
-def _offloaded(budget: Budget, options: dict[str, Any]) -> Finding:
+def _offloaded(budget: Budget, options: HostOptions) -> Finding:
     on_node = budget.trainer.host * options["actor.num_gpus_per_node"]
     return Finding("offloaded (estimate)", f"the optimizer takes {in_gib(on_node)} of each node's ordinary memory")
 
 
-def _cpu(budget: Budget, skd: SKDConfig, options: dict[str, Any], device: int) -> Finding:
+def _cpu(budget: Budget, skd: SKDConfig, options: HostOptions, device: int) -> Finding:
     """All of a run shares one memory."""
     trainers = gpus_needed(options)[0]
     cache = skd.vllm.get("kv_cache_memory_bytes", CPU_CACHE_BYTES)

@@ -36,7 +36,7 @@ class ModelSize:
         return self.parameters * bytes_per_number
 
     def kv_per_token(self, bytes_per_number: int, tensor_parallel: int = 1) -> int:
-        """Of one token on one device; a key-value head is not split, and a latent cache is on every device."""
+        """Cache of one token on one device; a key-value head is not split, and a latent cache is on every device."""
         numbers = self.latent or 2 * -(-self.kv_heads // tensor_parallel) * self.head_dim
         return self.layers * numbers * bytes_per_number
 
@@ -70,7 +70,7 @@ def count_parameters(config: Any) -> int:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Of one device of an engine. `budget` is what vLLM may take; it does not know of SKD's sampler."""
+    """Memory of one device of an engine. `budget` is what vLLM may take; it does not know of SKD's sampler."""
 
     budget: int
     teacher: int
@@ -135,7 +135,7 @@ def engine_memory(
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Of one device of the trainer; `host` is ordinary memory beside it."""
+    """Memory of one device of the trainer; `host` is ordinary memory beside it."""
 
     weights: int
     gradients: int
@@ -200,9 +200,9 @@ def _buffers(parameters: int, width: int, zero_stage: int, overlap_comm: bool) -
 
 
 def _activation_bytes(model: ModelSize, width: int, checkpointing: bool) -> int:
-    """Of one token: what a layer keeps for its backward, after Korthikanti et al. (arXiv 2205.05198, section 4.1), for
-    gated MLPs and an attention that does not store its scores. With checkpointing each layer keeps its input, and one
-    layer at a time is computed again."""
+    """Bytes of one token that a layer keeps for its backward, after Korthikanti et al. (arXiv 2205.05198, section
+    4.1), for gated MLPs and an attention that does not store its scores. With checkpointing each layer keeps its
+    input, and one layer at a time is computed again."""
     attention = 2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim
     layer = width * (6 * model.hidden + attention + 4 * model.intermediate)
     return model.layers * width * model.hidden + layer if checkpointing else model.layers * layer

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.check.findings import Finding
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import generation_end_ids, load_model_config, load_tokenizer
 from skd_plugin.prepare.model_checks import check_vocabularies
@@ -32,6 +34,31 @@ def load_model(name: str, role: str) -> Model:
     return Model(load_model_config(name, role), load_tokenizer(name, role), generation_end_ids(name))
 
 
+def load_pair(teacher: str | None, student: str | None) -> tuple[Model | None, Model | None, list[Finding]]:
+    """Both models, and a finding for each that does not load."""
+    loaded: list[Model | None] = []
+    findings = []
+    for role, model in (("teacher", teacher), ("student", student)):
+        try:
+            loaded.append(load_model(model, role) if model else None)
+        except RecipeError as error:
+            loaded.append(None)
+            findings.append(Finding(role, "does not load", "failed", first_line(error)))
+    return loaded[0], loaded[1], findings
+
+
+def check_models(
+    teacher: Model, student: Model, options: HostOptions, prompts: list[str], *, refused: bool
+) -> Iterator[Finding]:
+    """All that follow. `refused`: the recipe does not load."""
+    yield check_vocabulary(teacher, student, refused=refused)
+    yield check_template(teacher, student, options, prompts)
+    if prompts:
+        yield check_first_prompt(prompts[0], student.tokenizer)
+    yield from check_end_tokens(teacher, student)
+    yield check_padding(student)
+
+
 def check_vocabulary(teacher: Model, student: Model, *, refused: bool) -> Finding:
     """`refused`: the recipe does not load, so that rows that differ may be the reason."""
     sizes = (
@@ -51,8 +78,8 @@ def check_vocabulary(teacher: Model, student: Model, *, refused: bool) -> Findin
     return Finding("vocabulary", padding)
 
 
-def check_template(teacher: Model, student: Model, options: dict[str, Any], prompts: list[str]) -> Finding:
-    """The host renders prompts with the student's tokenizer, and both models read the same tokens."""
+def check_template(teacher: Model, student: Model, options: HostOptions, prompts: list[str]) -> Finding:
+    """OpenRLHF renders prompts with the student's tokenizer, and both models read the same tokens."""
     theirs, ours = teacher.tokenizer.chat_template, student.tokenizer.chat_template
     if options["data.apply_chat_template"]:
         if not ours:
@@ -85,7 +112,7 @@ def check_template(teacher: Model, student: Model, options: dict[str, Any], prom
 
 
 def check_first_prompt(prompt: str, tokenizer: Any) -> Finding:
-    """The host adds no special token to a prompt, so a BOS that the models expect must be in its text."""
+    """OpenRLHF adds no special token to a prompt, so a BOS that the models expect must be in its text."""
     shown = prompt if len(prompt) <= HEAD + TAIL else f"{prompt[:HEAD]} ... {prompt[-TAIL:]}"
     bare, usual = (tokenizer(prompt, add_special_tokens=add).input_ids for add in (False, True))
     if tokenizer.bos_token_id is not None and usual[0] == tokenizer.bos_token_id != bare[0]:
@@ -123,7 +150,7 @@ def check_end_tokens(teacher: Model, student: Model) -> list[Finding]:
 
 
 def check_padding(student: Model) -> Finding:
-    """The host pads with the student's pad token, else with its end token, and masks by lengths, never by ids
+    """OpenRLHF pads with the student's pad token, else with its end token, and masks by lengths, never by ids
     (openrlhf.utils.utils.get_tokenizer, openrlhf.trainer.ppo_utils.experience), so that pad = EOS does no harm."""
     tokenizer = student.tokenizer
     if tokenizer.pad_token_id is None:
@@ -140,19 +167,6 @@ def check_padding(student: Model) -> Finding:
     return Finding("padding", found)
 
 
-def load_pair(teacher: str | None, student: str | None) -> tuple[Model | None, Model | None, list[Finding]]:
-    """Both models, and a finding for each that does not load."""
-    loaded: list[Model | None] = []
-    findings = []
-    for role, model in (("teacher", teacher), ("student", student)):
-        try:
-            loaded.append(load_model(model, role) if model else None)
-        except RecipeError as error:
-            loaded.append(None)
-            findings.append(Finding(role, "does not load", "failed", first_line(error)))
-    return loaded[0], loaded[1], findings
-
-
 def _tokenizer_end(model: Model) -> frozenset[int]:
     end = model.tokenizer.eos_token_id
     return frozenset() if end is None else frozenset([end])
@@ -162,7 +176,7 @@ def _end(model: Model) -> frozenset[int]:
     return _tokenizer_end(model) | model.end_ids
 
 
-def _unlisted(model: Model, role: str, name: Any) -> list[str]:
+def _unlisted(model: Model, role: str, name: Callable[[int], str]) -> list[str]:
     missing = _tokenizer_end(model) - model.end_ids
     if not model.end_ids or not missing:
         return []
@@ -172,7 +186,7 @@ def _unlisted(model: Model, role: str, name: Any) -> list[str]:
     ]
 
 
-def _named(ids: frozenset[int], name: Any) -> str:
+def _named(ids: frozenset[int], name: Callable[[int], str]) -> str:
     return ", ".join(f"{name(i)} ({i})" for i in sorted(ids)) or "nothing"
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from skd_plugin.check.findings import Finding
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.host_rules import planned_steps
 from skd_plugin.words import count
 
 LENGTHS_SAMPLED = 1000  # prompts whose tokens are counted
 
 
-def check_steps(options: dict[str, Any], prompts: list[str], tokenizer: Any) -> Finding:
-    """Prompts, steps and tokens, by the host's own counting (openrlhf.trainer.ppo_trainer.prepare_datasets)."""
+def check_steps(options: HostOptions, prompts: list[str], tokenizer: Any) -> Finding:
+    """Prompts, steps and tokens, by OpenRLHF's own counting (openrlhf.trainer.ppo_trainer.prepare_datasets)."""
     samples = options["rollout.n_samples_per_prompt"]
     rounds = planned_steps(len(prompts), options["rollout.batch_size"], options["train.num_episodes"])
     responses = options["rollout.batch_size"] * samples

@@ -5,59 +5,55 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.config import host_rules
-from skd_plugin.config.host_options import HostOptions, host_defaults, host_parser
+from skd_plugin.config.host_options import HostOptions, host_parser
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.config.run import Run
-from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import load_rows, render_prompts
-from skd_plugin.prepare.load_run import load_run, on_cpu
+from skd_plugin.prepare.load_run import Models, load_run, on_cpu, read_models
 from skd_plugin.prepare.rows import read_rows
 from skd_plugin.words import first_line
 
 
 @dataclass(frozen=True)
 class Subject:
-    """`run` and `error`: one of them is None. What could not be read is None too."""
+    models: Models | None  # None: the options could not be typed
+    run: Run | None  # None: there is an error
+    error: str | None  # why `skd train` would refuse the recipe
 
-    skd: SKDConfig | None
-    options: dict[str, Any] | None  # all of OpenRLHF's, dotted, resolved
-    run: Run | None
-    error: str | None
-    cpu: bool
+    @cached_property
+    def options(self) -> HostOptions:
+        """All of OpenRLHF's, as its parser gives them to a run; the best that is known where there is no run."""
+        if self.run is not None:
+            return vars(host_parser().parse_args(self.run.host_argv()))
+        return self.models.options if self.models is not None else {}
+
+    @property
+    def cpu(self) -> bool:
+        return self.models.cpu if self.models is not None else on_cpu("auto")
 
     @property
     def teacher(self) -> str | None:
-        return self.skd.teacher.model_name_or_path if self.skd else None
+        return self.models.skd.teacher.model_name_or_path if self.models is not None else None
 
     @property
     def student(self) -> str | None:
-        return self.options.get("actor.model_name_or_path") if self.options else None
+        return self.options.get("actor.model_name_or_path")
 
 
 def read_subject(recipe: str, overrides: Sequence[str]) -> Subject:
     """Raises RecipeError: the file is no recipe; there is nothing to check."""
-    content = load_recipe(recipe, overrides)
-    run = skd = options = error = None
+    content, models = load_recipe(recipe, overrides), None
     try:
-        skd = parse_skd(content.get("skd") or {})
-        options = given_options(content, skd)
-        run = load_run(recipe, overrides)
-    except RecipeError as wrong:
-        error = str(wrong)
-    if run is not None:
-        options = vars(host_parser().parse_args(run.host_argv()))
-    return Subject(skd, options, run, error, run.cpu if run else on_cpu(skd.device if skd else "auto"))
-
-
-def given_options(content: dict[str, Any], skd: SKDConfig) -> dict[str, Any]:
-    """OpenRLHF's options as a recipe and the defaults give them: the best that is known before they are checked."""
-    return {**host_defaults(), **host_rules.complete(content.get("openrlhf") or {}, cpu=on_cpu(skd.device))}
+        models = read_models(content)
+        return Subject(models, load_run(recipe, overrides), None)
+    except RecipeError as error:
+        return Subject(models, None, str(error))
 
 
 class PromptError(Exception):

@@ -94,24 +94,33 @@ class Models:
         return self.tokenizer_of(self.skd.teacher.model_name_or_path, self.student)
 
 
-def complete_models(content: dict[str, Any]) -> Models:
-    """The two sections of a recipe, typed and completed; no model is looked at.
+def read_models(content: dict[str, Any]) -> Models:
+    """The two sections of a recipe, typed and completed.
 
     Raises:
-        RecipeError: an option is wrong.
+        RecipeError: an option of ours is wrong.
     """
-    check_versions()
     skd = parse_skd(content.get("skd") or {})
     skd = skd.model_copy(update={"run_dir": str(Path(skd.run_dir).resolve())})
-    if skd.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+    cpu = on_cpu(skd.device)
+    return Models(skd, host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_defaults(), cpu)
+
+
+def complete_models(content: dict[str, Any]) -> Models:
+    """`read_models`, with what is wrong in versions and options found; no model is looked at.
+
+    Raises:
+        RecipeError: what is wrong, what was expected, what to do.
+    """
+    check_versions()
+    models = read_models(content)
+    if models.skd.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
         raise RecipeError(
             "the recipe wants CUDA (skd.device: cuda), but this machine has no GPU and RAY_ADDRESS names no cluster; "
             "run it on a GPU node, or set skd.device=cpu"
         )
-    cpu = on_cpu(skd.device)
-    given = host_rules.complete(content.get("openrlhf") or {}, cpu=cpu)
-    host_arguments(given, host_parser())
-    return Models(skd, given, host_defaults(), cpu)
+    host_arguments(models.given, host_parser())
+    return models
 
 
 def on_cpu(device: str) -> bool:

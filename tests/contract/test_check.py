@@ -18,9 +18,9 @@ def test_loading_of_prompts():
     from openrlhf.datasets.utils import blending_datasets
 
     names = ["datasets", "probabilities", "strategy", "seed", "max_count", "stopping_strategy", "dataset_split"]
-    assert_parameters(blending_datasets, names, "check/subject.py")
+    assert_parameters(blending_datasets, names, "host/prompts.py")
     names = ["data", "input_template", "input_key", "label_key", "apply_chat_template"]
-    assert_parameters(preprocess_data, names, "check/subject.py")
+    assert_parameters(preprocess_data, names, "host/prompts.py")
 
 
 def test_steps_are_counted_as_the_host_counts():

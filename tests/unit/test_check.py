@@ -74,9 +74,10 @@ def options(**changes):
 
 def test_exit_status():
     fine, odd, bad = Finding("a", "b"), Finding("a", "b", "warning"), Finding("a", "b", "failed")
-    assert exit_status([fine, odd], recipe_is_wrong=False) == 0
-    assert exit_status([fine, bad, fine], recipe_is_wrong=False) == 1
-    assert exit_status([bad], recipe_is_wrong=True) == 2
+    assert exit_status([fine, odd]) == 0
+    assert exit_status([fine, bad, fine]) == 1
+    assert exit_status([bad, Finding("recipe", "b", "failed")]) == 2
+    assert exit_status([bad, Finding("recipe", "b", "not run")]) == 1
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -623,7 +624,7 @@ def test_ctrl_c_shows_what_was_found(check, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skd_plugin.check.checks.memory_budget.check_memory", stop)
+    monkeypatch.setattr("skd_plugin.check.checks.check_memory", stop)
     status, output = check()
     assert status == 130 and "Stopped" in output and "the same 179 tokens" in output and "All good" not in output
     assert not list((tmp_path / "tmp").iterdir())

@@ -9,23 +9,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import collect
+import execute
+import figures
+import page
 import pytest
 import yaml
+from interval import Interval
+from plan import ROOT as REPOSITORY
+from plan import load_plan
+
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import load_run
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts" / "compare"))
-
-import collect  # noqa: E402
-import execute  # noqa: E402
-import figures  # noqa: E402
-import page  # noqa: E402
-from interval import Interval  # noqa: E402
-from plan import ROOT as REPOSITORY  # noqa: E402
-from plan import load_plan  # noqa: E402
-
-from skd_plugin.errors import RecipeError  # noqa: E402
-from skd_plugin.prepare.load_run import load_run  # noqa: E402
-
 PLAN = ROOT / "recipes" / "compare" / "plan.yaml"
 
 

@@ -8,21 +8,19 @@ both models' configurations (as published, written to disk), prompts made and me
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import estimate
 import pytest
+from time_model import GPUS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory_model import GIB, in_gib
-from skd_plugin.check.time_model import GPUS
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.run import Run
 from skd_plugin.prepare.load_run import load_run
@@ -49,14 +47,6 @@ ROWS: dict[str, dict[str, Any]] = {  # with the columns of the Hub; the number m
 }
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimate", ROOT / "scripts" / "estimate.py")
-    module = sys.modules["estimate"] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
-estimate = load_script()
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("gpu-*.yaml") if not path.stem.startswith("gpu-base"))
 PLANS = estimate.all_plans()
 plans = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name.replace(" ", "-"))

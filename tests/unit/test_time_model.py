@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from skd_plugin.check.memory_model import ModelSize
-from skd_plugin.check.time_model import (
+from time_model import (
     BANDWIDTH_SHARE,
     BLOCK_S,
     FORWARD_S,
@@ -26,6 +24,8 @@ from skd_plugin.check.time_model import (
     tokens_per_block,
     training_seconds,
 )
+
+from skd_plugin.check.memory_model import ModelSize
 
 GPU = Gpu("round", flops=1e15, bandwidth=1e12, memory=10**11, link=1e11)
 READ = 1e12 * BANDWIDTH_SHARE  # bytes a second
@@ -129,7 +129,7 @@ TRAINING = dict(
     across_nodes=False,
     micro_batch=8,
     checkpointing=False,
-    behaviour=False,
+    rollout_logp=False,
 )
 
 
@@ -144,7 +144,7 @@ def test_training_by_hand() -> None:
 def test_checkpointing_and_rewards_are_further_forwards() -> None:
     forward = 2 * 0.5e9 * 64_000 / (4 * 1e15 * TRAINING_SHARE)
     plain = training_seconds(SMALL, GPU, **TRAINING)
-    for name in ("checkpointing", "behaviour"):
+    for name in ("checkpointing", "rollout_logp"):
         assert training_seconds(SMALL, GPU, **TRAINING | {name: True}) == pytest.approx(plain + forward)
 
 

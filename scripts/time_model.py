@@ -29,7 +29,7 @@ GPUS = (
     Gpu("H200", 989e12, 4800e9, 139 * GIB, 450e9),
 )
 
-# What is assumed, for want of a measurement. The first three are shares of the data sheet's figures.
+# What is assumed, for want of a measurement. The first three are shares of the data sheet's numbers.
 BANDWIDTH_SHARE = 0.7  # of a forward that reads its weights once
 PREFILL_SHARE = 0.5  # of the FLOPs, in forwards of many tokens
 TRAINING_SHARE = 0.3  # of the FLOPs, in forward and backward of a small model in small micro-batches
@@ -40,7 +40,7 @@ BLOCK_S = (
 )
 MICRO_BATCH_S = 0.1  # of a micro-batch beside its FLOPs: kernels to start, DeepSpeed's hooks
 UPDATE_S = 0.1  # of the optimizer beside its bytes
-STEP_S = 1.0  # of Ray, the host's loop, prompts and metrics, a step
+STEP_S = 1.0  # of Ray, OpenRLHF's loop, prompts and metrics, a step
 
 
 def tokens_per_block(acceptance: float, draft_len: int) -> float:
@@ -55,7 +55,7 @@ def tokens_per_block(acceptance: float, draft_len: int) -> float:
 
 
 def forward_seconds(model: ModelSize, gpu: Gpu, *, tokens: float, cached: float, tensor_parallel: int = 1) -> float:
-    """Of one forward in the engine: reading weights and cache, or the FLOPs, whichever takes longer.
+    """Time of one forward in the engine: reading weights and cache, or the FLOPs, whichever takes longer.
 
     max((2 P + cache) / bandwidth, 2 P n / FLOPs) / t + FORWARD_S, in bfloat16.
 
@@ -72,7 +72,7 @@ def forward_seconds(model: ModelSize, gpu: Gpu, *, tokens: float, cached: float,
 def block_seconds(
     teacher: ModelSize, student: ModelSize, gpu: Gpu, *, requests: int, context: float, draft_len: int, split: int = 1
 ) -> float:
-    """Of one block for `requests` at once: gamma forwards of the student over R tokens, one of the teacher over
+    """Time of one block for `requests` at once: gamma forwards of the student over R tokens, one of the teacher over
     R (gamma + 1), each with R contexts in its cache, and BLOCK_S. `split`: tensor-parallel GPUs of the engine."""
     cached = requests * context
     draft = forward_seconds(student, gpu, tokens=requests, cached=cached, tensor_parallel=split)
@@ -97,7 +97,7 @@ def rollout_seconds(
     acceptance: float,
     split: int = 1,
 ) -> float:
-    """Of the responses of one engine, all of the same length: prompts through both models, then blocks until the end.
+    """Time of the responses of one engine, all of one length: prompts through both models, then blocks until the end.
 
     Where only `at_once` of the requests have room, they come in waves, of which each takes as long.
     """
@@ -124,7 +124,7 @@ def training_seconds(
     across_nodes: bool,
     micro_batch: int,
     checkpointing: bool,
-    behaviour: bool,
+    rollout_logp: bool,
 ) -> float:
     """Forward and backward, 6 P FLOPs a token (8 P with checkpointing, 2 P more for the forward that rewards need);
     for each update of the weights ZeRO's traffic and the optimizer.
@@ -132,7 +132,7 @@ def training_seconds(
     Traffic of a rank: gradients out and weights in, 2 P bytes each, over the slowest link. Optimizer: 16 P / d bytes
     read and written.
     """
-    passes = 6 + 2 * checkpointing + 2 * behaviour
+    passes = 6 + 2 * checkpointing + 2 * rollout_logp
     flops = passes * student.parameters * sequences * sequence_len
     computing = flops / (ranks * gpu.flops * TRAINING_SHARE)
     micro_batches = math.ceil(sequences / (ranks * micro_batch))
