@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import SKDConfig, TaskConfig, field_docs
+from skd_plugin.config.section import OneOf
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
@@ -33,7 +34,10 @@ the rate of acceptance.
 # Heading -> prefix of the options below it, and the page that explains them.
 SECTIONS: dict[str, tuple[str, str]] = {
     "Teacher": ("skd.teacher.", ""),
-    "Rollout: where the text comes from": ("skd.rollout.", "Laws, sources and examples: [rollout.md](rollout.md)."),
+    "Rollout: where the text comes from": (
+        "skd.rollout.",
+        "Distributions, sources and examples: [rollout.md](rollout.md).",
+    ),
     "Loss": (
         "skd.loss.",
         "Formulas and recipes: [losses.md](losses.md), [full_vocabulary.md](full_vocabulary.md).",
@@ -87,6 +91,9 @@ def _default(field: FieldInfo, default: Any) -> str:
 def _values(kind: Any, limits: list[Any]) -> str:
     """A type in words."""
     kind, limits = _plain(kind, limits)
+    for limit in limits:
+        if isinstance(limit, OneOf):
+            return ", ".join(f"`{choice}`" for choice in limit.choices)
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):

@@ -11,5 +11,10 @@ class RecipeError(ValueError):
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"unknown key '{key}'{did_you_mean(key, known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -7,26 +7,10 @@ from typing import Any
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import RolloutConfig, SKDConfig
+from skd_plugin.core.gates import GATES
+from skd_plugin.core.methods import METHODS
 from skd_plugin.engine.offline import SCHEDULER_CLS, WORKER_CLS
 from skd_plugin.words import count
-
-GATES = {  # the laws are in core/gates.py
-    "top_k": "it is among the teacher's {top_k} most probable",
-    "ask_again": "it is among the teacher's {top_k} most probable, or else is drawn again from them",
-    "top_p": "it lies in the teacher's nucleus of mass {threshold}",
-    "floor": "the teacher gives it {threshold} or more",
-    "typical": "the teacher gives it more than a floor ({threshold}) that sinks with the teacher's entropy",
-    "confident": "the student is sure of it ({confidence}), or it is among the teacher's {top_k} first",
-    "chance": "a coin says so, whatever the models think: it is rejected with probability {threshold}",
-    "interpolated": "the next token's law stays (1 - t) q + t p, t = {threshold}",
-}
-
-
-CONFIDENCE = {
-    "probability": "q of {threshold} or more",
-    "margin": "the two largest q are {threshold} or more apart",
-    "entropy": "an entropy of {threshold} nats or less",
-}
 
 
 def check_rule(skd: SKDConfig) -> Finding:
@@ -34,27 +18,13 @@ def check_rule(skd: SKDConfig) -> Finding:
     return Finding("sampling", f"{_gate(rollout)}; {_temperatures(rollout)}")
 
 
-METHODS = {  # all but those whose text is the gate's alone
-    "on_policy": "{proposes}; every one stays (on-policy distillation)",
-    "teacher": "every token is the teacher's (supervised distillation)",
-    "seq_kd": "every token is the teacher's, and is the label (sequence-level distillation)",
-    "supervised": "every response is the dataset's reference",
-    "mixed": "with probability {mix:g} a prompt's response is the student's own, else its reference",
-    "mixed_skd": "a share of {mix:g} of the prompts is sampled, the others are answered by references: {gate}",
-    "two_stage": "references for the first {stage_share:g} of training, then the student's own text",
-}
-
-
 def _gate(rollout: RolloutConfig) -> str:
     proposes = f"the student proposes {count(rollout.draft_len, 'token')} a block"
-    words = GATES.get(rollout.gate, f"the gate '{rollout.gate}' keeps it (threshold {{threshold}})")
-    threshold = _value(rollout.threshold or 0.0)
-    confidence = CONFIDENCE[rollout.confidence].format(threshold=threshold)
-    rule = words.format(top_k=_value(rollout.top_k), threshold=threshold, confidence=confidence)
+    rule = GATES[rollout.gate_name].words.format(
+        top_k=_value(rollout.top_k), threshold=_value(rollout.threshold or 0.0)
+    )
     gate = f"{proposes}; one stays if {rule}; else one of the teacher's takes its place"
-    if rollout.method not in METHODS:
-        return gate
-    return METHODS[rollout.method].format(
+    return METHODS[rollout.method].words.format(
         proposes=proposes, gate=gate, mix=rollout.mix, stage_share=rollout.stage_share
     )
 

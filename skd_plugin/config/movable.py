@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from skd_plugin.config.section import Section
-from skd_plugin.core.schedules import scheduled
+from skd_plugin.config.section import Section, one_of
+from skd_plugin.core.schedules import SHAPES, scheduled
 
 
 class ScheduleConfig(Section):
     """A value that moves over training; core.schedules.scheduled is its formula."""
 
-    kind: Literal["linear", "cosine"]
+    kind: Annotated[str, one_of(SHAPES)]
     start: float = Field(alias="from", ge=0)
     end: float = Field(alias="to", ge=0)
     hold: float = Field(0.1, ge=0, lt=1, description="share of training at `from` before the value moves")
@@ -35,7 +35,7 @@ class ScheduleConfig(Section):
 
 
 class TargetAcceptanceConfig(Section):
-    """A value that follows the measured rate of acceptance; core.schedules.TargetAcceptance is its law."""
+    """A value that follows the measured rate of acceptance; core.schedules.TargetAcceptance is its rule."""
 
     kind: Literal["target_acceptance"]
     rate: float = Field(gt=0, lt=1, description="rate of acceptance to hold")
@@ -56,7 +56,7 @@ def _form(value: Any) -> str | None:
     kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", None)
     if kind is None:
         return "number"
-    return {"linear": "schedule", "cosine": "schedule", "target_acceptance": "controller"}.get(kind)
+    return "schedule" if kind in SHAPES else "controller" if kind == "target_acceptance" else None
 
 
 def movable(number: Any, *, controllable: bool = False) -> Any:
@@ -64,7 +64,8 @@ def movable(number: Any, *, controllable: bool = False) -> Any:
     forms = Annotated[number, Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")]
     if controllable:
         forms |= Annotated[TargetAcceptanceConfig, Tag("controller")]
-    expected = "a mapping here has kind: linear or cosine" + (", or target_acceptance" if controllable else "")
+    kinds = f"a mapping here has kind: {' or '.join(SHAPES)}"
+    expected = f"{kinds}, or target_acceptance" if controllable else kinds
     return Annotated[forms, Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)]
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from skd_plugin.config.movable import VALUE_FORMS, TargetAcceptanceConfig, extremes, movable, value_at
-from skd_plugin.config.section import Section, refuse_idle
+from skd_plugin.config.section import Section, one_of, refuse_idle
+from skd_plugin.core.gates import CONFIDENCES, CONFIDENT, GATE_OPTIONS, GATES, RELEASED, Gate, gate_of_option
+from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings
+from skd_plugin.core.methods import METHODS
+from skd_plugin.core.token_weights import WEIGHTINGS
 from skd_plugin.errors import RecipeError, unknown_key
 
 
@@ -15,29 +20,40 @@ class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
 
 
-GATED_METHODS = ("skd", "mixed_skd")  # those that put proposals to a gate
-REFERENCE_METHODS = ("supervised", "mixed", "mixed_skd", "two_stage")
+GATED = [name for name, method in METHODS.items() if method.has_gate]
+DECAYING = [name for name in GATE_OPTIONS if GATES[name].decays]
+WITHOUT_THRESHOLD = [name for name in GATE_OPTIONS if GATES[name].threshold is None]
+
+
+def _explained(words: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {about}" for name, about in words.items())
+
+
+def _methods_with(option: str) -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.option == option)
 
 
 class RolloutConfig(Section):
-    method: Literal["skd", "on_policy", "teacher", "seq_kd", "supervised", "mixed", "mixed_skd", "two_stage"] = Field(
+    method: Annotated[str, one_of(METHODS)] = Field(
         "skd",
-        description="where the text is from. skd: the student under the gate; on_policy: the student; teacher, "
-        "seq_kd: the teacher; supervised: the dataset; mixed, mixed_skd: student or skd for a share of the prompts, "
-        "else the dataset; two_stage: the dataset, then the student",
+        description="where the text is from. " + _explained({name: m.about for name, m in METHODS.items()}),
     )
-    mix: float = Field(0.5, ge=0, le=1, description="of mixed, mixed_skd: share of the prompts that are sampled")
-    stage_share: float = Field(0.5, ge=0, le=1, description="of two_stage: share of training spent on references")
+    mix: float = Field(
+        0.5, ge=0, le=1, description=f"of {_methods_with('mix')}: share of the prompts that are sampled"
+    )
+    stage_share: float = Field(
+        0.5, ge=0, le=1, description=f"of {_methods_with('stage_share')}: share of training spent on references"
+    )
     top_k: movable(Annotated[int, Field(ge=1)], controllable=True) = Field(
         25, description="K: a student token among the teacher's K most probable ones is kept"
     )
-    gate: Literal["top_k", "ask_again", "top_p", "floor", "typical", "confident", "chance", "interpolated"] = Field(
-        "top_k", description="which proposals are kept; laws and sources in core/gates.py"
+    gate: Annotated[str, one_of(GATE_OPTIONS)] = Field(
+        "top_k", description="which proposals are kept; distributions and sources in core/gates.py"
     )
     threshold: movable(Annotated[float, Field(ge=0)], controllable=True) | None = Field(
-        None, description="of the gate; every gate but top_k and ask_again needs one"
+        None, description=f"of the gate; every gate but {' and '.join(WITHOUT_THRESHOLD)} needs one"
     )
-    confidence: Literal["probability", "margin", "entropy"] = Field(
+    confidence: Annotated[str, one_of(CONFIDENCES)] = Field(
         "probability", description="of gate confident: what the student's confidence is measured by"
     )
     replacement: Literal["sample", "argmax"] = Field(
@@ -56,12 +72,22 @@ class RolloutConfig(Section):
 
     @property
     def needs_references(self) -> bool:
-        return self.method in REFERENCE_METHODS
+        return METHODS[self.method].needs_references
+
+    @property
+    def gate_name(self) -> str:
+        """The gate that proposals are put to, a name of core.gates.GATES."""
+        return RELEASED if self.reference_compat else gate_of_option(self.gate, self.confidence)
 
     @property
     def has_top_k(self) -> bool:
         """Whether any token is put to the teacher's K most probable ones."""
-        return self.method in GATED_METHODS and self.gate in ("top_k", "ask_again", "confident")
+        return METHODS[self.method].has_gate and GATES[self.gate_name].has_top_k
+
+    @property
+    def _named_gate(self) -> Gate:
+        """The gate of the options `gate` and `confidence`, whatever reference_compat makes of it."""
+        return GATES[gate_of_option(self.gate, self.confidence)]
 
     @property
     def notice(self) -> str | None:
@@ -76,11 +102,12 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _threshold_belongs_to_the_gate(self) -> RolloutConfig:
-        if (self.threshold is None) != (self.gate in ("top_k", "ask_again")):
+        known = self._named_gate.threshold
+        if (self.threshold is None) != (known is None):
             need = "needs a" if self.threshold is None else "has no"
             raise ValueError(f"gate '{self.gate}' {need} threshold (skd.rollout.threshold)")
         highest = max(extremes(self.threshold)) if self.threshold is not None else 0.0
-        if self.gate in ("chance", "interpolated") and highest > 1:
+        if known is not None and known.is_probability and highest > 1:
             raise ValueError(f"the threshold of gate '{self.gate}' is a probability; got {highest:g}")
         return self
 
@@ -89,7 +116,7 @@ class RolloutConfig(Section):
         if min(extremes(self.top_k)) < 1:
             raise ValueError(f"top_k is at least 1, and one end of its schedule is {min(extremes(self.top_k)):g}")
         moving = [n for n in ("top_k", "threshold") if isinstance(getattr(self, n), TargetAcceptanceConfig)]
-        if moving and self.method not in GATED_METHODS:
+        if moving and not METHODS[self.method].has_gate:
             raise ValueError(
                 f"{moving[0]} follows the rate of acceptance, but method '{self.method}' puts no token to a gate"
             )
@@ -101,11 +128,9 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _options_of_other_methods(self) -> RolloutConfig:
-        effects = {
-            "mix": self.method in ("mixed", "mixed_skd"),
-            "stage_share": self.method == "two_stage",
-            "confidence": self.gate == "confident",
-        }
+        method = METHODS[self.method]
+        effects = {option: method.option == option for option in ("mix", "stage_share")}
+        effects["confidence"] = self.gate == CONFIDENT
         refuse_idle(self, effects, f"the method is {self.method}, the gate {self.gate}")
         return self
 
@@ -117,18 +142,21 @@ class RolloutConfig(Section):
             "reference_compat": self.reference_compat,
         }
         for name, given in needs.items():
-            if given and self.method not in GATED_METHODS:
+            if given and not METHODS[self.method].has_gate:
                 raise ValueError(
-                    f"{name} changes a gate, but method '{self.method}' has none; use method skd or mixed_skd"
+                    f"{name} changes a gate, but method '{self.method}' has none; use method {' or '.join(GATED)}"
                 )
-        if self.top_k_decay_len is not None and self.gate not in ("top_k", "ask_again"):
-            raise ValueError(f"top_k_decay_len is for gate top_k (or ask_again), but the gate is '{self.gate}'")
-        if not self.write_back and self.gate == "ask_again":
-            raise ValueError("gate 'ask_again' writes the student's second answer back; leave write_back: false out")
-        if self.replacement == "argmax" and self.gate == "interpolated":
+        gate = self._named_gate
+        if self.top_k_decay_len is not None and not gate.decays:
+            raise ValueError(f"top_k_decay_len is for gate {' or '.join(DECAYING)}, but the gate is '{self.gate}'")
+        if not self.write_back and not gate.can_flag:
             raise ValueError(
-                "gate 'interpolated' draws replacements from (p - q)+, without which its law would be another; "
-                "use replacement: sample"
+                f"gate '{self.gate}' writes the student's second answer back; leave write_back: false out"
+            )
+        if self.replacement == "argmax" and not gate.replaces_from_teacher:
+            raise ValueError(
+                f"gate '{self.gate}' draws replacements from {gate.replaced_from}, without which the next token's "
+                "distribution would be another; use replacement: sample"
             )
         if self.reference_compat and (self.gate != "top_k" or self.replacement != "sample"):
             raise ValueError("reference_compat is the released gate: it needs gate: top_k and replacement: sample")
@@ -136,8 +164,9 @@ class RolloutConfig(Section):
 
 
 class ReweightConfig(Section):
-    by: Literal["none", "confidence", "divergence", "rank"] = Field(
-        "none", description="which tokens count more; laws in core/token_weights.py"
+    by: Annotated[str, one_of(WEIGHTINGS)] = Field(
+        "none",
+        description="which tokens count more. " + _explained({name: w.words for name, w in WEIGHTINGS.items()}),
     )
     floor: float = Field(0.1, ge=0, lt=1, description="least weight of a token relative to the most")
 
@@ -147,26 +176,24 @@ class ReweightConfig(Section):
         return self
 
 
-LossKind = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "adaptive_kl",
-    "cross_entropy",
-]
+LossKind = Annotated[str, one_of(LOSSES)]
+
+
+def _of_losses(parameter: str) -> str:
+    """The description of an option that is a parameter of some losses."""
+    names = ", ".join(name for name, loss in LOSSES.items() if parameter in loss.parameters)
+    return f"of {names}: {PARAMETERS[parameter]}"
 
 
 class LossConfig(Section):
     kind: LossKind = Field(
-        "forward_kl", description="divergence of the student from the teacher, or cross_entropy of the emitted token"
+        "forward_kl",
+        description="what is learned of the teacher's distribution p by the student's q. "
+        + _explained({name: loss.words for name, loss in LOSSES.items()}),
     )
     replaced_kind: LossKind | None = Field(None, description="the same, for replaced tokens; default: kind")
-    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
-    alpha: float = Field(0.1, ge=0, lt=1, description="of the skew divergences: share of the first distribution")
+    beta: float = Field(0.5, gt=0, lt=1, description=_of_losses("beta"))
+    alpha: float = Field(0.1, ge=0, lt=1, description=_of_losses("alpha"))
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="tau of both models in a divergence; cross_entropy has none"
     )
@@ -185,19 +212,18 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> LossConfig:
         kinds = {self.kind, self.replaced_kind or self.kind}
-        effects = {
-            "beta": "jsd" in kinds,
-            "alpha": bool(kinds & {"skew_forward_kl", "skew_reverse_kl"}),
-            "temperature": kinds != {"cross_entropy"},
-        }
+        losses = [LOSSES[kind] for kind in kinds]
+        effects = {name: any(name in loss.parameters for loss in losses) for name in PARAMETERS}
+        effects["temperature"] = any(loss.has_temperature for loss in losses)
         refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
         if self.accepted_weight == self.replaced_weight == 0:
             raise ValueError("accepted_weight and replaced_weight are both 0: no token would be trained")
         return self
 
-    def token_loss_arguments(self) -> dict[str, Any]:
-        """Of core.losses.make_token_loss."""
-        return self.model_dump(exclude={"top_k", "vocabulary", "chunk", "reweight"})
+    @property
+    def settings(self) -> LossSettings:
+        """What core.losses.make_token_loss makes a loss of."""
+        return LossSettings(**{field.name: getattr(self, field.name) for field in fields(LossSettings)})
 
 
 class Coefficients(NamedTuple):
@@ -320,7 +346,7 @@ class SKDConfig(Section):
         if not self.objective.uses_rewards:
             return self
         rollout = self.rollout
-        if rollout.method in ("teacher", "seq_kd", "supervised"):
+        if not METHODS[rollout.method].has_student_text:
             raise ValueError(
                 f"rewards (objective.rl_coef) teach the student's own tokens, but rollout.method '{rollout.method}' "
                 "has none; use skd, on_policy or a mixed method"
@@ -338,35 +364,43 @@ class SKDConfig(Section):
                 "objective.replaced_tokens: importance divides by the teacher's probability at temperature 1, so the "
                 "teacher's tokens must be drawn so (rollout.teacher_temperature, teacher_top_p, replacement)"
             )
-        if weighted and rollout.gate == "interpolated":
-            raise ValueError("gate 'interpolated' replaces from (p - q)+, not from p; use replaced_tokens: exclude")
+        gate = GATES[rollout.gate_name]
+        if weighted and not gate.replaces_from_teacher:
+            raise ValueError(
+                f"gate '{rollout.gate}' replaces from {gate.replaced_from}, not from p; use replaced_tokens: exclude"
+            )
         return self
 
     @model_validator(mode="after")
     def _labels_of_flagged_tokens(self) -> SKDConfig:
-        if not self.rollout.write_back and "cross_entropy" in (self.loss.kind, self.loss.replaced_kind):
-            raise ValueError(
-                "rollout.write_back: false leaves rejected tokens in the text, and cross_entropy would teach them; "
-                "use a divergence as loss.kind and loss.replaced_kind"
-            )
+        for kind in (self.loss.kind, self.loss.replaced_kind):
+            if not self.rollout.write_back and kind is not None and LOSSES[kind].of_labels is not None:
+                raise ValueError(
+                    f"rollout.write_back: false leaves rejected tokens in the text, and {kind} would teach them; "
+                    "use a divergence as loss.kind and loss.replaced_kind"
+                )
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def _seq_kd_learns_the_tokens(cls, given: Any) -> Any:
-        """Sequence-level distillation has one loss; a recipe need not name it, and may not name another."""
+    def _loss_of_the_method(cls, given: Any) -> Any:
+        """Some methods have one loss (`seq_kd`); a recipe need not name it, and may not name another."""
         if not isinstance(given, dict):
             return given
         rollout, loss = (given.get(name) or {} for name in ("rollout", "loss"))
-        if not isinstance(rollout, dict) or rollout.get("method") != "seq_kd" or not isinstance(loss, dict):
+        if not isinstance(rollout, dict) or not isinstance(loss, dict):
             return given
-        for name in ("kind", "replaced_kind"):  # all its tokens are the teacher's
-            if (loss.get(name) or "cross_entropy") != "cross_entropy":
+        name = rollout.get("method")
+        method = METHODS.get(name) if isinstance(name, str) else None
+        if method is None or method.loss is None:
+            return given
+        for option in ("kind", "replaced_kind"):  # all its tokens are the teacher's
+            if (loss.get(option) or method.loss) != method.loss:
                 raise ValueError(
-                    f"method 'seq_kd' learns the teacher's tokens, so skd.loss.{name} is cross_entropy and not "
-                    f"'{loss[name]}'; for another loss on the teacher's text use method: teacher"
+                    f"method '{name}' learns the teacher's tokens, so skd.loss.{option} is {method.loss} and not "
+                    f"'{loss[option]}'; for another loss on the teacher's text use method: teacher"
                 )
-        return {**given, "loss": {**loss, "kind": "cross_entropy"}}
+        return {**given, "loss": {**loss, "kind": method.loss}}
 
 
 def field_docs(section: type[BaseModel] = SKDConfig, prefix: str = "skd") -> dict[str, tuple[Any, str]]:

@@ -1,16 +1,17 @@
 """Which proposals are kept, what takes the place of the others, and which tokens a verified block emits.
 
 Shapes: N drafted tokens of all requests in one row (request by request), B requests, L draft length, V vocabulary.
-p is the teacher's law and q the student's, each after its own temperature and nucleus; p1 and q1 are the same at
-temperature 1, untruncated. A gate looks at one proposal and its prefix, never at later drafts, so the law of the next
-token has a closed form. For a gate that keeps exactly the tokens of a set A (which may depend on the prefix), with
-S = sum of q over A and replacements from p, it is
+p is the teacher's distribution and q the student's, each after its own temperature and nucleus; p1 and q1 are the
+same at temperature 1, untruncated. A gate looks at one proposal and its prefix, never at later drafts, so the
+distribution m of the next token has a closed form. For a gate that keeps exactly the tokens of a set A (which may
+depend on the prefix), with S = sum of q over A and replacements from p, it is
 
     m(v) = 1[v in A] q(v) + (1 - S) p(v).                                                                     (*)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,11 +90,41 @@ def from_teacher(proposals: Proposals) -> torch.Tensor:
     return proposals.teacher_probs_NV
 
 
-class Gate(NamedTuple):
+@dataclass(frozen=True)
+class Threshold:
+    """What is known of a gate's number."""
+
+    sign: int  # a higher one accepts more (1) or less (-1)
+    is_probability: bool = False  # else it is any number from 0 on
+    # Highest that a controller goes to, by the size of the vocabulary: above it nothing changes any more.
+    highest: Callable[[int], float] = lambda vocab_size: 1.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Everything that is known of a gate."""
+
     keep: Callable[[Proposals], torch.Tensor]  # bool [N]
-    # What the token in place of a rejected one is drawn from, [N, V], not normalised.
+    words: str  # when a proposal stays, for people; {top_k} and {threshold} are filled in
+    has_top_k: bool = False  # it looks at K
+    decays: bool = False  # K may fall along the response (top_k_decay_len)
+    threshold: Threshold | None = None
+    # What the token in place of a rejected one is drawn from, [N, V], not normalised; and its name in a formula.
     replacement: Callable[[Proposals], torch.Tensor] = from_teacher
+    replaced_from: str = "p"
     again: Callable[[Proposals], torch.Tensor] | None = None  # the student's second answer, where it has any mass
+    confidence: str | None = None  # it is `confident` in a recipe, with this measure of the student's confidence
+    released: bool = False  # no name in a recipe: SKD's released code, chosen by reference_compat
+
+    @property
+    def replaces_from_teacher(self) -> bool:
+        """Rejected proposals give way to a draw from p, so p may as well be its argmax."""
+        return self.replacement is from_teacher
+
+    @property
+    def can_flag(self) -> bool:
+        """A rejected proposal may be left in the text (write_back: false)."""
+        return self.again is None
 
 
 class Verdict(NamedTuple):
@@ -154,20 +185,6 @@ def teacher_rank(teacher_logits_NV: torch.Tensor, token_N: torch.Tensor) -> torc
     return (above | tied_before).sum(-1)
 
 
-def top_k_gate(rank_N: torch.Tensor, top_k_N: torch.Tensor) -> torch.Tensor:
-    """SKD's rule (arXiv 2410.11325, Algorithm 1): keep a proposal that is among the teacher's K most probable tokens.
-
-    The rank is taken on the teacher's raw logits: temperature would not change it, nucleus truncation would.
-    With A the teacher's top-K and S = sum of q over A, the law of the next token is
-        m(v) = 1[v in A] q(v) + (1 - S) p(v),
-    which is q for K = V and p for K = 0.
-
-    Returns:
-        bool [N], True where the proposal is kept.
-    """
-    return rank_N < top_k_N
-
-
 def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:
     """K at the response position t = age: max(1, K - floor(K t / L)), L = decay_len; K itself for L = 0.
 
@@ -179,12 +196,15 @@ def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch
 
 
 def keep_top_k(proposals: Proposals) -> torch.Tensor:
-    """A = the K largest raw logits of the teacher: the paper's gate. Law (*). K = V: student, K = 0: teacher."""
-    return top_k_gate(proposals.rank_N, proposals.top_k_N)
+    """A = the K largest raw logits of the teacher: SKD (arXiv 2410.11325, Algorithm 1). Distribution (*).
+
+    Temperature would not change the rank, nucleus truncation would. K = V is the student, K = 0 the teacher.
+    """
+    return proposals.rank_N < proposals.top_k_N
 
 
 def keep_top_p(proposals: Proposals) -> torch.Tensor:
-    """A = the teacher's nucleus: tokens with less than `threshold` of p1 above them. Law (*).
+    """A = the teacher's nucleus: tokens with less than `threshold` of p1 above them. Distribution (*).
 
     threshold above 1 is the student, 0 the teacher. In SKD's released code as an alternative to K.
     """
@@ -194,7 +214,7 @@ def keep_top_p(proposals: Proposals) -> torch.Tensor:
 
 
 def keep_floor(proposals: Proposals) -> torch.Tensor:
-    """A = {v : p1(v) >= threshold}, an absolute floor instead of a rank: CA-OPD (arXiv 2609.02401). Law (*).
+    """A = {v : p1(v) >= threshold}, an absolute floor instead of a rank: CA-OPD (arXiv 2609.02401). Distribution (*).
 
     threshold = 0 is the student, above 1 the teacher.
     """
@@ -204,7 +224,7 @@ def keep_floor(proposals: Proposals) -> torch.Tensor:
 def keep_typical(proposals: Proposals) -> torch.Tensor:
     """A = {v : p1(v) >= min(eps, sqrt(eps) exp(-H(p1)))}, eps = threshold: a floor, lower where p1 is flat.
 
-    Typical acceptance of Medusa (arXiv 2401.10774, section 3.3). Law (*). threshold = 0 is the student.
+    Typical acceptance of Medusa (arXiv 2401.10774, section 3.3). Distribution (*). threshold = 0 is the student.
     """
     entropy_N = -(proposals.teacher_logp_NV.exp() * proposals.teacher_logp_NV).sum(-1)
     eps = proposals.settings.threshold
@@ -212,7 +232,7 @@ def keep_typical(proposals: Proposals) -> torch.Tensor:
 
 
 def keep_confident(proposals: Proposals) -> torch.Tensor:
-    """A = {v : q1(v) >= threshold} joined with the teacher's top-K. Law (*).
+    """A = {v : q1(v) >= threshold} joined with the teacher's top-K. Distribution (*).
 
     Only a token of which the student is unsure is put to the teacher. Above 1 it is `keep_top_k`, at 0 the student.
     """
@@ -249,14 +269,15 @@ def from_student_inside(proposals: Proposals) -> torch.Tensor:
     order_NV = proposals.teacher_logits_NV.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order_NV.shape[1], device=order_NV.device).expand_as(order_NV)
     rank_NV = torch.empty_like(order_NV).scatter_(1, order_NV, places)
-    return torch.where(top_k_gate(rank_NV, proposals.top_k_N[:, None]), proposals.student_probs_NV, 0.0)
+    return torch.where(rank_NV < proposals.top_k_N[:, None], proposals.student_probs_NV, 0.0)
 
 
 def keep_top_k_of_nucleus(proposals: Proposals) -> torch.Tensor:
-    """A = the K largest of the teacher's logits after its temperature and nucleus: SKD's released code. Law (*).
+    """A = the K largest of the teacher's logits after its temperature and nucleus: SKD's released code.
 
-    The release ranks what the nucleus has left, so that with top-p 0.5 its K = 25 rarely decides anything. Its
-    ranks behind the nucleus are ties of probability zero; here they are never kept. `skd.rollout.reference_compat`.
+    Distribution (*). The release ranks what the nucleus has left, so that with top-p 0.5 its K = 25 rarely decides
+    anything. Its ranks after the nucleus are ties of probability zero; here they are never kept.
+    `skd.rollout.reference_compat`.
     """
     inside_N = proposals.teacher_probs_NV.gather(1, proposals.draft_N[:, None]).squeeze(1) > 0
     return inside_N & keep_top_k(proposals)
@@ -272,7 +293,7 @@ def keep_by_chance(proposals: Proposals) -> torch.Tensor:
 
 
 def keep_interpolated(proposals: Proposals) -> torch.Tensor:
-    """Keeps with probability min(1, m(v) / q(v)), m = (1 - g) q + g p, g = threshold: the law is exactly m.
+    """Keeps with probability min(1, m(v) / q(v)), m = (1 - g) q + g p, g = threshold: the distribution is exactly m.
 
     Speculative sampling (arXiv 2211.17192) with m as the target: what is rejected is replaced from (m - q)+, which is
     (p - q)+ for every g > 0, and the rate of rejection is g TV(p, q). g = 0 is the student, 1 the teacher.
@@ -290,15 +311,75 @@ def from_residual(proposals: Proposals) -> torch.Tensor:
 
 
 GATES: dict[str, Gate] = {
-    "top_k": Gate(keep_top_k),
-    "ask_again": Gate(keep_top_k, again=from_student_inside),
-    "top_p": Gate(keep_top_p),
-    "floor": Gate(keep_floor),
-    "typical": Gate(keep_typical),
-    "confident": Gate(keep_confident),
-    "confident_margin": Gate(keep_where_margin),
-    "confident_entropy": Gate(keep_where_certain),
-    "chance": Gate(keep_by_chance),
-    "interpolated": Gate(keep_interpolated, from_residual),
-    "top_k_of_nucleus": Gate(keep_top_k_of_nucleus),
+    "top_k": Gate(keep_top_k, "it is among the teacher's {top_k} most probable", has_top_k=True, decays=True),
+    "ask_again": Gate(
+        keep_top_k,
+        "it is among the teacher's {top_k} most probable, or else is drawn again from them",
+        has_top_k=True,
+        decays=True,
+        again=from_student_inside,
+    ),
+    "top_p": Gate(keep_top_p, "it lies in the teacher's nucleus of mass {threshold}", threshold=Threshold(1)),
+    "floor": Gate(keep_floor, "the teacher gives it {threshold} or more", threshold=Threshold(-1)),
+    "typical": Gate(
+        keep_typical,
+        "the teacher gives it more than a floor ({threshold}) that sinks with the teacher's entropy",
+        threshold=Threshold(-1),
+    ),
+    "confident": Gate(
+        keep_confident,
+        "the student is sure of it (q of {threshold} or more), or it is among the teacher's {top_k} first",
+        has_top_k=True,
+        threshold=Threshold(-1),
+        confidence="probability",
+    ),
+    "confident_margin": Gate(
+        keep_where_margin,
+        "the student is sure of it (the two largest q are {threshold} or more apart), or it is among the teacher's "
+        "{top_k} first",
+        has_top_k=True,
+        threshold=Threshold(-1),
+        confidence="margin",
+    ),
+    "confident_entropy": Gate(
+        keep_where_certain,
+        "the student is sure of it (an entropy of {threshold} nats or less), or it is among the teacher's {top_k} "
+        "first",
+        has_top_k=True,
+        threshold=Threshold(1, highest=math.log),
+        confidence="entropy",
+    ),
+    "chance": Gate(
+        keep_by_chance,
+        "a coin says so, whatever the models think: it is rejected with probability {threshold}",
+        threshold=Threshold(-1, is_probability=True),
+    ),
+    "interpolated": Gate(
+        keep_interpolated,
+        "the next token's distribution stays (1 - t) q + t p, t = {threshold}",
+        threshold=Threshold(-1, is_probability=True),
+        replacement=from_residual,
+        replaced_from="(p - q)+",
+    ),
+    "top_k_of_nucleus": Gate(
+        keep_top_k_of_nucleus,
+        "it is among the teacher's {top_k} most probable after temperature and top-p",
+        has_top_k=True,
+        decays=True,
+        released=True,
+    ),
 }
+
+CONFIDENT = "confident"  # the one name that a recipe knows for several gates, by a measure of confidence
+# Measure of the student's confidence -> the gate that `confident` is with it.
+CONFIDENCES = {gate.confidence: name for name, gate in GATES.items() if gate.confidence is not None}
+(RELEASED,) = (name for name, gate in GATES.items() if gate.released)
+# The names of `GATES` that a recipe knows.
+GATE_OPTIONS = tuple(
+    dict.fromkeys(CONFIDENT if gate.confidence else name for name, gate in GATES.items() if not gate.released)
+)
+
+
+def gate_of_option(option: str, confidence: str) -> str:
+    """The gate, a name of `GATES`, that a recipe means by its options `gate` and `confidence`."""
+    return CONFIDENCES[confidence] if option == CONFIDENT else option

@@ -126,26 +126,59 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight_a: float) -> t
     return torch.logaddexp(log_a + log_weights[0], log_b + log_weights[1])
 
 
-DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "symmetric_kl": symmetric_kl,
-    "jsd": jsd,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "adaptive_kl": adaptive_kl,
+def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
+    temperature, so q is at temperature 1.
+    """
+    logits_NV = _divided(student_logits_NV, 1.0)
+    return logits_NV.logsumexp(-1) - logits_NV.gather(1, targets.token_N[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Everything that is known of a loss. It is either a divergence of two distributions, or a loss of hard labels."""
+
+    words: str  # what it teaches, for people
+    # (log p [N, C], log q [N, C], its parameters by name) -> [N]. Both at the temperature of the recipe.
+    divergence: Callable[..., torch.Tensor] | None = None
+    parameters: tuple[str, ...] = ()  # its options in a recipe, names of `PARAMETERS`
+    of_labels: TokenLoss | None = None  # without a temperature
+
+    @property
+    def has_temperature(self) -> bool:
+        return self.of_labels is None
+
+
+# Options of a recipe that are a parameter of some losses -> what they are.
+PARAMETERS = {"beta": "the teacher's share of the mixture", "alpha": "share of the first distribution"}
+
+LOSSES: dict[str, Loss] = {
+    "forward_kl": Loss("forces q to cover p", forward_kl),
+    "reverse_kl": Loss("lets q settle on a part of p", reverse_kl),
+    "symmetric_kl": Loss("the mean of both", symmetric_kl),
+    "jsd": Loss("between the two, bounded", jsd, ("beta",)),
+    "skew_forward_kl": Loss("a forward KL that stays finite", skew_forward_kl, ("alpha",)),
+    "skew_reverse_kl": Loss("a reverse KL that stays finite", skew_reverse_kl, ("alpha",)),
+    "total_variation": Loss("1 - the acceptance rate of speculative decoding", total_variation),
+    "adaptive_kl": Loss("weights the two KLs by where p and q differ", adaptive_kl),
+    "cross_entropy": Loss("the emitted token is the label", of_labels=cross_entropy),
 }
 
 
-def make_divergence(kind: str, *, beta: float, alpha: float) -> Divergence:
-    """The divergence of a recipe with its parameter bound: chosen once, so that a training step has no branch.
+def make_divergence(kind: str, **options: float) -> Divergence:
+    """The divergence of a recipe with its parameters bound: chosen once, so that a training step has no branch.
+
+    Args:
+        options: `PARAMETERS` by name; those that the divergence does not have are ignored.
 
     Raises:
-        KeyError: no divergence of that name.
+        KeyError: no loss of that name.
+        ValueError: it is no divergence.
     """
-    parameters = {"jsd": {"beta": beta}, "skew_forward_kl": {"alpha": alpha}, "skew_reverse_kl": {"alpha": alpha}}
-    return partial(DIVERGENCES[kind], **parameters.get(kind, {}))
+    loss = LOSSES[kind]
+    if loss.divergence is None:
+        raise ValueError(f"{kind} is a loss of the emitted token and no divergence of two distributions")
+    return partial(loss.divergence, **{name: options[name] for name in loss.parameters})
 
 
 def categories(
@@ -221,14 +254,6 @@ def soften(log_p_NV: torch.Tensor, temperature: float) -> torch.Tensor:
     return log_p_NV if temperature == 1 else (log_p_NV / temperature).log_softmax(-1)
 
 
-def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
-    temperature, so q is at temperature 1.
-    """
-    logits_NV = _divided(student_logits_NV, 1.0)
-    return logits_NV.logsumexp(-1) - logits_NV.gather(1, targets.token_N[:, None]).squeeze(1)
-
-
 def by_source(accepted: TokenLoss, replaced: TokenLoss) -> TokenLoss:
     """One loss where the gate kept the student's token, another where it rejected it (CA-OPD, arXiv 2609.02401)."""
 
@@ -259,31 +284,35 @@ def weighted(inner: TokenLoss, accepted_weight: float, replaced_weight: float) -
 
 
 def on_common_vocabulary(inner: TokenLoss, vocab: int) -> TokenLoss:
-    """The student restricted to its first `vocab` tokens: rows behind them, which pad a model to a round number of
+    """The student restricted to its first `vocab` tokens: rows after them, which pad a model to a round number of
     rows or are unknown to the teacher, have no part in the value and no gradient.
     """
     return lambda student_logits_NV, targets: inner(student_logits_NV[..., :vocab], targets)
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss of a token in a recipe; docs/losses.md explains each option."""
+
+    kind: str  # a name of `LOSSES`
+    beta: float  # a parameter, see `PARAMETERS`
+    alpha: float  # likewise
+    replaced_kind: str | None = None  # as `kind`, for replaced tokens; None: they have no other
+    temperature: float = 1.0  # of both models in a divergence
+    accepted_weight: float = 1.0
+    replaced_weight: float = 1.0
+    clamp: float | None = None  # nats; applied before the weights. None: no limit
+
+
 def make_token_loss(
-    kind: str,
+    settings: LossSettings,
     *,
-    beta: float,
-    alpha: float,
-    temperature: float,
-    replaced_kind: str | None,
-    accepted_weight: float,
-    replaced_weight: float,
-    clamp: float | None,
     vocab: int | None = None,
     against: Callable[[Divergence, float], TokenLoss] = top_k_loss,
 ) -> TokenLoss:
-    """The loss of a recipe, composed once, so that a training step has no branch. docs/losses.md explains each option.
+    """The loss of a recipe, composed once, so that a training step has no branch.
 
     Args:
-        kind: a name of `DIVERGENCES`, or "cross_entropy".
-        replaced_kind: the same, for replaced tokens; None for `kind`.
-        clamp: nats; applied before the weights. None: no limit.
         vocab: tokens that both models have, if the student has rows beyond them. None: all rows of the student.
         against: `top_k_loss` or `whole_vocabulary_loss`, by what is known of the teacher.
 
@@ -291,16 +320,17 @@ def make_token_loss(
         KeyError: no loss of that name.
     """
 
-    def named(name: str) -> TokenLoss:
-        if name == "cross_entropy":
-            return cross_entropy
-        return against(make_divergence(name, beta=beta, alpha=alpha), temperature)
+    def named(kind: str) -> TokenLoss:
+        of_labels = LOSSES[kind].of_labels
+        if of_labels is not None:
+            return of_labels
+        return against(make_divergence(kind, beta=settings.beta, alpha=settings.alpha), settings.temperature)
 
-    loss = named(kind)
-    if replaced_kind not in (None, kind):
-        loss = by_source(loss, named(replaced_kind))
-    if clamp is not None:
-        loss = clamped(loss, clamp)
-    if (accepted_weight, replaced_weight) != (1.0, 1.0):
-        loss = weighted(loss, accepted_weight, replaced_weight)
+    loss = named(settings.kind)
+    if settings.replaced_kind not in (None, settings.kind):
+        loss = by_source(loss, named(settings.replaced_kind))
+    if settings.clamp is not None:
+        loss = clamped(loss, settings.clamp)
+    if (settings.accepted_weight, settings.replaced_weight) != (1.0, 1.0):
+        loss = weighted(loss, settings.accepted_weight, settings.replaced_weight)
     return loss if vocab is None else on_common_vocabulary(loss, vocab)

@@ -2,16 +2,17 @@
 
 Shapes: R response tokens, V vocabulary.
 
-A law gives each token a need r in [0, 1]; its weight is w = floor + (1 - floor) r. The trainer multiplies the weights
-of an optimizer step by (their number / their sum) over all ranks, so that they have mean 1 and the loss keeps its
-scale. That is one factor for all tokens, so whatever the step holds, no token counts less than `floor` times another.
-Weights are constants to the gradient: they come from the rollout.
+A weighting gives each token a need r in [0, 1]; its weight is w = floor + (1 - floor) r. The trainer multiplies the
+weights of an optimizer step by (their number / their sum) over all ranks, so that they have mean 1 and the loss keeps
+its scale. That is one factor for all tokens, so whatever the step holds, no token counts less than `floor` times
+another. Weights are constants to the gradient: they come from the rollout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -49,24 +50,29 @@ def rank(trace: Trace, vocab_size: int) -> torch.Tensor:
     return torch.where(trace.draft_rank == NOTHING, 1.0, need)
 
 
-LAWS: dict[str, Callable[[Trace, int], torch.Tensor]] = {
-    "none": even,
-    "confidence": confidence,
-    "divergence": divergence,
-    "rank": rank,
+class Weighting(NamedTuple):
+    need: Callable[[Trace, int], torch.Tensor]  # (trace, tokens of the vocabulary) -> r, float32 [R]
+    words: str  # which tokens count more, for people
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "none": Weighting(even, "all tokens count the same"),
+    "confidence": Weighting(confidence, "those where the teacher is sure"),
+    "divergence": Weighting(divergence, "those where the models differed while sampling"),
+    "rank": Weighting(rank, "those whose proposal the teacher ranks low"),
 }
 
 
 def make_weigher(by: str, floor: float, vocab_size: int) -> Weigher:
-    """The weights of a recipe.
+    """The token weights of a recipe.
 
     Args:
-        by: a name of `LAWS`.
+        by: a name of `WEIGHTINGS`.
         floor: in [0, 1), the least weight of a token relative to the most.
         vocab_size: tokens of the teacher's distribution, at least 2.
 
     Raises:
-        KeyError: no law of that name.
+        KeyError: no weighting of that name.
     """
-    law = LAWS[by]
-    return lambda trace: floor + (1 - floor) * law(trace, vocab_size).clamp(0, 1)
+    need = WEIGHTINGS[by].need
+    return lambda trace: floor + (1 - floor) * need(trace, vocab_size).clamp(0, 1)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from skd_plugin.config.movable import TargetAcceptanceConfig, value_at
 from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.core.gates import GATES
+from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.core.schedules import TargetAcceptance
 from skd_plugin.engine.request_table import RequestParams
-
-CONFIDENCE_GATES = {"probability": "confident", "margin": "confident_margin", "entropy": "confident_entropy"}
-# Whether more is accepted (1) or less (-1) when a gate's threshold rises.
-ACCEPTANCE_SIGN = {
-    "top_p": 1, "floor": -1, "typical": -1, "confident": -1, "confident_margin": -1, "confident_entropy": 1,
-    "chance": -1, "interpolated": -1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,18 @@ class SamplingRule:
             controlled: present values of those among `top_k` and `threshold` that follow a measurement; a missing one
                 stands at its start.
         """
-        rule = METHODS[rollout.method](rollout, progress, controlled or {})
-        # The argmax is what a temperature of 0 samples.
-        return rule._with(teacher_temperature=0.0) if rollout.replacement == "argmax" else rule
+        method, moved = METHODS[rollout.method], controlled or {}
+        settings = SamplingSettings(
+            top_k=0 if method.source == "teacher" else KEEP_ALL,
+            student_temperature=rollout.student_temperature,
+            student_top_p=rollout.student_top_p,
+            # The argmax is what a temperature of 0 samples.
+            teacher_temperature=0.0 if rollout.replacement == "argmax" else rollout.teacher_temperature,
+            teacher_top_p=rollout.teacher_top_p,
+        )
+        if method.has_gate:
+            settings = _gated(settings, rollout, progress, moved)
+        return cls(settings, method.reference_share(rollout.mix, rollout.stage_share, progress))
 
     def _with(self, **settings: Any) -> SamplingRule:
         return replace(self, settings=replace(self.settings, **settings))
@@ -88,84 +91,29 @@ class SamplingRule:
         figures = {}
         if self._has_top_k:
             figures["skd/top_k"] = float(self.settings.top_k)
-        if self.settings.gate in ACCEPTANCE_SIGN:
+        if GATES[self.settings.gate].threshold is not None:
             figures["skd/threshold"] = self.settings.threshold
         return figures
 
 
-def gated(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """SKD: the student's text under the gate."""
-    gate = CONFIDENCE_GATES[rollout.confidence] if rollout.gate == "confident" else rollout.gate
+def _gated(
+    settings: SamplingSettings, rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]
+) -> SamplingSettings:
+    """The same under the gate of the recipe."""
+    gate = GATES[rollout.gate_name]
     top_k = max(1, round(_value("top_k", rollout.top_k, progress, controlled)))
-    has_threshold = rollout.threshold is not None
-    rule = on_policy(rollout, progress, controlled)._with(
-        gate=gate,
-        top_k=top_k if gate in TOP_K_GATES else 0,
-        threshold=_value("threshold", rollout.threshold, progress, controlled) if has_threshold else 0.0,
+    threshold = None if gate.threshold is None else rollout.threshold
+    settings = replace(
+        settings,
+        gate=rollout.gate_name,
+        top_k=top_k if gate.has_top_k else 0,
+        threshold=0.0 if threshold is None else _value("threshold", threshold, progress, controlled),
         top_k_decay_len=rollout.top_k_decay_len or 0,
         write_back=rollout.write_back,
     )
     if not rollout.reference_compat:
-        return rule
-    return rule._with(
-        gate="top_k_of_nucleus",
-        student_temperature=rule.settings.teacher_temperature,
-        student_top_p=rule.settings.teacher_top_p,
-    )
-
-
-TOP_K_GATES = ("top_k", "ask_again", *CONFIDENCE_GATES.values())
-
-
-def on_policy(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """GKD (arXiv 2306.13649) with all data from the student: every proposal is kept."""
-    return SamplingRule(
-        SamplingSettings(
-            KEEP_ALL,
-            student_temperature=rollout.student_temperature,
-            student_top_p=rollout.student_top_p,
-            teacher_temperature=rollout.teacher_temperature,
-            teacher_top_p=rollout.teacher_top_p,
-        )
-    )
-
-
-def teacher_text(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """Text of the teacher alone; with the loss cross_entropy it is sequence-level distillation (arXiv 1606.07947)."""
-    return on_policy(rollout, progress, controlled)._with(top_k=0)
-
-
-def supervised(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """The dataset's references; with the loss cross_entropy it is plain fine-tuning."""
-    return replace(on_policy(rollout, progress, controlled), reference_share=1.0)
-
-
-def mixed(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """Per prompt, with probability `mix` the student's text, else the reference (ImitKD, arXiv 2009.07253)."""
-    return replace(on_policy(rollout, progress, controlled), reference_share=1.0 - rollout.mix)
-
-
-def mixed_skd(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """Per prompt, with probability `mix` an SKD text, else the reference."""
-    return replace(gated(rollout, progress, controlled), reference_share=1.0 - rollout.mix)
-
-
-def two_stage(rollout: RolloutConfig, progress: float, controlled: Mapping[str, float]) -> SamplingRule:
-    """References for the first `stage_share` of training, then on-policy."""
-    stage = supervised if progress < rollout.stage_share else on_policy
-    return stage(rollout, progress, controlled)
-
-
-METHODS = {
-    "skd": gated,
-    "on_policy": on_policy,
-    "teacher": teacher_text,
-    "seq_kd": teacher_text,
-    "supervised": supervised,
-    "mixed": mixed,
-    "mixed_skd": mixed_skd,
-    "two_stage": two_stage,
-}
+        return settings
+    return replace(settings, student_temperature=settings.teacher_temperature, student_top_p=settings.teacher_top_p)
 
 
 class RulePlan:
@@ -208,18 +156,15 @@ def _value(name: str, setting: Any, progress: float, controlled: Mapping[str, fl
 
 
 def _controllers(rollout: RolloutConfig, vocab_size: int) -> dict[str, TargetAcceptance]:
-    gate = CONFIDENCE_GATES[rollout.confidence] if rollout.gate == "confident" else rollout.gate
-    highest = {"top_k": float(vocab_size), "threshold": math.log(vocab_size) if gate == "confident_entropy" else 1.0}
-    lowest = {"top_k": 1.0, "threshold": 1e-6}  # a threshold is multiplied, so it never comes back from 0
-    return {
-        name: TargetAcceptance(
-            setting.rate,
-            setting.start,
-            1 if name == "top_k" else ACCEPTANCE_SIGN[gate],
-            setting.gain,
-            lowest[name],
-            highest[name],
-        )
-        for name, setting in (("top_k", rollout.top_k), ("threshold", rollout.threshold))
-        if isinstance(setting, TargetAcceptanceConfig)
-    }
+    controllers = {}
+    if isinstance(rollout.top_k, TargetAcceptanceConfig):
+        controllers["top_k"] = _controller(rollout.top_k, 1, 1.0, float(vocab_size))
+    threshold = GATES[rollout.gate_name].threshold
+    if isinstance(rollout.threshold, TargetAcceptanceConfig) and threshold is not None:
+        # A threshold is multiplied, so it never comes back from 0.
+        controllers["threshold"] = _controller(rollout.threshold, threshold.sign, 1e-6, threshold.highest(vocab_size))
+    return controllers
+
+
+def _controller(config: TargetAcceptanceConfig, sign: int, lowest: float, highest: float) -> TargetAcceptance:
+    return TargetAcceptance(config.rate, config.start, sign, config.gain, lowest, highest)

@@ -46,14 +46,14 @@ class SKDActorTrainer(host.ActorPPOTrainer):
 
 
 def _top_k(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:
-    return TopKDistillation(make_token_loss(**skd.loss.token_loss_arguments(), vocab=vocab))
+    return TopKDistillation(make_token_loss(skd.loss.settings, vocab=vocab))
 
 
 def _full_vocabulary(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:
     dtype = next(actor.model.parameters()).dtype
     return FullVocabularyDistillation(
         load_output_head(skd.teacher.model_name_or_path, dtype, torch.cuda.current_device()),
-        make_token_loss(**skd.loss.token_loss_arguments(), against=whole_vocabulary_loss),
+        make_token_loss(skd.loss.settings, against=whole_vocabulary_loss),
         chunk=skd.loss.chunk,
         vocab=vocab,
         token_level_loss=token_level_loss,

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from skd_plugin.core.gates import CONFIDENT, GATES
+from skd_plugin.core.methods import METHODS
 from skd_plugin.report.metrics import SCORES, Figure, figures_of, last_part, teacher_line
 from skd_plugin.report.run_record import RunRecord, Series
 from skd_plugin.words import duration
@@ -30,26 +32,17 @@ class Cell:
     best_leads: bool = False
 
 
-WITHOUT_A_GATE = {
-    "on_policy": "none: every student token stays (on-policy)",
-    "teacher": "none: every token is the teacher's",
-    "seq_kd": "none: every token is the teacher's, and is the label",
-    "supervised": "none: every response is a reference",
-    "mixed": "none: student text and references",
-    "two_stage": "none: references, then student text",
-}
-
-
 def gate(run: RunRecord) -> str:
-    method = run.option("skd.rollout.method")
-    if method in WITHOUT_A_GATE:
-        return WITHOUT_A_GATE[method]
+    method = METHODS.get(run.option("skd.rollout.method"))
+    return _gate(run) if method is None else method.label.format(gate=_gate(run))
+
+
+def _gate(run: RunRecord) -> str:
     name = run.option("skd.rollout.gate") or "top_k"
-    values = {"K": run.option("skd.rollout.top_k"), "threshold": run.option("skd.rollout.threshold")}
-    if name not in ("top_k", "ask_again", "confident"):
-        values.pop("K")
-    if name == "confident":
-        values["by"] = run.option("skd.rollout.confidence")
+    confidence = run.option("skd.rollout.confidence") if name == CONFIDENT else None
+    values = {"K": run.option("skd.rollout.top_k"), "threshold": run.option("skd.rollout.threshold"), "by": confidence}
+    if name not in GATES or not GATES[name].has_top_k:
+        values["K"] = None
     given = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
     return f"{name}, {given}" if given else name
 

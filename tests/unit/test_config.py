@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -21,15 +20,15 @@ from skd_plugin.config.recipe import flatten, load_recipe, set_dotted
 from skd_plugin.config.run import Run
 from skd_plugin.config.schema import (
     LossConfig,
-    LossKind,
-    ReweightConfig,
     RolloutConfig,
     SKDConfig,
     field_docs,
     parse_skd,
 )
-from skd_plugin.core.losses import DIVERGENCES, make_token_loss
-from skd_plugin.core.token_weights import LAWS, make_weigher
+from skd_plugin.core.gates import CONFIDENCES, GATE_OPTIONS
+from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings, make_token_loss
+from skd_plugin.core.methods import METHODS
+from skd_plugin.core.token_weights import WEIGHTINGS, make_weigher
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import common_vocab_size
 from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run
@@ -38,6 +37,7 @@ from skd_plugin.tasks.label import Label
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
+OPTIONS_PAGE = RECIPES.parent / "docs" / "options.md"
 PAIR = RECIPES / "models" / "arithmetic"
 TEACHER = {"teacher": {"model_name_or_path": "t"}}
 TARGET = {"kind": "target_acceptance", "rate": 0.8, "start": 1.0}
@@ -221,23 +221,58 @@ def test_loss_options_become_a_loss(loss: dict) -> None:
     config = parse_skd({"teacher": {"model_name_or_path": "t"}, "loss": loss})
     again = SKDConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump())))
     assert again == config
-    assert callable(make_token_loss(**again.loss.token_loss_arguments()))
+    assert callable(make_token_loss(again.loss.settings))
     assert callable(make_weigher(again.loss.reweight.by, again.loss.reweight.floor, 100))
 
 
-def test_losses_and_laws_of_the_recipe_are_those_of_the_code() -> None:
-    assert set(get_args(LossKind)) == {*DIVERGENCES, "cross_entropy"}
-    assert set(get_args(ReweightConfig.model_fields["by"].annotation)) == set(LAWS)
-    taken = inspect.signature(make_token_loss).parameters.keys() - {"vocab", "against"}
-    assert set(LossConfig().token_loss_arguments()) == taken
+CHOICES = {
+    "rollout.method": METHODS,
+    "rollout.gate": GATE_OPTIONS,
+    "rollout.confidence": CONFIDENCES,
+    "loss.kind": LOSSES,
+    "loss.replaced_kind": LOSSES,
+    "loss.reweight.by": WEIGHTINGS,
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_is_one_of_its_table(name: str) -> None:
+    """The message of a wrong one lists all of them and names the nearest."""
+    table = list(CHOICES[name])
+    (choices,) = re.findall(rf"^\| `skd\.{name}` \| [^|]* \| ([^|]*) \|", OPTIONS_PAGE.read_text(), re.MULTILINE)
+    assert choices == ", ".join(f"`{choice}`" for choice in table)
+    listed = f"{', '.join(map(repr, table[:-1]))} or {table[-1]!r}"
+    for wrong, near in ((f"{table[1]}x", f"; did you mean '{table[1]}'?"), (5, ""), ("qqqqqqq", "")):
+        with pytest.raises(RecipeError) as error:
+            parse_skd({**TEACHER, **_nested(name, wrong)})
+        assert str(error.value) == f"skd.{name}: input should be {listed}; got {wrong!r}{near}"
+
+
+def _nested(name: str, value: object) -> dict:
+    recipe: dict = {}
+    set_dotted(recipe, name, value)
+    return recipe
+
+
+def test_what_the_losses_have_and_what_the_recipe_offers_for_them() -> None:
+    """Every parameter of a loss is an option, and every setting of a token's loss comes from one."""
+    used = {name for loss in LOSSES.values() for name in loss.parameters}
+    assert used == set(PARAMETERS) <= set(LossConfig.model_fields)
+    assert {field.name for field in fields(LossSettings)} <= set(LossConfig.model_fields)
+    settings = LossConfig(kind="jsd", beta=0.25, replaced_kind="cross_entropy", clamp=3, accepted_weight=0.5).settings
+    assert settings == LossSettings("jsd", 0.25, 0.1, "cross_entropy", 1.0, 0.5, 1.0, 3.0)
 
 
 def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:
     page = (RECIPES.parent / "docs" / "losses.md").read_text()
     for name in (n for n in field_docs() if n.startswith("skd.loss.")):
         assert f"`{name.split('.')[-1]}`" in page or f"`{name}" in page, name
-    for kind in get_args(LossKind):
+    for kind in LOSSES:
         assert f"kind: {kind}" in page, kind
+    for by in WEIGHTINGS.keys() - {"none"}:
+        assert f"`skd.loss.reweight.by: {by}`" in page, by
+    for name in PARAMETERS:
+        assert f"`skd.loss.{name}`" in page, name
     lines = re.findall(r"`(loss: [^`]+)`", page)
     assert len(lines) > 15
     for line in lines:
@@ -279,8 +314,9 @@ def test_page_of_the_rollout_has_every_option() -> None:
     fields = RolloutConfig.model_fields
     for name in fields.keys() - plain:
         assert f"`{name}" in page, name
-    for name in ("method", "gate", "confidence"):
-        assert all(f"`{value}`" in page for value in get_args(fields[name].annotation)), name
+    for table in (METHODS, GATE_OPTIONS, CONFIDENCES):
+        for name in table:
+            assert re.search(rf"^\| `{name}` \|", page, re.MULTILINE), f"{name} has no row"
     for name in ("replacement", "top_k_decay_len", "write_back", "reference_compat"):
         (line,) = set(re.findall(rf"`({name}: \w+)`", page))
         parse_skd({**TEACHER, "rollout": yaml.safe_load(line)})

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.losses import make_divergence, make_token_loss, top_k_loss
+from skd_plugin.core.losses import LossSettings, make_divergence, make_token_loss, top_k_loss
 from skd_plugin.core.trace import Source, Trace
 from tests.traces import trace_of
 
@@ -195,17 +195,8 @@ def test_response_may_be_empty_in_one_row() -> None:
 
 
 def all_options(kind: str):
-    return make_token_loss(
-        kind,
-        beta=0.5,
-        alpha=0.1,
-        temperature=1.0,
-        replaced_kind="cross_entropy",
-        accepted_weight=1.0,
-        replaced_weight=0.5,
-        clamp=4.0,
-        vocab=VOCAB,
-    )
+    settings = LossSettings(kind, 0.5, 0.1, replaced_kind="cross_entropy", replaced_weight=0.5, clamp=4.0)
+    return make_token_loss(settings, vocab=VOCAB)
 
 
 def test_every_option_reaches_its_tokens() -> None:
@@ -243,10 +234,7 @@ def test_weight_zero_keeps_its_tokens_in_the_mean() -> None:
     for trace in batch.traces:
         trace.source[::2] = Source.REPLACED
     plain = token_losses(*batch.all, LOSSES["forward_kl"]).detach()
-    loss = make_token_loss(
-        "forward_kl", beta=0.5, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0,
-        replaced_weight=0.0, clamp=None,
-    )  # fmt: skip
+    loss = make_token_loss(LossSettings("forward_kl", 0.5, 0.1, replaced_weight=0.0))
     values = token_losses(*batch.all, loss)
     kept = [
         plain[row, prompt - 1 : prompt + response - 1] * (batch.traces[row].source != Source.REPLACED)

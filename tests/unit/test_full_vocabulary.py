@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.core.losses import make_token_loss, top_k_loss, whole_vocabulary_loss
+from skd_plugin.core.losses import LossSettings, make_token_loss, top_k_loss, whole_vocabulary_loss
 from skd_plugin.core.trace import Trace
 from skd_plugin.models import load_output_head
 from tests.conftest import VOCAB
@@ -17,13 +17,10 @@ from tests.traces import trace_of
 from tests.unit.test_distillation import batches
 
 LENGTHS = [(3, 4), (2, 1), (5, 6)]
-PLAIN = dict(
-    beta=0.3, alpha=0.1, temperature=1.0, replaced_kind=None, accepted_weight=1.0, replaced_weight=1.0, clamp=None
-)
 LOSSES = {
-    "forward_kl": PLAIN,
-    "reverse_kl": PLAIN | {"temperature": 2.0},
-    "jsd": PLAIN | {"replaced_kind": "cross_entropy", "replaced_weight": 0.5, "clamp": 3.0},
+    "forward_kl": LossSettings("forward_kl", 0.3, 0.1),
+    "reverse_kl": LossSettings("reverse_kl", 0.3, 0.1, temperature=2.0),
+    "jsd": LossSettings("jsd", 0.3, 0.1, replaced_kind="cross_entropy", replaced_weight=0.5, clamp=3.0),
 }
 
 
@@ -107,7 +104,7 @@ def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor)
 def make_objective(modules, head: torch.Tensor, kind: str, full: bool, by_token: bool = True, alone: bool = True):
     """The distillation loss alone, over the whole vocabulary or all V teacher entries."""
     against = whole_vocabulary_loss if full else top_k_loss
-    token_loss = make_token_loss(kind, **LOSSES[kind], against=against)
+    token_loss = make_token_loss(LOSSES[kind], against=against)
     distillation = modules.objective.TopKDistillation(token_loss)
     if full:
         distillation = modules.full_vocabulary.FullVocabularyDistillation(

@@ -158,7 +158,7 @@ def test_the_students_second_answer_has_its_own_random_numbers(first):
     """It equals a draw of another stream as often as two independent ones are equal."""
     case = proposals(4, 0.0, top_k=VOCAB, repeat=1000)
     drawn = sampling.draw(case.student_probs_NV, rng.uniform(case.seed_N, case.position_N, first))
-    again = judge(GATES["ask_again"]._replace(keep=lambda p: p.rank_N < 0), case)
+    again = judge(replace(GATES["ask_again"], keep=lambda p: p.rank_N < 0), case)
     assert (again.source_N == Source.RESAMPLED).all()
     expected = (case.student_probs_NV[0] ** 2).sum().item()
     assert abs((again.token_N == drawn).double().mean().item() - expected) < 5 * math.sqrt(0.25 / len(drawn))

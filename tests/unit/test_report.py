@@ -12,13 +12,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from skd_plugin.cli import main
-from skd_plugin.config.schema import GATED_METHODS, RolloutConfig
+from skd_plugin.core.methods import METHODS
 from skd_plugin.report import summary
 from skd_plugin.report.metrics import figures_of, shown_first
 from skd_plugin.report.page import ASSETS
@@ -381,6 +380,8 @@ def test_a_run_that_goes_on(tmp_path):
         ({"method": "supervised", "gate": "top_k", "top_k": 5}, "none: every response is a reference"),
         ({"method": "on_policy", "gate": "top_k", "top_k": 25}, "none: every student token stays (on-policy)"),
         ({"method": "teacher"}, "none: every token is the teacher's"),
+        ({"method": "skd", "gate": "a_later_one", "threshold": 0.5, "top_k": 3}, "a_later_one, threshold 0.5"),
+        ({"method": "a_later_one", "top_k": 3}, "top_k, K 3"),
         ({"method": "skd", "top_k": 3}, "top_k, K 3"),  # a config.yaml from before there were gates
     ],
 )
@@ -389,9 +390,10 @@ def test_gate_in_words(tmp_path, rollout, expected):
     assert summary.gate(run) == expected
 
 
-def test_every_method_has_a_gate_or_words_for_having_none():
-    methods = set(get_args(RolloutConfig.model_fields["method"].annotation))
-    assert set(summary.WITHOUT_A_GATE) == methods - set(GATED_METHODS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_gate_or_words_for_having_none(tmp_path, method):
+    (run,) = read_runs([write_run(tmp_path / "run", skd={"rollout": {"method": method, "top_k": 5}})])
+    assert summary.gate(run) == "top_k, K 5" if METHODS[method].has_gate else summary.gate(run).startswith("none: ")
 
 
 def test_loss_in_words(tmp_path):

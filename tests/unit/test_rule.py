@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 
 from skd_plugin.config.schema import RolloutConfig
-from skd_plugin.core.gates import GATES
+from skd_plugin.core.gates import CONFIDENCES, GATES
+from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.engine.request_table import RequestParams
-from skd_plugin.engine.sampling_rule import (
-    ACCEPTANCE_SIGN,
-    CONFIDENCE_GATES,
-    METHODS,
-    RulePlan,
-    SamplingRule,
-)
+from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 
 CONTROLLER = {"kind": "target_acceptance", "rate": 0.8, "start": 10}
 
@@ -26,15 +21,18 @@ def rule(progress: float = 0.0, **options: Any) -> SamplingRule:
     return SamplingRule.of(RolloutConfig(**options), progress)
 
 
-def test_every_method_of_the_recipe_has_its_rule() -> None:
-    assert set(METHODS) == set(RolloutConfig.model_fields["method"].annotation.__args__)
-
-
-def test_every_gate_of_the_recipe_is_there() -> None:
-    named = set(RolloutConfig.model_fields["gate"].annotation.__args__)
-    assert named | set(CONFIDENCE_GATES.values()) | {"top_k_of_nucleus"} == set(GATES)
-    with_threshold = set(GATES) - {"top_k", "ask_again", "top_k_of_nucleus"}
-    assert set(ACCEPTANCE_SIGN) == with_threshold
+def test_every_gate_is_chosen_by_options_of_a_recipe() -> None:
+    for name, gate in GATES.items():
+        options: dict[str, Any] = {"gate": name}
+        if gate.confidence is not None:
+            options = {"gate": "confident", "confidence": gate.confidence}
+        if name == "top_k_of_nucleus":
+            options = {"reference_compat": True}
+        threshold = {} if gate.threshold is None else {"threshold": 0.5}
+        made = rule(**options, **threshold)
+        assert made.settings.gate == name
+        assert made.settings.threshold == (0.5 if threshold else 0.0)
+        assert made.settings.top_k == (25 if gate.has_top_k else 0)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +69,7 @@ def test_only_gates_with_a_k_have_one() -> None:
     assert rule(gate="ask_again").settings.top_k == 25
 
 
-@pytest.mark.parametrize(("confidence", "gate"), CONFIDENCE_GATES.items())
+@pytest.mark.parametrize(("confidence", "gate"), CONFIDENCES.items())
 def test_confidence_chooses_the_gate(confidence: str, gate: str) -> None:
     assert rule(gate="confident", threshold=0.3, confidence=confidence).settings.gate == gate
 

@@ -1,4 +1,4 @@
-"""Weights of tokens: each law against its formula, and what the floor promises."""
+"""Token weights: each weighting against its formula, and what the floor promises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skd_plugin.core.token_weights import LAWS, make_weigher
+from skd_plugin.core.token_weights import WEIGHTINGS, make_weigher
 from skd_plugin.core.trace import NOTHING, Trace
 from tests.traces import trace_of
 
@@ -21,7 +21,7 @@ def make_trace(entropy: list[float], kl: list[float], rank: list[int]) -> Trace:
     return trace_of(torch.zeros(len(kl)), teacher_entropy=torch.tensor(entropy), **known)
 
 
-def test_laws_are_their_formulas() -> None:
+def test_weightings_are_their_formulas() -> None:
     entropy, kl, rank = [0.0, 1.5, math.log(VOCAB)], [0.0, 0.7, 40.0], [0, 6, VOCAB - 1]
     trace = make_trace(entropy, kl, rank)
     needs = {
@@ -30,7 +30,7 @@ def test_laws_are_their_formulas() -> None:
         "divergence": [0.0, 1 - math.exp(-0.7), 1.0],
         "rank": [0.0, math.log(7) / math.log(50), 1.0],
     }
-    assert set(needs) == set(LAWS)
+    assert set(needs) == set(WEIGHTINGS)
     for by, need in needs.items():
         for floor in (0.0, 0.25):
             expected = torch.tensor([floor + (1 - floor) * r for r in need])
@@ -51,7 +51,7 @@ def test_direction(by: str, falls: bool) -> None:
     assert ((weights.diff() < 0) if falls else (weights.diff() > 0)).all()
 
 
-@pytest.mark.parametrize("by", LAWS)
+@pytest.mark.parametrize("by", WEIGHTINGS)
 @settings(max_examples=50, deadline=None)
 @given(floor=st.floats(0, 0.99), vocab=st.integers(2, 10**6), seed=st.integers(0, 10**6), count=st.integers(0, 9))
 def test_no_token_counts_less_than_the_floor_times_another(by, floor, vocab, seed, count) -> None:
@@ -72,11 +72,11 @@ def test_no_token_counts_less_than_the_floor_times_another(by, floor, vocab, see
 def test_a_slice_has_the_weights_of_its_tokens() -> None:
     """A token's weight depends on nothing but itself, so cutting a response changes no weight."""
     trace = make_trace([0.1, 2.0, 3.0], [0.5, math.nan, 0.1], [3, NOTHING, 0])
-    for by in LAWS:
+    for by in WEIGHTINGS:
         whole = make_weigher(by, 0.2, VOCAB)(trace)
         torch.testing.assert_close(make_weigher(by, 0.2, VOCAB)(trace.slice(1, 3)), whole[1:], rtol=0, atol=0)
 
 
-def test_unknown_law() -> None:
+def test_unknown_weighting() -> None:
     with pytest.raises(KeyError):
         make_weigher("loss", 0.1, VOCAB)

@@ -1,4 +1,4 @@
-"""The gate and the assembly of blocks, against a token-by-token reference and an enumerated law."""
+"""The gate and the assembly of blocks, against a token-by-token reference and an enumerated distribution."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.gates import assemble_block, teacher_rank, top_k_gate
+from skd_plugin.core.gates import GATES, Proposals, assemble_block, teacher_rank
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import NOTHING
 
 P_VALUE = 1e-4
@@ -31,14 +32,33 @@ def test_teacher_rank_of_equal_logits_follows_the_id():
     assert teacher_rank(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
 
 
+def kept_by_top_k(logits_V: torch.Tensor, draft_N: torch.Tensor, top_k: list[int]) -> torch.Tensor:
+    """bool [N], at one prefix; each proposal has its own K."""
+    count, nothing = len(draft_N), torch.zeros(len(draft_N), dtype=torch.int64)
+    return GATES["top_k"].keep(
+        Proposals(
+            draft_N=draft_N,
+            teacher_logits_NV=logits_V.expand(count, -1),
+            student_logp_NV=torch.zeros(count, len(logits_V)).log_softmax(-1),
+            position_N=nothing,
+            seed_N=nothing,
+            prompt_len_N=nothing,
+            settings=SettingRows.of([SamplingSettings(k) for k in top_k], "cpu"),
+        )
+    )
+
+
+FALLING = torch.arange(6, 0, -1).float()  # logits of tokens whose ranks are their ids
+
+
 @pytest.mark.parametrize(("top_k", "kept"), [(0, 0), (1, 1), (3, 3), (6, 6), (2**31 - 1, 6)])
 def test_gate_keeps_exactly_k_tokens(top_k, kept):
-    gate = top_k_gate(torch.arange(6), torch.full((6,), top_k))
+    gate = kept_by_top_k(FALLING, torch.arange(6), [top_k] * 6)
     assert gate.tolist() == [True] * kept + [False] * (6 - kept)
 
 
 def test_gate_of_each_row_has_its_own_k():
-    assert top_k_gate(torch.tensor([2, 2, 2]), torch.tensor([2, 3, 0])).tolist() == [False, True, False]
+    assert kept_by_top_k(FALLING, torch.tensor([2, 2, 2]), [2, 3, 0]).tolist() == [False, True, False]
 
 
 def slow_block(draft: list[int], accepted: list[bool], replacement: list[int]) -> list[int]:
@@ -106,8 +126,7 @@ def test_law_of_one_step_by_enumeration(top_k):
     teacher, p, q, expected = laws(top_k)
     vocab = len(p)
     draft, other = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab)).T
-    rank = teacher_rank(teacher.expand(len(draft), -1), draft)
-    keep = top_k_gate(rank, torch.full_like(rank, top_k))
+    keep = kept_by_top_k(teacher, draft, [top_k] * len(draft))
     emitted = assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
     law = torch.zeros(vocab, dtype=torch.float64).index_add_(0, emitted, q[draft] * p[other])
     torch.testing.assert_close(law, expected)
@@ -123,7 +142,7 @@ def test_law_of_one_step_by_sampling(top_k):
     seeds, positions = torch.arange(count), torch.full((count,), 5)
     draft = sampling.draw(q.expand(count, -1), rng.uniform(seeds, positions, rng.STUDENT))
     other = sampling.draw(p.expand(count, -1), rng.uniform(seeds, positions, rng.TEACHER))
-    keep = top_k_gate(teacher_rank(teacher.expand(count, -1), draft), torch.full((count,), top_k))
+    keep = kept_by_top_k(teacher, draft, [top_k] * count)
     emitted = assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
     drawn = torch.bincount(emitted, minlength=len(p)).numpy()
     assert stats.chisquare(drawn, expected.numpy() / expected.sum().item() * count).pvalue > P_VALUE
