@@ -9,10 +9,10 @@ import torch
 
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import GIB
-from skd_plugin.check.subject import on_a_cluster
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.versions import installed_versions
 from skd_plugin.cpu import LOGICAL_GPUS
+from skd_plugin.prepare.load_run import on_a_cluster
 
 PYTHON = "3.11."  # openrlhf's wheel is built for it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,7 +80,3 @@ def _rows(run: Run, options: HostOptions) -> Iterable[Mapping[str, Any]]:
     if path.suffix in (".json", ".jsonl") and path.is_file():
         return [row.values for row in read_rows(path, option="openrlhf.data.prompt_dataset")]
     return load_rows(options)
-
-
-def on_a_cluster() -> bool:
-    return "RAY_ADDRESS" in os.environ

@@ -12,6 +12,7 @@ import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,8 @@ from skd_plugin.config.host_options import HOST_MODULE
 from skd_plugin.config.run import Run
 from skd_plugin.host import on_cpu
 from skd_plugin.run_folder import RunFolder, Status
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], None]
 
 
 def main(run_dir: str) -> None:
@@ -64,21 +67,17 @@ def end_with_the_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _with_advice(error: BaseException, text: str) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{text}. Make room, or point skd.run_dir at another disk"
-    return text
-
-
-def _report_to(status: Status):
+def _report_to(status: Status) -> ExceptHook:
     """An excepthook: the traceback goes to the log as ever, its last line also into the status file."""
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a remote call raised
-        lines = "".join(traceback.format_exception_only(type(cause), cause)).strip().splitlines()
+        text = "".join(traceback.format_exception_only(type(cause), cause)).strip().splitlines()[-1]
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            text += ". Make room, or point skd.run_dir at another disk"
         try:
-            status.stage("failed", error=_with_advice(cause, lines[-1]))
-        except OSError as full:  # the status file is on the disk that is full; the supervisor reads the log then
+            status.stage("failed", error=text)
+        except OSError as full:  # the status file is on the disk that is full; `skd train` names the log then
             print(f"could not write {status.path}: {full}", file=sys.stderr)
         sys.__excepthook__(kind, error, trace)
 

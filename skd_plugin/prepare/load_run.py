@@ -114,7 +114,7 @@ def complete_models(content: dict[str, Any]) -> Models:
     """
     check_versions()
     models = read_models(content)
-    if models.skd.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+    if models.skd.device == "cuda" and not torch.cuda.is_available() and not on_a_cluster():
         raise RecipeError(
             "the recipe wants CUDA (skd.device: cuda), but this machine has no GPU and RAY_ADDRESS names no cluster; "
             "run it on a GPU node, or set skd.device=cpu"
@@ -126,6 +126,11 @@ def complete_models(content: dict[str, Any]) -> Models:
 def on_cpu(device: str) -> bool:
     """Whether a run with this skd.device computes on a CPU."""
     return not torch.cuda.is_available() if device == "auto" else device == "cpu"
+
+
+def on_a_cluster() -> bool:
+    """Whether Ray is told of one, whose GPUs a run uses beside this machine's."""
+    return "RAY_ADDRESS" in os.environ
 
 
 def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
