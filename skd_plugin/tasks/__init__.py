@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from skd_plugin.tasks.arithmetic import Arithmetic
 from skd_plugin.tasks.base import Example, Task, TaskError
@@ -44,7 +45,7 @@ def _class_of(file: Path) -> type[Task]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    task = getattr(module, "TASK", None)
+    task: Any = getattr(module, "TASK", None)
     missing = [part for part in ("name", "metric", "max_new_tokens", "examples", "score") if not hasattr(task, part)]
     if missing:
         raise TaskError(f"{file}: TASK must be a class with {', '.join(missing)}; see docs/tasks.md")

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from skd_plugin.tasks.base import Example, Task, TaskError, check_split, split_of
+from skd_plugin.words import first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 Row = Mapping[str, Any]
@@ -72,10 +73,21 @@ class DatasetTask(Task):
             split = "train"
         if self._path is not None:
             return _local_rows(Path(self._path), split)
+        return self.hub_rows(split, self.subset)
+
+    def hub_rows(self, split: str, subset: str | None) -> Iterable[Row]:
+        """Raises TaskError: the dataset has no such split, or the Hub cannot be reached."""
+        from datasets import load_dataset
+
         if split not in self.splits:
             raise TaskError(f"task {self.name} has no {split} prompts: it is for {' and '.join(self.splits)} only")
-
-        return _hub_rows(self.dataset, self.subset, self.splits[split])
+        try:
+            return load_dataset(self.dataset, subset, split=self.splits[split])
+        except (OSError, ValueError, RuntimeError) as error:  # offline, gated, moved, or a script, not supported
+            raise TaskError(
+                f"{self.dataset} cannot be loaded from the Hub: {first_line(error)}. Log in if it is gated, or put "
+                "its files into a folder and name that as skd.task.path"
+            ) from error
 
     def _check_columns(self, row: Row) -> None:
         wanted = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
@@ -103,16 +115,3 @@ def _local_rows(folder: Path, split: str) -> Iterable[Row]:
     if not found:
         raise TaskError(f"skd.task.path: {folder} has no {split}.json, {split}.jsonl or {split}.parquet")
     return load_dataset(FORMATS[found[0].suffix], data_files=str(found[0]), split="train")
-
-
-def _hub_rows(name: str, subset: str | None, split: str) -> Iterable[Row]:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, gated, moved, or a script that is not supported
-        reason = str(error).strip().splitlines()[0]
-        raise TaskError(
-            f"{name} cannot be loaded from the Hub: {reason}. Log in if it is gated, or put its files into a folder "
-            "and name that as skd.task.path"
-        ) from error

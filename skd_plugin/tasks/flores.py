@@ -29,14 +29,13 @@ class Flores(DatasetTask):
         """The Hub has a subset a language, whose rows belong together by `id`; a folder has both in a row."""
         if self._path is not None:
             return super().rows(split)
-        sides = {}
-        for language in (SOURCE, TARGET):
-            self.subset = language
-            sides[language] = {row["id"]: row["text"] for row in super().rows(split)}
+        source, target = (
+            {row["id"]: row["text"] for row in self.hub_rows(split, language)} for language in (SOURCE, TARGET)
+        )
         return [
-            {f"sentence_{SOURCE}": text, f"sentence_{TARGET}": sides[TARGET][key]}
-            for key, text in sides[SOURCE].items()
-            if key in sides[TARGET]
+            {f"sentence_{SOURCE}": text, f"sentence_{TARGET}": target[key]}
+            for key, text in source.items()
+            if key in target
         ]
 
     def target(self, row: Row) -> tuple[str, str]:

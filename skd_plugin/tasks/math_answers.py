@@ -95,8 +95,9 @@ class _Verifier:
     @staticmethod
     def _read(process: subprocess.Popen[str], limit_s: float) -> str | None:
         """A line of the process; None if it does not come in time, "" if the process has ended."""
+        assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], limit_s)
-        return process.stdout.readline().strip() if ready and process.stdout else None
+        return process.stdout.readline().strip() if ready else None
 
 
 _VERIFIER = _Verifier()

@@ -37,7 +37,7 @@ ADJECTIVES = (
 ).split()
 # present (plural) and past; the singular adds "s" to each
 VERBS = [
-    [tuple(word.split("/")) for word in concept.split("|")]
+    [(word.split("/")[0], word.split("/")[1]) for word in concept.split("|")]
     for concept in (
         "see/saw|spot/spotted find/found|discover/discovered help/helped|aid/aided follow/followed|trail/trailed "
         "like/liked|enjoy/enjoyed hide/hid|conceal/concealed buy/bought sell/sold steal/stole "
@@ -113,7 +113,7 @@ class Translation(GeneratedTask):
             words, orders = _clause(rng, may_be_pronoun=index > 0)
             source += words
             pieces.append(orders)
-        reference = " ".join(_choose(rng.choice(orders), rng) for orders in pieces)
+        reference = " ".join(_drawn(rng.choice(orders), rng) for orders in pieces)
         return Example(f"translate : {' '.join(source)} .", f" {reference} .", json.dumps(pieces))
 
     def score(self, response: str, label: str) -> float:
@@ -125,7 +125,7 @@ class Translation(GeneratedTask):
         stripped = [response.strip() for response in responses]
         right = [is_right(response, label) for response, label in zip(stripped, labels, strict=True)]
         nearest = [
-            text if known else max(_nearest(text, label), key=lambda other, text=text: scorers.chrf(text, [other]))
+            text if known else _most_like(text, _nearest(text, label))
             for text, label, known in zip(stripped, labels, right, strict=True)
         ]
         return {"exact": mean(right), "bleu": scorers.corpus_bleu(stripped, nearest)}
@@ -154,18 +154,23 @@ def _pattern(order: str) -> str:
 def _nearest(response: str, label: str) -> list[str]:
     """The label's translations, one an order, with those synonyms that the response uses."""
     used = set(response.split())
-    every = [[_choose(order, None, used) for order in orders] for orders in json.loads(label)]
+    every = [[_closest(order, used) for order in orders] for orders in json.loads(label)]
     return [" ".join(pieces) + " ." for pieces in itertools.product(*every)]
 
 
-def _choose(order: str, rng: random.Random | None, used: set[str] = frozenset()) -> str:
-    """One synonym for each slot: at random, or of those in `used`, or the first."""
-    chosen = []
-    for slot in order.split():
-        synonyms = slot.split("|")
-        liked = [word for word in synonyms if word in used] or synonyms
-        chosen.append(rng.choice(synonyms) if rng else liked[0])
-    return " ".join(chosen)
+def _most_like(text: str, translations: list[str]) -> str:
+    return max(translations, key=lambda translation: scorers.chrf(text, [translation]))
+
+
+def _closest(order: str, used: set[str]) -> str:
+    """For each slot the first synonym that is in `used`, or the first one."""
+    slots = [slot.split("|") for slot in order.split()]
+    return " ".join(next((word for word in slot if word in used), slot[0]) for slot in slots)
+
+
+def _drawn(order: str, rng: random.Random) -> str:
+    """A synonym for each slot, at random."""
+    return " ".join(rng.choice(slot.split("|")) for slot in order.split())
 
 
 def _clause(rng: random.Random, *, may_be_pronoun: bool) -> tuple[list[str], list[str]]:

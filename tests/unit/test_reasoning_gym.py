@@ -167,7 +167,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (["skd.task.name=reasoning_gym:chain_sum", "skd.task.template=Q"], "chain_sum has no {question} in it: 'Q'"),
         (
             ["skd.task.name=reasoning_gym:boxnet", "skd.rollout.method=supervised"],
-            "a prompt of task boxnet has no reference, which the method needs",
+            "has no reference, which skd.rollout.method needs",
         ),
     ],
 )
