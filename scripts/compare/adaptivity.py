@@ -38,8 +38,8 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     from transformers import AutoModelForCausalLM
 
     from skd_plugin.config.run import Run as Config
+    from skd_plugin.core.metrics import rollout_metrics
     from skd_plugin.engine.sampling_rule import SamplingRule
-    from skd_plugin.host.metrics import rollout_metrics
     from skd_plugin.models import load_tokenizer
     from skd_plugin.tasks import find_task
 

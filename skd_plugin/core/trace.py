@@ -107,6 +107,15 @@ class Trace:
             "finish": finish,
         }
 
+    def is_from(self, *sources: Source) -> torch.Tensor:
+        """Which tokens are from one of these sources: bool [R]."""
+        return torch.isin(self.source, torch.tensor(sources, dtype=self.source.dtype, device=self.source.device))
+
+    @property
+    def students_own(self) -> torch.Tensor:
+        """Tokens drawn from the student's distribution and left in the text: bool [R]."""
+        return self.is_from(Source.ACCEPTED, Source.FLAGGED)
+
     @property
     def num_rejected(self) -> int:
         return int((self.rejected_ids != NOTHING).sum())

@@ -22,16 +22,6 @@ TINY = 1e-20  # in place of a total of 0
 TEACHER_SOURCES: dict[str, tuple[Source, ...]] = {"exclude": (), "importance": (Source.REPLACED,)}
 
 
-def from_source(trace: Trace, sources: tuple[Source, ...]) -> torch.Tensor:
-    """Which tokens have one of these origins: bool [R]."""
-    return torch.isin(trace.source, torch.tensor(sources, dtype=trace.source.dtype))
-
-
-def students_own(trace: Trace) -> torch.Tensor:
-    """Tokens drawn from the student's distribution and left in the text: bool [R]."""
-    return from_source(trace, (Source.ACCEPTED, Source.FLAGGED))
-
-
 def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:
     """The record of the N response tokens of a batch.
 
@@ -120,6 +110,6 @@ class OptimizerStepBatches:
                 "the response tokens of a training batch are not those of its traces; an executor changed the ids "
                 "after sampling (it must never decode and re-tokenise)"
             )
-        teacher_tokens = layout.spread(from_source(tokens, self._teacher_sources))
-        own = layout.spread(students_own(tokens))
+        teacher_tokens = layout.spread(tokens.is_from(*self._teacher_sources))
+        own = layout.spread(tokens.students_own)
         return MicroBatch(layout, tokens, self._weighting(tokens), own | teacher_tokens, teacher_tokens, {})

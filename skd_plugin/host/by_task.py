@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from skd_plugin.core.metrics import rollout_metrics
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.metrics import rollout_metrics
 from skd_plugin.tasks.base import HELD_OUT, further_metrics
 from skd_plugin.tasks.label import Label
 

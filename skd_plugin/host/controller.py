@@ -14,12 +14,13 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from skd_plugin.config.host_rules import NO_REWARD, planned_steps
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.layout import first_response_place
+from skd_plugin.core.metrics import mean_kl, rollout_metrics
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host import by_task
 from skd_plugin.host.batch import TRACE_KEY
-from skd_plugin.host.metrics import mean_kl, objective_metrics, rollout_metrics
+from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.seams import plain_class

@@ -13,7 +13,7 @@ from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import SamplingRule
-from skd_plugin.host.batch import TRACE_KEY, per_token, students_own
+from skd_plugin.host.batch import TRACE_KEY, per_token
 
 
 class SKDSamplesGenerator(SamplesGenerator):
@@ -89,7 +89,7 @@ def _rollout_log_probs(response: dict[str, Any], trace: Trace) -> list[float]:
             f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(trace)}; "
             "an executor must return the engine's token ids unchanged"
         )
-    values = iter(torch.where(students_own(trace), trace.student_logp, trace.teacher_logp).tolist())
+    values = iter(torch.where(trace.students_own, trace.student_logp, trace.teacher_logp).tolist())
     logp = [0.0] * len(response["observation_tokens"])
     for start, end in response["action_ranges"]:
         logp[start:end] = [next(values) for _ in range(start, end)]
@@ -118,7 +118,7 @@ class SKDExperienceMaker(RemoteExperienceMaker):
         The penalty for leaving the reference model is for the student's own tokens; a teacher's token pays none.
         """
         for experience in experiences:
-            own = per_token(experience, students_own)
+            own = per_token(experience, lambda trace: trace.students_own)
             experience.kl = experience.kl * own.to(experience.kl.device)
         experiences = super().compute_advantages_and_returns(experiences)
         for experience in experiences:

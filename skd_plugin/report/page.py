@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from skd_plugin.core.metrics import Metric
 from skd_plugin.report import summary
-from skd_plugin.report.metrics import FIRST, Figure, evaluated, figures_of, shown_first, teacher_line
+from skd_plugin.report.metrics import FIRST, evaluated, metrics_of, shown_first, teacher_line
 from skd_plugin.report.pieces import Piece
 from skd_plugin.report.run_record import RunRecord
 from skd_plugin.report.traces import PackedTraces, corrections
@@ -26,7 +27,7 @@ MOST_FREQUENT = 12
 
 def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str:
     """The whole page. Args: notes: what holds for the runs together."""
-    figures = figures_of(runs)
+    metrics = metrics_of(runs)
     scripts = [(ASSETS / name).read_text() for name in SCRIPTS]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"short": short_name, "number": summary.number, "piece": visible}
@@ -40,10 +41,10 @@ def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str
         runs=runs,
         notes=notes,
         summary=summary,
-        rows=summary.comparison(runs, figures),
+        rows=summary.comparison(runs, metrics),
         differing=summary.differing_settings(runs) if len(runs) > 1 else [],
         corrections=[corrections(traces, number, MOST_FREQUENT) for number in range(len(runs))],
-        curves=_curve_data(runs, figures),
+        curves=_curve_data(runs, metrics),
         num_traces=len(traces.per_trace),
         num_tokens=sum(row["length"] for row in traces.per_trace),
         blob=traces.blob() if traces.per_trace else "",
@@ -64,22 +65,22 @@ def _policy(scripts: list[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'"
 
 
-def _curve_data(runs: list[RunRecord], figures: list[Figure]) -> dict[str, Any]:
-    teachers = {teacher_line(figure.name) for figure in figures}
+def _curve_data(runs: list[RunRecord], metrics: list[Metric]) -> dict[str, Any]:
+    teachers = {teacher_line(metric.name) for metric in metrics}
     return {
-        "first": shown_first(figures),
+        "first": shown_first(metrics),
         "figures": [
             {
-                "name": figure.name,
-                "title": figure.title,
-                "about": figure.about,
-                "percent": figure.percent,
-                "teacher": teacher_line(figure.name),
-                "points": evaluated(figure.name) is not None,
-                "zero": evaluated(figure.name) in FIRST,
+                "name": metric.name,
+                "title": metric.title,
+                "about": metric.about,
+                "percent": metric.percent,
+                "teacher": teacher_line(metric.name),
+                "points": evaluated(metric.name) is not None,
+                "zero": evaluated(metric.name) in FIRST,
             }
-            for figure in figures
-            if figure.name not in teachers
+            for metric in metrics
+            if metric.name not in teachers
         ],
         "runs": [
             {

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skd_plugin.core.metrics import Metric
 from skd_plugin.errors import RecipeError
-from skd_plugin.report.metrics import SCORES, Figure, evaluated, figures_of, teacher_line
+from skd_plugin.report.metrics import SCORES, evaluated, metrics_of, teacher_line
 from skd_plugin.report.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -28,35 +29,35 @@ def write_plots(runs: list[RunRecord], folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--png: {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = figures_of(runs)
-    teachers = {teacher_line(figure.name) for figure in figures}
+    metrics = metrics_of(runs)
+    teachers = {teacher_line(metric.name) for metric in metrics}
     written = []
-    for figure in figures:
-        if figure.name in teachers:
+    for metric in metrics:
+        if metric.name in teachers:
             continue
         canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
-        _draw(canvas.subplots(), figure, runs)
-        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', figure.name)}.png"
+        _draw(canvas.subplots(), metric, runs)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)}.png"
         canvas.savefig(path, dpi=150)
         written.append(path)
     return written
 
 
-def _draw(axes: Axes, figure: Figure, runs: list[RunRecord]) -> None:
+def _draw(axes: Axes, metric: Metric, runs: list[RunRecord]) -> None:
     for index, run in enumerate(runs):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
-        if figure.name in run.curves:
-            marker = "o" if evaluated(figure.name) or len(run.curves[figure.name][0]) == 1 else None
-            axes.plot(*run.curves[figure.name], dash, color=colour, label=run.name, marker=marker, markersize=4)
-        teacher = run.curves.get(teacher_line(figure.name) or "")
+        if metric.name in run.curves:
+            marker = "o" if evaluated(metric.name) or len(run.curves[metric.name][0]) == 1 else None
+            axes.plot(*run.curves[metric.name], dash, color=colour, label=run.name, marker=marker, markersize=4)
+        teacher = run.curves.get(teacher_line(metric.name) or "")
         if teacher:
             axes.axhline(teacher[1][-1], color=colour, linewidth=1, dashes=(3, 4), label=f"{run.name}: teacher")
-    axes.set(title=figure.title, xlabel="step", ylabel=figure.about or figure.name)
-    if figure.percent:
+    axes.set(title=metric.title, xlabel="step", ylabel=metric.about or metric.name)
+    if metric.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    if evaluated(figure.name) in SCORES:
+    if evaluated(metric.name) in SCORES:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1 or teacher_line(figure.name):
+    if len(runs) > 1 or teacher_line(metric.name):
         axes.legend(frameon=False)

@@ -8,7 +8,8 @@ from typing import Any
 
 from skd_plugin.core.gates import CONFIDENT, GATES
 from skd_plugin.core.methods import METHODS
-from skd_plugin.report.metrics import SCORES, Figure, figures_of, last_part, teacher_line
+from skd_plugin.core.metrics import Metric
+from skd_plugin.report.metrics import SCORES, last_part, metrics_of, teacher_line
 from skd_plugin.report.run_record import RunRecord, Series
 from skd_plugin.words import duration
 
@@ -81,16 +82,16 @@ def state(run: RunRecord) -> str:
 def tiles(run: RunRecord) -> list[Tile]:
     """The few numbers that one wants to know of a run; one whose metric is missing is left out."""
     found = []
-    for figure in figures_of([run]):
-        if figure.name.startswith("eval/") and last_part(figure.name) in (*SCORES, "kl"):
-            values = run.curves[figure.name][1]
-            teacher = run.curves.get(teacher_line(figure.name))
-            note = f"from {number(values[0], figure)}" if len(values) > 1 else ""
-            note += f"; teacher {number(teacher[1][-1], figure)}" if teacher else ""
-            found.append(Tile(figure.title, number(values[-1], figure), note.removeprefix("; ")))
-        elif figure.name in ("skd/accept_rate", "skd/loss"):
-            values = run.curves[figure.name][1]
-            found.append(Tile(figure.title, number(values[-1], figure), f"from {number(values[0], figure)}"))
+    for metric in metrics_of([run]):
+        if metric.name.startswith("eval/") and last_part(metric.name) in (*SCORES, "kl"):
+            values = run.curves[metric.name][1]
+            teacher = run.curves.get(teacher_line(metric.name))
+            note = f"from {number(values[0], metric)}" if len(values) > 1 else ""
+            note += f"; teacher {number(teacher[1][-1], metric)}" if teacher else ""
+            found.append(Tile(metric.title, number(values[-1], metric), note.removeprefix("; ")))
+        elif metric.name in ("skd/accept_rate", "skd/loss"):
+            values = run.curves[metric.name][1]
+            found.append(Tile(metric.title, number(values[-1], metric), f"from {number(values[0], metric)}"))
     seconds, tokens = spent(run)
     if seconds:
         found.append(Tile("Training time", duration(seconds), f"{tokens / seconds:,.0f} response tokens/s"))
@@ -106,38 +107,38 @@ def spent(run: RunRecord) -> tuple[float, float]:
     return sum(step_time[1]), sum(t * speeds.get(step, 0.0) for step, t in zip(*step_time, strict=True))
 
 
-def comparison(runs: list[RunRecord], figures: list[Figure]) -> list[tuple[Figure, list[Cell | None]]]:
+def comparison(runs: list[RunRecord], metrics: list[Metric]) -> list[tuple[Metric, list[Cell | None]]]:
     """A row a metric: last and best value of each run; None where a run has none."""
-    return [(figure, _row(runs, figure)) for figure in figures]
+    return [(metric, _row(runs, metric)) for metric in metrics]
 
 
 def kinds_of_loss(runs: list[RunRecord]) -> set[str]:
     return {kind for run in runs if (kind := kind_of_loss(run))}
 
 
-def _row(runs: list[RunRecord], figure: Figure) -> list[Cell | None]:
-    series = [run.curves.get(figure.name) for run in runs]
-    bests = [_best(own, figure) if own else None for own in series]
-    comparable = len(runs) > 1 and (figure.name != "skd/loss" or len(kinds_of_loss(runs)) == 1)
-    best_lead = _lead([best[1] for best in bests if best], figure) if comparable else None
-    last_lead = _lead([own[1][-1] for own in series if own], figure) if comparable else None
+def _row(runs: list[RunRecord], metric: Metric) -> list[Cell | None]:
+    series = [run.curves.get(metric.name) for run in runs]
+    bests = [_best(own, metric) if own else None for own in series]
+    comparable = len(runs) > 1 and (metric.name != "skd/loss" or len(kinds_of_loss(runs)) == 1)
+    best_lead = _lead([best[1] for best in bests if best], metric) if comparable else None
+    last_lead = _lead([own[1][-1] for own in series if own], metric) if comparable else None
     cells: list[Cell | None] = []
     for own, best in zip(series, bests, strict=True):
         if own is None:
             cells.append(None)
             continue
-        text = f"{number(best[1], figure)} at step {best[0]}" if best else ""
+        text = f"{number(best[1], metric)} at step {best[0]}" if best else ""
         cells.append(
-            Cell(number(own[1][-1], figure), text, own[1][-1] == last_lead, bool(best) and best[1] == best_lead)
+            Cell(number(own[1][-1], metric), text, own[1][-1] == last_lead, bool(best) and best[1] == best_lead)
         )
     return cells
 
 
-def _lead(values: list[float], figure: Figure) -> float | None:
+def _lead(values: list[float], metric: Metric) -> float | None:
     """The best of them; None where they are all the same, or no direction is the better one."""
-    if figure.better is None or len(set(values)) < 2:
+    if metric.better is None or len(set(values)) < 2:
         return None
-    return max(values) if figure.better == "high" else min(values)
+    return max(values) if metric.better == "high" else min(values)
 
 
 def differing_settings(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
@@ -160,16 +161,16 @@ def settings(run: RunRecord) -> dict[str, str]:
     return shown
 
 
-def number(value: float, figure: Figure | None = None) -> str:
-    if figure and figure.percent:
+def number(value: float, metric: Metric | None = None) -> str:
+    if metric and metric.percent:
         return f"{100 * value + 1e-9:.1f}\u00a0%"  # a half goes up, as in charts.js; no line ends at this space
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
-def _best(series: Series, figure: Figure) -> tuple[int, float] | None:
+def _best(series: Series, metric: Metric) -> tuple[int, float] | None:
     """(step, value), the first one of equals."""
-    if figure.better is None:
+    if metric.better is None:
         return None
-    return (max if figure.better == "high" else min)(zip(*series, strict=True), key=lambda pair: pair[1])
+    return (max if metric.better == "high" else min)(zip(*series, strict=True), key=lambda pair: pair[1])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from skd_plugin.host.by_task import grouped, rollout_by_task, scores, sources
-from skd_plugin.report.metrics import figures_of
+from skd_plugin.report.metrics import metrics_of
 from skd_plugin.report.run_record import read_runs
 from skd_plugin.tasks import TASKS
 from skd_plugin.tasks.label import Label
@@ -69,9 +69,9 @@ def test_labels_of_no_task(label: str | None) -> None:
 def test_report_names_the_curves_of_a_task(tmp_path: Path) -> None:
     lines = [{"step": 1, "skd/accept_rate": 0.5, "skd/accept_rate/gsm8k": 0.25, "skd/loss": 1.0}]
     lines += [{"step": 1, "eval/flores/chrf": 0.5, "eval/flores/bleu": 0.1}]
-    figures = figures_of(read_runs([write_run(tmp_path / "run", metrics=lines)]))
-    shown = {figure.name: figure for figure in figures}
+    metrics = metrics_of(read_runs([write_run(tmp_path / "run", metrics=lines)]))
+    shown = {metric.name: metric for metric in metrics}
     assert shown["skd/accept_rate/gsm8k"].title == "Acceptance (gsm8k)" and shown["skd/accept_rate/gsm8k"].percent
     assert shown["eval/flores/chrf"].title == "chrF" and shown["eval/flores/chrf"].percent
-    names = [figure.name for figure in figures]
+    names = [metric.name for metric in metrics]
     assert len(names) == len(set(names)) and names.index("skd/accept_rate/gsm8k") == names.index("skd/accept_rate") + 1

@@ -1,15 +1,17 @@
-"""The figures of a step, each against a count made by hand or by brute force."""
+"""The metrics of a step, each against a count made by hand or by brute force."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from skd_plugin.core.metrics import EVALUATIONS, METRICS, draft_waste, mean_kl, rollout_metrics
 from skd_plugin.core.trace import NOTHING, Source, Trace
-from skd_plugin.host.metrics import draft_waste, mean_kl, rollout_metrics
 
 NAN = float("nan")
 # SAME: replaced by the very token proposed; LOST: a token of a reference after a preemption, which nobody drafted.
@@ -40,27 +42,27 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
     )
 
 
-def test_figures_of_two_responses() -> None:
+def test_metrics_of_two_responses() -> None:
     """Token means weigh every token the same, so the longer response weighs more."""
     traces = [make_trace([KEPT, SWAPPED, UNKNOWN, KEPT]), make_trace([KEPT], topk_mass=0.25)]
-    figures = rollout_metrics(traces, draft_len=2)
-    assert figures["skd/accept_rate"] == 3 / 4  # of the drafted ones
-    assert figures["skd/replaced_frac"] == pytest.approx(1 / 5)
-    assert figures["skd/undrafted_frac"] == pytest.approx(1 / 5)
-    assert figures["skd/first_replaced_pos"] == (1 + 1) / 2  # one that has none counts its length
-    assert figures["skd/teacher_nll"] == pytest.approx(1.5)
-    assert figures["skd/teacher_topk_mass"] == pytest.approx((4 * 0.75 + 0.25) / 5)
-    assert figures["skd/student_entropy"] == pytest.approx(3.0)
-    assert figures["skd/response_len"] == 5 / 2
+    metrics = rollout_metrics(traces, draft_len=2)
+    assert metrics["skd/accept_rate"] == 3 / 4  # of the drafted ones
+    assert metrics["skd/replaced_frac"] == pytest.approx(1 / 5)
+    assert metrics["skd/undrafted_frac"] == pytest.approx(1 / 5)
+    assert metrics["skd/first_replaced_pos"] == (1 + 1) / 2  # one that has none counts its length
+    assert metrics["skd/teacher_nll"] == pytest.approx(1.5)
+    assert metrics["skd/teacher_topk_mass"] == pytest.approx((4 * 0.75 + 0.25) / 5)
+    assert metrics["skd/student_entropy"] == pytest.approx(3.0)
+    assert metrics["skd/response_len"] == 5 / 2
 
 
 def test_origins_that_not_every_run_has() -> None:
     """Of ten tokens; references are no proposals, whoever drafted them."""
     kinds = [GIVEN, GIVEN, LOST, KEPT, KEPT, AGAIN, AGAIN, MARKED, SWAPPED, UNKNOWN]
-    figures = rollout_metrics([make_trace(kinds)], draft_len=2)
-    assert figures["skd/accept_rate"] == pytest.approx(2 / 6)
+    metrics = rollout_metrics([make_trace(kinds)], draft_len=2)
+    assert metrics["skd/accept_rate"] == pytest.approx(2 / 6)
     for name, count in {"reference": 3, "resampled": 2, "flagged": 1, "replaced": 1, "undrafted": 1}.items():
-        assert figures[f"skd/{name}_frac"] == pytest.approx(count / 10), name
+        assert metrics[f"skd/{name}_frac"] == pytest.approx(count / 10), name
     plain = rollout_metrics([make_trace([KEPT, SWAPPED])], draft_len=2)
     assert not {"skd/reference_frac", "skd/resampled_frac", "skd/flagged_frac"} & set(plain)
 
@@ -69,15 +71,15 @@ def test_a_reference_has_no_rate_of_acceptance() -> None:
     assert math.isnan(rollout_metrics([make_trace([GIVEN, GIVEN])], draft_len=2)["skd/accept_rate"])
 
 
-def test_no_token_no_figures() -> None:
+def test_no_token_no_metrics() -> None:
     assert rollout_metrics([Trace.empty(2)], draft_len=2) == {}
 
 
 def test_unknown_student_is_not_zero() -> None:
     """Where the student proposed nothing there is no entropy and no KL; a mean over nothing is NaN."""
-    figures = rollout_metrics([make_trace([UNKNOWN, UNKNOWN])], draft_len=2)
-    assert math.isnan(figures["skd/accept_rate"]) and figures["skd/undrafted_frac"] == 1
-    assert math.isnan(figures["skd/student_entropy"]) and math.isnan(figures["skd/kl"])
+    metrics = rollout_metrics([make_trace([UNKNOWN, UNKNOWN])], draft_len=2)
+    assert math.isnan(metrics["skd/accept_rate"]) and metrics["skd/undrafted_frac"] == 1
+    assert math.isnan(metrics["skd/student_entropy"]) and math.isnan(metrics["skd/kl"])
 
 
 def test_mean_kl_is_a_token_mean_of_the_known() -> None:
@@ -116,7 +118,7 @@ def test_draft_waste_by_hand() -> None:
     assert draft_waste([make_trace([KEPT, KEPT, KEPT])], 3) == 0
     assert draft_waste([make_trace([SWAPPED, KEPT, KEPT, KEPT])], 3) == pytest.approx(2 / 6)
     assert draft_waste([make_trace([KEPT])], 3) == pytest.approx(2 / 3)
-    assert draft_waste([make_trace([SAME, KEPT, KEPT])], 3) == 0  # the block goes on behind an equal token
+    assert draft_waste([make_trace([SAME, KEPT, KEPT])], 3) == 0  # the block goes on after an equal token
     assert draft_waste([Trace.empty(2)], 3) == 0
 
 
@@ -124,3 +126,27 @@ def test_undrafted_token_is_no_draft() -> None:
     """Two blocks of three are drafted, around one token that nobody proposed; two drafts are thrown away."""
     kinds = [SWAPPED, UNKNOWN, KEPT, KEPT, KEPT]
     assert draft_waste([make_trace(kinds)], 3) == pytest.approx(2 / 6)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_pages_name_every_metric_and_no_other() -> None:
+    """The tables of docs/reference.md and the list of docs/rlhf.md."""
+    text = ""
+    for page in ("reference.md", "rlhf.md"):
+        text += (ROOT / "docs" / page).read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`((?:\w+/)?\w+)`", text)) - {"metrics.jsonl"}
+    named = {name for name in named if name in METRICS or name.partition("/")[0] in ("skd", "rl", "time")}
+    assert named == set(METRICS)
+    evaluated = set(re.findall(r"`eval/<task>/(\w+)`", text))
+    assert evaluated and evaluated <= set(EVALUATIONS)
+
+
+def test_every_metric_of_a_step_is_in_the_table() -> None:
+    """Also those that a trace tells only sometimes; each has words for people."""
+    kinds = [GIVEN, KEPT, AGAIN, MARKED, SWAPPED, UNKNOWN]
+    told = {name for name, metric in METRICS.items() if metric.compute}
+    assert set(rollout_metrics([make_trace(kinds)], draft_len=2)) == told
+    for name, metric in {**METRICS, **EVALUATIONS}.items():
+        assert metric.name == name and metric.title and metric.better in (None, "low", "high")

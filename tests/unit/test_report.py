@@ -19,7 +19,7 @@ import pytest
 from skd_plugin.cli import main
 from skd_plugin.core.methods import METHODS
 from skd_plugin.report import summary
-from skd_plugin.report.metrics import figures_of, shown_first
+from skd_plugin.report.metrics import metrics_of, shown_first
 from skd_plugin.report.page import ASSETS
 from skd_plugin.report.pieces import Pieces, load_pieces
 from skd_plugin.report.run_record import read_runs
@@ -437,7 +437,7 @@ def test_last_and_best_values_and_who_leads(tmp_path):
         {"step": 2, "skd/loss": 0.4, "skd/accept_rate": 0.1},
     ]
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", metrics=worse)])
-    rows = {figure.name: cells for figure, cells in summary.comparison(runs, figures_of(runs))}
+    rows = {metric.name: cells for metric, cells in summary.comparison(runs, metrics_of(runs))}
     a, b = rows["skd/loss"]
     assert (a.last, a.best, a.last_leads, a.best_leads) == ("0.1", "0.1 at step 3", True, False)
     assert (b.last, b.best, b.last_leads, b.best_leads) == ("0.4", "0.05 at step 1", False, True)
@@ -449,7 +449,7 @@ def test_losses_of_different_kinds_are_not_ranked(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", skd={"loss": {"kind": "jsd"}})])
     lines(runs[1].folder.metrics.path, three_steps(loss=0.1))
     runs = read_runs([tmp_path / "a", tmp_path / "b"])
-    rows = {figure.name: cells for figure, cells in summary.comparison(runs, figures_of(runs))}
+    rows = {metric.name: cells for metric, cells in summary.comparison(runs, metrics_of(runs))}
     assert not any(cell.last_leads or cell.best_leads for cell in rows["skd/loss"])
     assert rows["skd/kl"][1].last_leads
 
@@ -474,7 +474,7 @@ def test_every_metric_can_be_chosen_and_known_ones_come_first(tmp_path):
 
 def test_unknown_metrics_alone_are_shown_too(tmp_path):
     runs = read_runs([write_run(tmp_path / "run", metrics=[{"step": 1, "x/y": 1.0}])])
-    assert shown_first(figures_of(runs)) == ["x/y"]
+    assert shown_first(metrics_of(runs)) == ["x/y"]
 
 
 # ---- nothing in a run acts in the page

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skd_plugin.core.trace import Source, Trace
+from tests.traces import trace_of
 
 KEYS = {
     "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
@@ -90,3 +91,11 @@ def test_hidden_states_are_kept_beside_parts_without_a_token(trace):
     joined = Trace.join([Trace.empty(2), trace.slice(0, 2), trace.slice(2, 2), Trace.empty(2), trace.slice(2, 3)])
     assert_equal(joined, trace)
     assert set(trace.to_json([1, 2], "stop")) == KEYS
+
+
+def test_tokens_are_found_by_their_sources():
+    """The student's own: drawn from its whole distribution and left in the text; an answer inside the gate is not."""
+    every = trace_of(torch.arange(len(Source)), source=torch.tensor(list(Source), dtype=torch.uint8))
+    assert [Source(code) for code in every.source[every.students_own].tolist()] == [Source.ACCEPTED, Source.FLAGGED]
+    assert every.is_from(Source.REPLACED, Source.RESAMPLED).tolist() == [False, True, False, False, True, False]
+    assert not every.is_from().any() and every.is_from().shape == (len(Source),)
