@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,22 +29,21 @@ def read_rows(path: Path, *, option: str, column: str | None = None, limit: int 
     """
     if not path.is_file():
         raise RecipeError(f"{option}: there is no file {path}")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines()[:limit], start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path}, line {number}: a line is one JSON object, but this is {line.strip()[:40]}")
-        if column is not None and column not in values:
-            raise RecipeError(
-                f"{path}, line {number} has no column '{column}' (openrlhf.data.input_key); it has {', '.join(values)}"
-            )
-        rows.append(Row(number, values))
-    return rows
+    with path.open(encoding="utf-8") as file:  # read by lines: a text may hold what str.splitlines takes for an end
+        lines = list(enumerate(islice(file, limit), start=1))
+    return [Row(number, _values(line, f"{path}, line {number}", column)) for number, line in lines if line.strip()]
+
+
+def _values(line: str, where: str, column: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{where} is not JSON: {error}; a line is one JSON object") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: a line is one JSON object, but this is {line.strip()[:40]}")
+    if column is not None and column not in values:
+        raise RecipeError(f"{where} has no column '{column}' (openrlhf.data.input_key); it has {', '.join(values)}")
+    return values
 
 
 def check_references(prompts: Iterable[tuple[str, str | None]], where: str = "") -> None:
