@@ -12,7 +12,6 @@ from rich.console import Console
 from skd_plugin.config.run import Run
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.load_run import load_run
 from skd_plugin.run import resume, supervisor
 
 
@@ -143,16 +142,6 @@ def test_resume_can_be_turned_off(run: Run) -> None:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def quickstart(tmp_path: Path):
-    """`quickstart(*overrides)`: a small quickstart, loaded for one and the same run folder."""
-    small = ["openrlhf.rollout.batch_size=2", "openrlhf.rollout.micro_batch_size=1",
-             "openrlhf.train.batch_size=2", "openrlhf.train.micro_batch_size=1",
-             "skd.task.train_prompts=4", "skd.task.eval_prompts=2", f"skd.run_dir={tmp_path / 'run'}"]  # fmt: skip
-    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-    return lambda *overrides: load_run(recipe, [*small, *overrides])
 
 
 def test_loading_a_recipe_writes_nothing(quickstart, tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""From a recipe to a checked run: what is completed, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from skd_plugin.config import host_rules, versions
+from skd_plugin.config.host_options import check_by_host, host_arguments, host_defaults, host_parser
+from skd_plugin.config.recipe import load_recipe
+from skd_plugin.config.run import Run
+from skd_plugin.config.schema import (
+    parse_skd,
+)
+from skd_plugin.errors import RecipeError
+from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run
+from skd_plugin.tasks.label import Label
+from tests.recipes import PAIR, QUICKSTART, RECIPES
+
+
+def test_moving_values_survive_the_run_folder(quickstart) -> None:
+    run = quickstart("skd.rollout.top_k={kind: cosine, from: 40, to: 5}")
+    run.save()
+    assert Run.load(run.folder) == run
+
+
+def test_references_come_with_a_task(quickstart) -> None:
+    """And are in the labels that the host carries."""
+    run = quickstart("skd.rollout.method=supervised")
+    lines = run.data["train"]
+    assert all("the answer is" in Label.parse(line["label"]).reference for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("openrlhf.rollout.n_samples_per_prompt=2", r"n_samples_per_prompt is 2, .* train on copies"),
+        ("openrlhf.train.agent_func_path=agent.py", r"names an agent, whose turns have no reference"),
+    ],
+)
+def test_references_where_they_make_no_sense(quickstart, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quickstart("skd.rollout.method=mixed_skd", override)
+
+
+def test_references_of_a_dataset(quickstart, write) -> None:
+    """Every prompt needs one, in the column that the host takes for the label."""
+    lines = [{"q": "tom has 3 coins .", "a": text} for text in ("3", "4", "", None, 5)]
+
+    def load(count: int, *more: str) -> Run:
+        path = write("own.jsonl", "".join(json.dumps(line) + "\n" for line in [*lines[:2], *lines[count : count + 1]]))
+        dataset = [f"openrlhf.data.prompt_dataset={path}", "openrlhf.data.input_key=q", "skd.task=null"]
+        return quickstart("skd.rollout.method=two_stage", *dataset, *more)
+
+    load(5, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"two_stage needs references: name .* openrlhf\.data\.label_key"):
+        load(5)
+    for count in (2, 3):
+        with pytest.raises(RecipeError, match=r"line 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"):
+            load(count, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"line 3: 'a' is 5, but a reference is a text"):
+        load(4, "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"line 1 has no reference in 'b'"):
+        load(5, "openrlhf.data.label_key=b")
+
+
+def test_refused_host_option_in_a_recipe(quickstart) -> None:
+    with pytest.raises(
+        RecipeError, match=r"openrlhf\.rollout\.temperature is 0\.7, .*skd\.rollout\.student_temperature"
+    ):
+        quickstart("openrlhf.rollout.temperature=0.7")
+
+
+def test_student_is_required(write) -> None:
+    recipe = write("own.yaml", f"skd: {{teacher: {{model_name_or_path: {PAIR / 'teacher'}}}}}")
+    with pytest.raises(RecipeError, match=r"openrlhf\.actor\.model_name_or_path is missing: the student"):
+        load_models(recipe)
+
+
+def test_full_vocabulary_of_plain_output_heads(quickstart) -> None:
+    assert quickstart("skd.loss.vocabulary=full").skd.loss.vocabulary == "full"
+
+
+def test_full_vocabulary_of_a_compiled_model_is_refused(quickstart) -> None:
+    quickstart("openrlhf.ds.deepcompile=true")
+    with pytest.raises(RecipeError, match=r"deepcompile is on, but .* replaces the forward of the output head"):
+        quickstart("openrlhf.ds.deepcompile=true", "skd.loss.vocabulary=full")
+
+
+def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
+    run = quickstart()
+    assert run.cpu is not torch.cuda.is_available()
+    assert run.folder.path == tmp_path / "run" and run.folder.path.is_absolute()
+    arguments = run.host_argv()
+    parsed = vars(host_parser().parse_args(arguments))
+    assert parsed["actor.model_name_or_path"] == str(PAIR / "student")
+    assert parsed["rollout.max_new_tokens"] == run.skd.rollout.max_new_tokens
+    assert parsed["ckpt.output_dir"] == str(tmp_path / "run" / "model")
+    assert parsed["reward.remote_url"].endswith("skd_plugin/tasks/reward.py")
+    for key, count in (("data.prompt_dataset", 8), ("eval.dataset", 4)):
+        split = Path(parsed[key]).stem
+        rows = run.data[split]
+        assert run.folder.prompts(split).path == Path(parsed[key])
+        assert len(rows) == count and set(rows[0]) == {"input", "label", "datasource"}
+        assert parsed["data.input_key"] == "input" and parsed["data.label_key"] == "label"
+
+
+def test_run_survives_its_file(quickstart) -> None:
+    run = quickstart("skd.vllm={gpu_memory_utilization: 0.3}")
+    assert run.skd.vllm == {"gpu_memory_utilization": 0.3}
+    run.save()
+    assert Run.load(run.folder) == run
+    assert Run.load(run.folder).host_argv() == run.host_argv()
+
+
+def test_fewer_prompts_than_a_step_needs(write, quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"there are 1 prompts, but a step needs .*batch_size = 2"):
+        quickstart("skd.task.train_prompts=1")
+    own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n')
+    with pytest.raises(RecipeError, match=r"p\.jsonl: there are 1 prompts"):
+        quickstart("skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q")
+
+
+def test_run_without_a_task_reads_the_users_prompts(write, quickstart) -> None:
+    prompts = write("p.jsonl", '{"q": "tom has 3 coins ."}\n{"q": "ann has 4 apples ."}\n')
+    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={prompts}", "openrlhf.data.input_key=q"]
+    run = quickstart(*given)
+    assert run.host["reward.remote_url"] == host_rules.NO_REWARD
+    assert "eval.dataset" not in run.host
+    with pytest.raises(RecipeError, match=r"has no column 'x' \(openrlhf\.data\.input_key\); it has q"):
+        quickstart(*given, "openrlhf.data.input_key=x")
+    with pytest.raises(RecipeError, match="prompt 1 has 5 tokens, but 2 to 4 fit"):
+        quickstart(*given, "openrlhf.data.max_len=100")
+    with pytest.raises(RecipeError, match=r"openrlhf\.data\.prompt_dataset: there is no file"):
+        quickstart(*given, f"openrlhf.data.prompt_dataset={prompts}.jsonl")
+
+
+def test_prompts_of_a_task_that_do_not_fit(quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens, but 2 to 4 fit"):
+        quickstart("openrlhf.data.max_len=100", "skd.rollout.max_new_tokens=96")
+
+
+def test_unknown_task(quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"skd\.task\.name: unknown key 'arithmetics'; did you mean 'arithmetic'"):
+        quickstart("skd.task.name=arithmetics")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_is_asked_for_without_a_gpu(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"wants CUDA \(skd\.device: cuda\), but this machine has no GPU"):
+        quickstart("skd.device=cuda")
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    assert not quickstart("skd.device=cuda", "openrlhf.actor.num_gpus_per_node=1").cpu
+
+
+def test_device_cpu_is_a_cpu_run_everywhere(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    one = "openrlhf.actor.num_gpus_per_node=1"
+    assert quickstart("skd.device=cpu").cpu and not quickstart("skd.device=auto", one).cpu
+
+
+def test_installed_versions_are_supported() -> None:
+    versions.check_versions()
+    names = {library.name.removesuffix("-cpu") for library in versions.installed_versions()}
+    assert names == {"openrlhf", "vllm", "ray", "deepspeed", "transformers", "torch"}
+
+
+def test_unsupported_version(monkeypatch: pytest.MonkeyPatch, quickstart) -> None:
+    monkeypatch.setitem(versions.SUPPORTED, ("openrlhf",), "0.99.")
+    with pytest.raises(RecipeError, match=r"openrlhf 0\.11\.2 is installed; .* tested with openrlhf==0\.99\.\* only"):
+        quickstart()
+
+
+def test_missing_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "SUPPORTED", {("no-such-host", "nor-this-one"): "1."})
+    with pytest.raises(RecipeError, match=r"no-such-host is not installed; .* pip install 'no-such-host==1\.\*'"):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        pytest.param("skd: 3", [], id="skd"),
+        pytest.param("openrlhf: [a]", ["skd.teacher.model_name_or_path=t"], id="openrlhf"),
+        pytest.param("base: [a]", [], id="base"),
+        pytest.param("{}", ["skd.rollout.top_k=[1"], id="override"),
+    ],
+)
+def test_malformed_section_is_no_traceback(recipe: str, overrides: list[str], write) -> None:
+    with pytest.raises(RecipeError):
+        load_models(write("own.yaml", recipe), overrides)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(path for path in RECIPES.glob("*.yaml") if "base" not in path.stem), ids=lambda path: path.stem
+)
+def test_every_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
+    """Every option is known to OpenRLHF's parser or to our schema, and none is one that a run refuses. Without models
+    and prompts: test_gpu_recipes.py and the tests of the quickstart go on from here."""
+    content = load_recipe(recipe)
+    skd = parse_skd(content["skd"])
+    cpu = skd.device != "cuda"
+    host = host_options_of(Models(skd, host_rules.complete(content["openrlhf"], cpu=cpu), host_defaults(), cpu))
+    check_by_host(host_arguments(host, host_parser()))
+    host_rules.check({**host_defaults(), **host}, skd)
+
+
+@pytest.mark.parametrize("recipe", sorted(QUICKSTART.parent.glob("quickstart*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_quickstarts_student_is_complete(recipe: Path, tmp_path: Path) -> None:
+    run = load_run(recipe, [f"skd.run_dir={tmp_path}", "skd.task.train_prompts=64", "skd.task.eval_prompts=2"])
+    assert run.cpu and len(run.data["train"]) == 64

@@ -1,0 +1,144 @@
+"""The two models of a recipe: vocabularies, contexts, output heads; and prompts that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from skd_plugin.errors import RecipeError
+from skd_plugin.models import common_vocab_size
+from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts, check_vocabularies
+from tests.recipes import PAIR
+
+
+@pytest.fixture
+def pair(tmp_path: Path):
+    """`pair(teacher={...}, student={...})`: the committed pair with changes in its config.json."""
+
+    def make(**changes: dict) -> dict[str, str]:
+        folders = {}
+        for role in ("teacher", "student"):
+            folder = tmp_path / role
+            shutil.copytree(PAIR / role, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | changes.get(role, {})))
+            folders[role] = str(folder)
+        return folders
+
+    return make
+
+
+SIZES = dict(top_k=3, loss_top_k=8, max_len=176, draft_len=2)
+
+
+def test_fitting_pair_gives_the_students_tokenizer(pair) -> None:
+    tokenizer = check_pair(**pair(), **SIZES)
+    assert tokenizer.decode(tokenizer("tom has 3 coins").input_ids) == "tom has 3 coins"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)]
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_logits_that_are_more_than_a_product_are_refused(pair, role: str, option: str, value: float) -> None:
+    model = pair(**{role: {option: value}})[role]
+    with pytest.raises(RecipeError, match=rf"the {role} .*{option} = {value}.* use skd\.loss\.vocabulary=top_k"):
+        check_output_head(model, role)
+
+
+@pytest.mark.parametrize(("option", "value"), [("final_logit_softcapping", None), ("logits_scaling", 1.0)])
+def test_options_that_leave_the_logits_alone_are_accepted(pair, option: str, value: float | None) -> None:
+    check_output_head(pair(teacher={option: value})["teacher"], "teacher")
+
+
+def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    from transformers import PhiConfig
+
+    PhiConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+              num_attention_heads=2).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(RecipeError, match=r"the teacher .* has an output head with a bias"):
+        check_output_head(str(tmp_path), "teacher")
+
+
+def test_different_vocabularies_name_tokens() -> None:
+    with pytest.raises(
+        RecipeError, match=r"2 tokens differ, e\.g\. 'b' \(teacher 1, student 2\), 'c' \(teacher 2, stud"
+    ):
+        check_vocabularies({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "c": 1})
+    with pytest.raises(RecipeError, match=r"1 tokens differ, e\.g\. 'b' \(teacher 1, student -\)"):
+        check_vocabularies({"a": 0, "b": 1}, {"a": 0})
+    check_vocabularies({"a": 0}, {"a": 0})
+
+
+def test_pair_with_different_vocabularies(pair) -> None:
+    folders = pair()
+    path = Path(folders["student"], "tokenizer.json")
+    path.write_text(path.read_text().replace('" coins"', '" moins"'))
+    with pytest.raises(RecipeError, match=r"different vocabularies: 2 tokens differ, e\.g\. ' coins'"):
+        check_pair(**folders, **SIZES)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_padding_rows_may_differ(pair, role: str) -> None:
+    """The tokenizers agree, so what one model has more is padding; K is limited by what both have."""
+    rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
+    folders = pair(**{role: {"vocab_size": rows + 64}})
+    check_pair(**folders, **SIZES | {"top_k": rows, "loss_top_k": rows})
+    with pytest.raises(RecipeError, match=f"top_k is {rows + 1}, but the vocabulary has {rows} tokens"):
+        check_pair(**folders, **SIZES | {"top_k": rows + 1})
+    assert common_vocab_size(**folders) == rows
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_token_without_an_output_row(pair, role: str) -> None:
+    with pytest.raises(
+        RecipeError, match=f"the tokenizer has the token id .*, but the {role} has 100 output rows only"
+    ):
+        check_pair(**pair(**{role: {"vocab_size": 100}}), **SIZES | {"top_k": 1, "loss_top_k": 1})
+
+
+@pytest.mark.parametrize("key", ["top_k", "loss_top_k"])
+def test_k_beyond_the_vocabulary(pair, key: str) -> None:
+    rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
+    folders = pair()
+    check_pair(**folders, **SIZES | {key: rows})
+    option = {"top_k": r"skd\.rollout\.top_k", "loss_top_k": r"skd\.loss\.top_k"}[key]
+    with pytest.raises(RecipeError, match=f"{option} is {rows + 1}, but the vocabulary has {rows} tokens"):
+        check_pair(**folders, **SIZES | {key: rows + 1})
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_context_that_is_too_short(pair, role: str) -> None:
+    """176 tokens and two drafts need 181 positions."""
+    check_pair(**pair(**{role: {"max_position_embeddings": 181}}), **SIZES)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_context_that_is_one_too_short(pair, role: str) -> None:
+    message = rf"data\.max_len = 176 needs a context of 181 .* but the {role} has 180; lower data\.max_len to 175"
+    with pytest.raises(RecipeError, match=message):
+        check_pair(**pair(**{role: {"max_position_embeddings": 180}}), **SIZES)
+
+
+def test_model_that_is_not_there(tmp_path: Path) -> None:
+    for role, pair in (("teacher", ("/no/such", PAIR / "student")), ("student", (PAIR / "teacher", "/no/such"))):
+        with pytest.raises(RecipeError, match=f"the {role} '/no/such' is not there"):
+            check_pair(*map(str, pair), **SIZES)
+    with pytest.raises(RecipeError, match=r"the teacher .* cannot be loaded"):
+        check_pair(str(tmp_path), str(PAIR / "student"), **SIZES)
+
+
+def test_prompts_that_do_not_fit() -> None:
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool):
+            assert not add_special_tokens
+            return type("Encoding", (), {"input_ids": text.split()})
+
+    check_prompts(["a b", "a b c"], Words(), 3)
+    with pytest.raises(RecipeError, match="prompt 2 has 4 tokens, but 2 to 3 fit"):
+        check_prompts(["a b", "a b c d"], Words(), 3)
+    with pytest.raises(RecipeError, match="prompt 1 has 1 tokens"):
+        check_prompts(["a"], Words(), 3)
