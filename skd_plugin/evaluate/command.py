@@ -18,7 +18,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Answers, Job, read_answers
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
 from skd_plugin.evaluate.result import summarise
-from skd_plugin.evaluate.table import WIDTH, tables
+from skd_plugin.evaluate.result_table import WIDTH, tables
 from skd_plugin.run.process import run_quietly
 from skd_plugin.run_folder import Status, replace_text
 from skd_plugin.words import duration

@@ -33,7 +33,7 @@ def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> 
 def _write_page(runs: list[RunRecord], target: Path, max_traces: int) -> None:
     from skd_plugin.report.page import render
     from skd_plugin.report.pieces import Pieces, load_pieces, same_tokenizer
-    from skd_plugin.report.summary import kinds_of_loss
+    from skd_plugin.report.tables import kinds_of_loss
     from skd_plugin.report.traces import pack_traces
 
     pieces = [load_pieces(run) if run.folder.traces.path.is_file() else Pieces(None) for run in runs]

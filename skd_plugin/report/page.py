@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from skd_plugin.core.metrics import Metric
-from skd_plugin.report import summary
+from skd_plugin.report import tables
 from skd_plugin.report.metrics import FIRST, evaluated, metrics_of, shown_first, teacher_line
 from skd_plugin.report.pieces import Piece
 from skd_plugin.report.run_record import RunRecord
@@ -30,7 +30,7 @@ def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str
     metrics = metrics_of(runs)
     scripts = [(ASSETS / name).read_text() for name in SCRIPTS]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"short": short_name, "number": summary.number, "piece": visible}
+    environment.filters |= {"short": short_name, "number": tables.number, "piece": visible}
     page = environment.from_string((ASSETS / "page.html").read_text())
     return page.render(
         title=", ".join(run.name for run in runs),
@@ -40,9 +40,9 @@ def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str
         scripts=[Markup(script) for script in scripts],
         runs=runs,
         notes=notes,
-        summary=summary,
-        rows=summary.comparison(runs, metrics),
-        differing=summary.differing_settings(runs) if len(runs) > 1 else [],
+        tables=tables,
+        rows=tables.comparison(runs, metrics),
+        differing=tables.differing_settings(runs) if len(runs) > 1 else [],
         corrections=[corrections(traces, number, MOST_FREQUENT) for number in range(len(runs))],
         curves=_curve_data(runs, metrics),
         num_traces=len(traces.per_trace),

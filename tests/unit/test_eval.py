@@ -17,7 +17,7 @@ from skd_plugin.evaluate.command import job_of
 from skd_plugin.evaluate.job import Answers, Job, Response, read_answers, write_answers
 from skd_plugin.evaluate.plan import make_plan, student_of
 from skd_plugin.evaluate.result import summarise
-from skd_plugin.evaluate.table import tables
+from skd_plugin.evaluate.result_table import tables
 from skd_plugin.evaluate.values import task_values
 from skd_plugin.tasks import Translation
 from skd_plugin.tasks.arithmetic import Arithmetic

@@ -18,7 +18,7 @@ import pytest
 
 from skd_plugin.cli import main
 from skd_plugin.core.methods import METHODS
-from skd_plugin.report import summary
+from skd_plugin.report import tables
 from skd_plugin.report.metrics import metrics_of, shown_first
 from skd_plugin.report.page import ASSETS
 from skd_plugin.report.pieces import Pieces, load_pieces
@@ -387,13 +387,13 @@ def test_a_run_that_goes_on(tmp_path):
 )
 def test_gate_in_words(tmp_path, rollout, expected):
     (run,) = read_runs([write_run(tmp_path / "run", skd={"rollout": rollout})])
-    assert summary.gate(run) == expected
+    assert tables.gate(run) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_gate_or_words_for_having_none(tmp_path, method):
     (run,) = read_runs([write_run(tmp_path / "run", skd={"rollout": {"method": method, "top_k": 5}})])
-    assert summary.gate(run) == "top_k, K 5" if METHODS[method].has_gate else summary.gate(run).startswith("none: ")
+    assert tables.gate(run) == "top_k, K 5" if METHODS[method].has_gate else tables.gate(run).startswith("none: ")
 
 
 def test_loss_in_words(tmp_path):
@@ -404,7 +404,7 @@ def test_loss_in_words(tmp_path):
         write_run(tmp_path / "b", skd=two_terms),
         write_run(tmp_path / "c", skd=scheduled),
     ]
-    assert [summary.loss(run) for run in read_runs(runs)] == [
+    assert [tables.loss(run) for run in read_runs(runs)] == [
         "forward_kl",
         "0.5 jsd + 1.0 policy loss",
         "1.0 forward_kl + scheduled policy loss",
@@ -413,7 +413,7 @@ def test_loss_in_words(tmp_path):
 
 def test_settings_that_differ_without_the_run_folder_and_without_secrets(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", skd={"loss": {"kind": "jsd", "beta": 0.3}})]
-    differing = summary.differing_settings(read_runs(runs))
+    differing = tables.differing_settings(read_runs(runs))
     assert differing == [("skd.loss.kind", ["forward_kl", "jsd"]), ("skd.loss.beta", ["-", "0.3"])]
     page = report(tmp_path, *runs)
     assert "wandb-secret" in (tmp_path / "a" / "config.yaml").read_text()
@@ -423,12 +423,12 @@ def test_settings_that_differ_without_the_run_folder_and_without_secrets(tmp_pat
 
 @pytest.mark.parametrize("name", ["openrlhf.logger.wandb.key", "openrlhf.reward.api_key", "skd.vllm.hf_token"])
 def test_secret_names(name):
-    assert summary.SECRET.search(name)
+    assert tables.SECRET.search(name)
 
 
 @pytest.mark.parametrize("name", ["openrlhf.data.input_key", "openrlhf.ckpt.best_metric_key", "skd.loss.top_k"])
 def test_names_that_are_no_secrets(name):
-    assert not summary.SECRET.search(name)
+    assert not tables.SECRET.search(name)
 
 
 def test_last_and_best_values_and_who_leads(tmp_path):
@@ -437,7 +437,7 @@ def test_last_and_best_values_and_who_leads(tmp_path):
         {"step": 2, "skd/loss": 0.4, "skd/accept_rate": 0.1},
     ]
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", metrics=worse)])
-    rows = {metric.name: cells for metric, cells in summary.comparison(runs, metrics_of(runs))}
+    rows = {metric.name: cells for metric, cells in tables.comparison(runs, metrics_of(runs))}
     a, b = rows["skd/loss"]
     assert (a.last, a.best, a.last_leads, a.best_leads) == ("0.1", "0.1 at step 3", True, False)
     assert (b.last, b.best, b.last_leads, b.best_leads) == ("0.4", "0.05 at step 1", False, True)
@@ -449,7 +449,7 @@ def test_losses_of_different_kinds_are_not_ranked(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", skd={"loss": {"kind": "jsd"}})])
     lines(runs[1].folder.metrics.path, three_steps(loss=0.1))
     runs = read_runs([tmp_path / "a", tmp_path / "b"])
-    rows = {metric.name: cells for metric, cells in summary.comparison(runs, metrics_of(runs))}
+    rows = {metric.name: cells for metric, cells in tables.comparison(runs, metrics_of(runs))}
     assert not any(cell.last_leads or cell.best_leads for cell in rows["skd/loss"])
     assert rows["skd/kl"][1].last_leads
 

@@ -85,7 +85,7 @@ def tiles(run: RunRecord) -> list[Tile]:
     for metric in metrics_of([run]):
         if metric.name.startswith("eval/") and last_part(metric.name) in (*SCORES, "kl"):
             values = run.curves[metric.name][1]
-            teacher = run.curves.get(teacher_line(metric.name))
+            teacher = run.curves.get(teacher_line(metric.name) or "")
             note = f"from {number(values[0], metric)}" if len(values) > 1 else ""
             note += f"; teacher {number(teacher[1][-1], metric)}" if teacher else ""
             found.append(Tile(metric.title, number(values[-1], metric), note.removeprefix("; ")))
@@ -122,16 +122,19 @@ def _row(runs: list[RunRecord], metric: Metric) -> list[Cell | None]:
     comparable = len(runs) > 1 and (metric.name != "skd/loss" or len(kinds_of_loss(runs)) == 1)
     best_lead = _lead([best[1] for best in bests if best], metric) if comparable else None
     last_lead = _lead([own[1][-1] for own in series if own], metric) if comparable else None
-    cells: list[Cell | None] = []
-    for own, best in zip(series, bests, strict=True):
-        if own is None:
-            cells.append(None)
-            continue
-        text = f"{number(best[1], metric)} at step {best[0]}" if best else ""
-        cells.append(
-            Cell(number(own[1][-1], metric), text, own[1][-1] == last_lead, bool(best) and best[1] == best_lead)
-        )
-    return cells
+    return [
+        None if own is None else _cell(own[1][-1], best, metric, last_lead, best_lead)
+        for own, best in zip(series, bests, strict=True)
+    ]
+
+
+def _cell(
+    last: float, best: tuple[int, float] | None, metric: Metric, last_lead: float | None, best_lead: float | None
+) -> Cell:
+    if best is None:
+        return Cell(number(last, metric), last_leads=last == last_lead)
+    step, value = best
+    return Cell(number(last, metric), f"{number(value, metric)} at step {step}", last == last_lead, value == best_lead)
 
 
 def _lead(values: list[float], metric: Metric) -> float | None:
