@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from skd_plugin.core.metrics import Metric
 from skd_plugin.report import tables
-from skd_plugin.report.metrics import FIRST, evaluated, metrics_of, shown_first, teacher_line
+from skd_plugin.report.curves import FIRST, evaluated, metrics_of, shown_first, teacher_line
 from skd_plugin.report.pieces import Piece
 from skd_plugin.report.run_record import RunRecord
 from skd_plugin.report.traces import PackedTraces, corrections
@@ -69,7 +69,7 @@ def _curve_data(runs: list[RunRecord], metrics: list[Metric]) -> dict[str, Any]:
     teachers = {teacher_line(metric.name) for metric in metrics}
     return {
         "first": shown_first(metrics),
-        "figures": [
+        "metrics": [
             {
                 "name": metric.name,
                 "title": metric.title,

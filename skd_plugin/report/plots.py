@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from skd_plugin.core.metrics import Metric
 from skd_plugin.errors import RecipeError
-from skd_plugin.report.metrics import SCORES, evaluated, metrics_of, teacher_line
+from skd_plugin.report.curves import SCORES, evaluated, metrics_of, teacher_line
 from skd_plugin.report.run_record import RunRecord
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from skd_plugin.core.gates import CONFIDENT, GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.metrics import Metric
-from skd_plugin.report.metrics import SCORES, last_part, metrics_of, teacher_line
+from skd_plugin.report.curves import SCORES, last_part, metrics_of, teacher_line
 from skd_plugin.report.run_record import RunRecord, Series
 from skd_plugin.words import duration
 

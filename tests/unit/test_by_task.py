@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from skd_plugin.host.by_task import grouped, rollout_by_task, scores, sources
-from skd_plugin.report.metrics import metrics_of
+from skd_plugin.report.curves import metrics_of
 from skd_plugin.report.run_record import read_runs
 from skd_plugin.tasks import TASKS
 from skd_plugin.tasks.label import Label

@@ -19,7 +19,7 @@ import pytest
 from skd_plugin.cli import main
 from skd_plugin.core.methods import METHODS
 from skd_plugin.report import tables
-from skd_plugin.report.metrics import metrics_of, shown_first
+from skd_plugin.report.curves import metrics_of, shown_first
 from skd_plugin.report.page import ASSETS
 from skd_plugin.report.pieces import Pieces, load_pieces
 from skd_plugin.report.run_record import read_runs
@@ -317,14 +317,14 @@ def test_only_so_many_traces_evenly_spread(tmp_path):
 
 
 def test_five_thousand_traces_stay_a_few_megabytes(tmp_path):
-    """Random figures, which pack worse than those of a run."""
+    """Random values, which pack worse than those of a run."""
     generator = np.random.default_rng(0)
 
     def record(index: int) -> dict:
         ids = generator.integers(0, len(WORDS), 64).tolist()
         logp = np.log(generator.dirichlet([0.3] * 6, 64)).clip(-60)
-        figures = dict(teacher_logp=logp[:, 0].tolist(), kl=(-logp[:, 1]).tolist(), student_logp=logp[:, 2].tolist())
-        return trace(ids, {5: THE}, teacher_topk_logp=logp[:, :3].tolist(), prompt=f"prompt {index}", **figures)
+        values = dict(teacher_logp=logp[:, 0].tolist(), kl=(-logp[:, 1]).tolist(), student_logp=logp[:, 2].tolist())
+        return trace(ids, {5: THE}, teacher_topk_logp=logp[:, :3].tolist(), prompt=f"prompt {index}", **values)
 
     (run,) = read_runs([write_run(tmp_path / "run", traces=[record(i) for i in range(500)])])
     assert 10 * len(pack_traces([run], [load_pieces(run)], 5000).blob()) < 10e6
@@ -457,7 +457,7 @@ def test_losses_of_different_kinds_are_not_ranked(tmp_path):
 def test_every_metric_can_be_chosen_and_known_ones_come_first(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "run"))
     curves = json.loads(page.data("curve-data"))
-    names = [figure["name"] for figure in curves["figures"]]
+    names = [metric["name"] for metric in curves["metrics"]]
     assert set(names) == {name for record in three_steps() for name in record} - {
         "step",
         "grad_norm",
@@ -466,7 +466,7 @@ def test_every_metric_can_be_chosen_and_known_ones_come_first(tmp_path):
     assert names[0] == "eval/sums/accuracy" and names[-1] == "my/own"
     first = ["eval/sums/accuracy", "skd/loss", "skd/accept_rate", "skd/kl", "skd/response_len", "skd/student_entropy"]
     assert curves["first"] == first
-    accuracy = curves["figures"][0]
+    accuracy = curves["metrics"][0]
     assert curves["runs"][0]["series"][accuracy["teacher"]] == [[0], [1.0]]
     assert curves["runs"][0]["series"]["skd/loss"] == [[1, 2, 3], [0.3, 0.15, 0.1]]
     assert curves["runs"][0]["seconds"] == [[0, 1, 2, 3], [0.0, 2.0, 4.0, 6.0]]

@@ -18,7 +18,7 @@
 
   const strokeOf = (run) => () => colour(`--run${run % 6}`);
   const faintOf = (run) => () => colour(`--run${run % 6}-faint`);
-  const format = (figure, value) => (value == null ? "-" : figure.percent ? percent(value) : number(value));
+  const format = (metric, value) => (value == null ? "-" : metric.percent ? percent(value) : number(value));
 
   // Exponential moving average that starts unbiased.
   function smoothed(values) {
@@ -39,18 +39,18 @@
   }
 
   // -> uPlot's series and their tables of x and y; `readout` names the series whose value stands below the chart.
-  function seriesOf(figure) {
+  function seriesOf(metric) {
     const series = [];
     const tables = [];
     data.runs.forEach((run, index) => {
-      const own = run.series[figure.name];
+      const own = run.series[metric.name];
       if (!own || state.hidden.has(index)) return;
       const places = placesOf(run, own[0]);
       const keep = own[1].map((_, i) => i).filter((i) => places[i] !== null);
       const x = keep.map((i) => places[i]);
       const y = keep.map((i) => own[1][i]);
-      const smooth = state.smoothing > 0 && !figure.points && y.length > 2;
-      const lone = figure.points || y.length === 1;
+      const smooth = state.smoothing > 0 && !metric.points && y.length > 2;
+      const lone = metric.points || y.length === 1;
       if (smooth) {
         series.push({ run: index, stroke: faintOf(index), width: 1, points: { show: false }, spanGaps: true });
         tables.push([x, y]);
@@ -69,27 +69,27 @@
     return { series, tables };
   }
 
-  function teachersOf(figure) {
+  function teachersOf(metric) {
     return data.runs.flatMap((run, index) => {
-      const own = figure.teacher && run.series[figure.teacher];
+      const own = metric.teacher && run.series[metric.teacher];
       return own && !state.hidden.has(index) ? [{ run: index, value: own[1].at(-1) }] : [];
     });
   }
 
-  function draw(figure) {
-    const { series, tables } = seriesOf(figure);
-    const teachers = teachersOf(figure);
+  function draw(metric) {
+    const { series, tables } = seriesOf(metric);
+    const teachers = teachersOf(metric);
     const readout = element("div", { className: "readout" });
     const body = element("div", {
       className: "plot",
       tabIndex: 0,
       role: "img",
-      "aria-label": `${figure.title}: ${ends(figure)}`,
+      "aria-label": `${metric.title}: ${ends(metric)}`,
     });
     const card = element(
       "figure",
       { className: "card chart" },
-      element("figcaption", {}, element("strong", {}, figure.title), " ", element("small", {}, figure.about)),
+      element("figcaption", {}, element("strong", {}, metric.title), " ", element("small", {}, metric.about)),
       body,
       readout,
     );
@@ -111,21 +111,21 @@
       padding: [8, 16, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "skd", scales: ["x", null] }, points: { size: 7 }, y: false },
-      scales: { x: { time: false, range: wholeRange }, y: { range: figure.zero ? fromZero : padded } },
+      scales: { x: { time: false, range: wholeRange }, y: { range: metric.zero ? fromZero : padded } },
       axes: [
         { ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? number(tick) : "")) },
-        { ...axis, size: figure.percent ? 62 : 58, values: (_, ticks) => ticks.map((tick) => tickOf(figure, tick)) },
+        { ...axis, size: metric.percent ? 62 : 58, values: (_, ticks) => ticks.map((tick) => tickOf(metric, tick)) },
       ],
       series: [{}, ...series],
-      hooks: { setCursor: [(plot) => read(plot, figure, readout, teachers)] },
+      hooks: { setCursor: [(plot) => read(plot, metric, readout, teachers)] },
     };
     const plot = new uPlot(options, joined, body);
     body.addEventListener("keydown", (event) => step(event, plot));
-    read(plot, figure, readout, teachers);
-    live.set(figure.name, { plot, card, body });
+    read(plot, metric, readout, teachers);
+    live.set(metric.name, { plot, card, body });
   }
 
-  const tickOf = (figure, tick) => (figure.percent ? `${Number((100 * tick).toPrecision(6))} %` : number(tick));
+  const tickOf = (metric, tick) => (metric.percent ? `${Number((100 * tick).toPrecision(6))} %` : number(tick));
   const wholeRange = (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]);
   const fromZero = (_, low, high) => [0, Math.max(high * 1.05, 1e-6)];
   const padded = (_, low, high) => {
@@ -133,18 +133,18 @@
     return [low - margin < 0 && low >= 0 ? 0 : low - margin, high + margin];
   };
 
-  function ends(figure) {
+  function ends(metric) {
     return data.runs
-      .filter((run) => run.series[figure.name])
+      .filter((run) => run.series[metric.name])
       .map((run) => {
-        const values = run.series[figure.name][1];
-        return `${run.name} from ${format(figure, values[0])} to ${format(figure, values.at(-1))}`;
+        const values = run.series[metric.name][1];
+        return `${run.name} from ${format(metric, values[0])} to ${format(metric, values.at(-1))}`;
       })
       .join("; ");
   }
 
   // The values at the cursor, or the last ones, below the chart.
-  function read(plot, figure, readout, teachers) {
+  function read(plot, metric, readout, teachers) {
     const { idx } = plot.cursor;
     const parts = [];
     plot.series.forEach((series, i) => {
@@ -153,11 +153,11 @@
       let at = idx ?? values.length - 1;
       while (at > 0 && values[at] == null) at--;
       const swatch = element("span", { className: `swatch run${series.run % 6}` });
-      parts.push(element("span", {}, swatch, format(figure, values[at])));
+      parts.push(element("span", {}, swatch, format(metric, values[at])));
     });
-    const distinct = [...new Set(teachers.map(({ value }) => format(figure, value)))];
+    const distinct = [...new Set(teachers.map(({ value }) => format(metric, value)))];
     if (distinct.length) parts.push(element("span", { className: "quiet" }, `teacher ${distinct.join(", ")} (dotted)`));
-    const place = idx == null ? (state.smoothing && !figure.points ? "last, smoothed" : "last") : state.axis === "step" ? `step ${number(plot.data[0][idx])}` : `${number(plot.data[0][idx])} s`;
+    const place = idx == null ? (state.smoothing && !metric.points ? "last, smoothed" : "last") : state.axis === "step" ? `step ${number(plot.data[0][idx])}` : `${number(plot.data[0][idx])} s`;
     readout.replaceChildren(element("span", { className: "quiet" }, place), ...parts);
   }
 
@@ -174,7 +174,7 @@
     live.forEach(({ plot }) => plot.destroy());
     live.clear();
     byId("charts").replaceChildren();
-    data.figures.filter((figure) => state.shown.has(figure.name)).forEach(draw);
+    data.metrics.filter((metric) => state.shown.has(metric.name)).forEach(draw);
     fit();
   }
 
@@ -196,10 +196,10 @@
     button.addEventListener("click", () => toggle(state.hidden, index, button, () => !state.hidden.has(index)));
     byId("run-legend").append(button);
   });
-  data.figures.forEach((figure) => {
-    const on = () => state.shown.has(figure.name);
-    const button = element("button", { type: "button", title: figure.name, "aria-pressed": String(on()) }, figure.title);
-    button.addEventListener("click", () => toggle(state.shown, figure.name, button, on));
+  data.metrics.forEach((metric) => {
+    const on = () => state.shown.has(metric.name);
+    const button = element("button", { type: "button", title: metric.name, "aria-pressed": String(on()) }, metric.title);
+    button.addEventListener("click", () => toggle(state.shown, metric.name, button, on));
     byId("chooser").append(button);
   });
   byId("smoothing").addEventListener("input", (event) => {

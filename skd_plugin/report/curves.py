@@ -1,4 +1,4 @@
-"""Which metrics runs have, in which order a page shows them, and which of them first."""
+"""Which metrics runs have curves of, in which order a page shows them, and which of them first."""
 
 from __future__ import annotations
 
