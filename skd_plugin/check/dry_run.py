@@ -23,7 +23,7 @@ from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.prepare.load_run import load_run
 from skd_plugin.run.supervisor import supervise
-from skd_plugin.run_folder import RunFolder
+from skd_plugin.run_folder import Record, RunFolder
 from skd_plugin.words import duration
 
 MEMORY_POLL_S = 1.0
@@ -96,7 +96,7 @@ def report(folder: RunFolder, status: int, peak: dict[int, int]) -> list[Finding
     return findings
 
 
-def _step(step: dict[str, Any], log: str) -> Finding:
+def _step(step: Record, log: str) -> Finding:
     loss, undrafted = step["skd/loss"], step.get("skd/undrafted_frac") or 0.0
     if loss is None or not math.isfinite(loss):
         return Finding("dry run", f"one step ran, but its loss is {loss}", "failed", log)
@@ -111,7 +111,7 @@ def _step(step: dict[str, Any], log: str) -> Finding:
     return Finding("dry run", found)
 
 
-def _times(step: dict[str, Any]) -> str:
+def _times(step: Record) -> str:
     parts = [
         f"{name} {duration(seconds) if seconds >= 60 else f'{seconds:.1f}s'}"
         for name in ("rollout", "train", "sync")

@@ -79,7 +79,8 @@ def fits_twice(config: Any, skd: SKDConfig, options: HostOptions, device: int | 
 
 
 def _utilization(skd: SKDConfig, options: HostOptions) -> float:
-    return skd.vllm.get("gpu_memory_utilization", options["vllm.gpu_memory_utilization"])
+    name = "gpu_memory_utilization"
+    return skd.vllm[name] if name in skd.vllm else options[f"vllm.{name}"]
 
 
 def check_memory(

@@ -60,7 +60,7 @@ class PromptError(Exception):
 
 
 def read_prompts(run: Run, options: HostOptions, tokenizer: Any) -> list[str]:
-    """Every prompt of the run, as the host makes them.
+    """Every prompt of the run, as OpenRLHF makes them.
 
     Raises:
         PromptError: the dataset does not load, or its rows do not make prompts.

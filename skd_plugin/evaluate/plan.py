@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
 def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[HeldOut, ...]:
     tokenizer = models.tokenizer_of(teacher or student.model, student.model)
     options = dict(models.options)
+    rows: Sequence[Mapping[str, Any]]
     if models.skd.all_tasks:
         options |= {"data.input_key": "input", "data.label_key": "label"}
         rows = held_out(models.skd, tokenizer, models.given_limit)
