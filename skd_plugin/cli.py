@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from skd_plugin.errors import RecipeError, unknown_key
 
@@ -18,10 +21,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     try:
-        return commands[argv[0]](argv[1:])
+        with _renamed_options_in_one_line():
+            return commands[argv[0]](argv[1:])
     except RecipeError as error:
         print(f"skd {argv[0]}: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _renamed_options_in_one_line() -> Iterator[None]:
+    """Other warnings are shown as ever."""
+    from skd_plugin.config.recipe import RenamedOption
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", RenamedOption)
+        as_ever = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **others: Any) -> None:
+            if issubclass(category, RenamedOption):
+                print(f"notice: {message}", file=sys.stderr)
+            else:
+                as_ever(message, category, *where, **others)
+
+        warnings.showwarning = show
+        yield
 
 
 USAGE = """\
@@ -177,6 +200,7 @@ def _is_override(item: str) -> bool:
 def _flag_parser() -> argparse.ArgumentParser:
     """OpenRLHF's own parser and our --skd.* flags; only what is given on the command line comes out of it."""
     from skd_plugin.config.host_options import host_parser
+    from skd_plugin.config.recipe import RENAMED
     from skd_plugin.config.schema import field_docs
 
     parser = host_parser()
@@ -192,6 +216,8 @@ def _flag_parser() -> argparse.ArgumentParser:
         group.add_argument(
             f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=(text + shown).replace("%", "%%")
         )
+    for old in RENAMED:
+        group.add_argument(f"--{old}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

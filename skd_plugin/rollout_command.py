@@ -43,7 +43,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             models.student,
             skd.rollout.draft_len,
             max_len,
-            skd.loss.top_k,
+            skd.loss.teacher_top_k,
             skd.loss.temperature,
             **skd.vllm,
         )

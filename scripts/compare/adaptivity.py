@@ -54,7 +54,7 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
             student,
             skd.rollout.draft_len,
             config.host["data.max_len"],
-            skd.loss.top_k,
+            skd.loss.teacher_top_k,
             **skd.vllm,
         )
     )

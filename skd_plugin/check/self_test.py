@@ -45,7 +45,7 @@ def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: lis
         draft_len=skd.rollout.draft_len,
         max_len=options["data.max_len"],
         max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
-        num_teacher_entries=skd.loss.top_k,
+        num_teacher_entries=skd.loss.teacher_top_k,
         vllm_options={**recipe_arguments(options, cpu=cpu), **skd.vllm},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,47 @@ from skd_plugin.errors import RecipeError, unknown_key
 
 SECTIONS = ("openrlhf", "skd")
 
+# Options that had another name -> their name, in the same section. The old one still works, and says so.
+RENAMED = {"skd.loss.top_k": "skd.loss.teacher_top_k"}
+
+
+class RenamedOption(FutureWarning):
+    """An option is given by its old name. The command line shows it as one line."""
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The recipe with its bases merged in (the file wins over its base) and `key=value` overrides applied.
 
     `base` is relative to the file that names it, and so is any string value that begins with "./" or "../".
 
+    Warns:
+        RenamedOption: an option has its old name.
+
     Raises:
-        RecipeError: missing file, bad YAML, unknown section, a base that names itself, an override without "=".
+        RecipeError: missing file, bad YAML, unknown section, a base that names itself, an override without "=", an
+            option by both of its names in one place.
     """
     return override(_load_with_bases(Path(path), seen=()), overrides, path)
 
 
 def override(recipe: dict[str, Any], overrides: Iterable[str], path: str | Path) -> dict[str, Any]:
     """`recipe`, which was read at `path`, with `key=value` overrides written into it."""
+    names: dict[str, str] = {}  # of an option -> the one by which it was given
     for given in overrides:
-        key, separator, value = given.partition("=")
+        name, separator, value = given.partition("=")
         if not separator:
             raise RecipeError(f"'{given}' is no override; write key=value, e.g. skd.rollout.top_k=10")
+        key = RENAMED.get(name, name)
+        if names.setdefault(key, name) != name:
+            raise RecipeError(_both_names(next(old for old, new in RENAMED.items() if new == key), key))
+        if key != name:
+            _tell(name)
         try:
             set_dotted(recipe, key, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise RecipeError(f"'{given}': the value is not valid YAML") from error
+        for old in use_new_names(recipe):  # in a whole section, such as skd.loss={top_k: 8}
+            _tell(old)
     unknown = [name for name in recipe if name not in SECTIONS]
     if unknown:
         raise RecipeError(f"{path}: {unknown_key(unknown[0], SECTIONS)}")
@@ -50,6 +70,36 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"'{key}': '{parent}' is a value, not a section")
     tree[last] = value
+
+
+def use_new_names(tree: dict[str, Any]) -> list[str]:
+    """Gives the options of a recipe their present names, in place. Returns the old names that were there.
+
+    Raises:
+        RecipeError: an option is there by both of its names.
+    """
+    found = []
+    for old, new in RENAMED.items():
+        *parents, last = old.split(".")
+        section: Any = tree
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section:
+            present = new.rpartition(".")[2]
+            if present in section:
+                raise RecipeError(_both_names(old, new))
+            section[present] = section.pop(last)
+            found.append(old)
+    return found
+
+
+def _both_names(old: str, new: str) -> str:
+    return f"{old} is the old name of {new}, and both are given; leave {old} out"
+
+
+def _tell(old: str) -> None:
+    # Of this very line, so that Python shows it once, wherever the old name was read.
+    warnings.warn(f"{old} is now called {RENAMED[old]}; the old name still works", RenamedOption, stacklevel=1)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,6 +123,11 @@ def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
+    try:
+        for old in use_new_names(content):
+            _tell(old)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
     content = _resolve_paths(content, path.parent)
     base = content.pop("base", None)
     if base is not None and not isinstance(base, str):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from skd_plugin.config.host_options import HostOptions, host_arguments, host_parser
-from skd_plugin.config.recipe import flatten
+from skd_plugin.config.recipe import flatten, use_new_names
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.run_folder import RunFolder
 
@@ -52,4 +52,5 @@ class Run:
     def load(cls, folder: RunFolder) -> Run:
         """Without the prompts."""
         content = folder.read_config()
+        use_new_names(content)  # of a run before an option was renamed
         return cls(SKDConfig(**content["skd"]), content["openrlhf"], content["cpu"])

@@ -197,7 +197,7 @@ class LossConfig(Section):
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="tau of both models in a divergence; cross_entropy has none"
     )
-    top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
+    teacher_top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
     vocabulary: Literal["top_k", "full"] = Field(
         "top_k", description="full: the divergence of all tokens, from the teacher's hidden states and output head"
     )

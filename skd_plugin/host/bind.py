@@ -66,7 +66,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
     spec = EngineSpec(
         teacher=run.skd.teacher.model_name_or_path,
         draft_len=run.skd.rollout.draft_len,
-        num_teacher_entries=run.skd.loss.top_k,
+        num_teacher_entries=run.skd.loss.teacher_top_k,
         loss_temperature=run.skd.loss.temperature,
         teacher_hidden=run.skd.loss.vocabulary == "full",
         rule=SamplingRule.of(run.skd.rollout),

@@ -84,7 +84,7 @@ class Models:
             teacher,
             student,
             top_k=int(max([*extremes(self.skd.rollout.top_k), *(task.top_k or 1 for task in self.skd.all_tasks)])),
-            loss_top_k=self.skd.loss.top_k,
+            teacher_top_k=self.skd.loss.teacher_top_k,
             max_len=self.max_len,
             draft_len=self.skd.rollout.draft_len,
         )

@@ -9,7 +9,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.models import load_model_config, load_tokenizer, output_head_names
 
 
-def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_len: int, draft_len: int) -> Any:
+def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, max_len: int, draft_len: int) -> Any:
     """Returns the student's tokenizer.
 
     Raises:
@@ -27,7 +27,7 @@ def check_pair(teacher: str, student: str, *, top_k: int, loss_top_k: int, max_l
             f"the tokenizer has the token id {last}, but the {smaller} has {vocab_size} output rows only; its "
             "embedding was not made for this tokenizer"
         )
-    for key, value in (("skd.rollout.top_k", top_k), ("skd.loss.top_k", loss_top_k)):
+    for key, value in (("skd.rollout.top_k", top_k), ("skd.loss.teacher_top_k", teacher_top_k)):
         if value > vocab_size:
             raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
     for role, config in configs.items():

@@ -603,7 +603,7 @@ def own_recipe(tmp_path, tiny_pair):
         ours = {
             "teacher": {"model_name_or_path": str(tiny_pair / "teacher")},
             "rollout": {"max_new_tokens": 16, "top_k": 4},
-            "loss": {"top_k": 8},
+            "loss": {"teacher_top_k": 8},
         }
         (tmp_path / "own.yaml").write_text(json.dumps({"openrlhf": host, "skd": ours}))
         return tmp_path / "own.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,21 @@ def test_wrong_command_line_is_one_line_and_status_2(
     assert printed.out == "" and message in printed.err
     assert printed.err.startswith(f"skd {argv[0]}: ") and printed.err.count("\n") == 1, printed.err
     assert not os.listdir(tmp_path), "a refused recipe leaves nothing behind"
+
+
+@pytest.mark.parametrize("given", [["skd.loss.top_k=8"], ["--skd.loss.top_k", "8"]])
+@pytest.mark.parametrize("command", ["train", "rollout", "check", "eval"])
+def test_an_old_name_is_one_line_of_every_command(command: str, given: list[str], monkeypatch, capsys) -> None:
+    """Told once, however often a command reads the recipe; other warnings are shown as ever."""
+
+    def read_twice(argv: list[str]) -> int:
+        recipe, overrides = cli._recipe_and_overrides(argv)
+        assert [load_recipe(recipe, overrides)["skd"]["loss"]["teacher_top_k"] for _ in range(2)] == [8, 8]
+        warnings.warn("another", FutureWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, f"_{command}", read_twice)
+    with pytest.warns(FutureWarning, match="another"):
+        assert cli.main([command, str(QUICKSTART), *given]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["notice: skd.loss.top_k is now called skd.loss.teacher_top_k; the old name still works"]

@@ -10,7 +10,7 @@ import torch
 
 from skd_plugin.config import host_rules, versions
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_defaults, host_parser
-from skd_plugin.config.recipe import load_recipe
+from skd_plugin.config.recipe import RenamedOption, load_recipe
 from skd_plugin.config.run import Run
 from skd_plugin.config.schema import (
     parse_skd,
@@ -212,3 +212,14 @@ def test_every_recipe_resolves_against_the_installed_host(recipe: Path) -> None:
 def test_every_recipe_of_the_quickstarts_student_is_complete(recipe: Path, tmp_path: Path) -> None:
     run = load_run(recipe, [f"skd.run_dir={tmp_path}", "skd.task.train_prompts=64", "skd.task.eval_prompts=2"])
     assert run.cpu and len(run.data["train"]) == 64
+
+
+def test_run_from_before_an_option_was_renamed_is_the_same_run(quickstart, recwarn: pytest.WarningsRecorder) -> None:
+    """So an unfinished one goes on; nobody is told, because nobody wrote its config.yaml by hand."""
+    run = quickstart("skd.loss.teacher_top_k=8")
+    run.save()
+    text = run.folder.config.read_text()
+    assert text.count("teacher_top_k: 8") == 1
+    run.folder.config.write_text(text.replace("teacher_top_k: 8", "top_k: 8"))
+    assert Run.load(run.folder) == run
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, RenamedOption)]

@@ -31,7 +31,7 @@ def pair(tmp_path: Path):
     return make
 
 
-SIZES = dict(top_k=3, loss_top_k=8, max_len=176, draft_len=2)
+SIZES = dict(top_k=3, teacher_top_k=8, max_len=176, draft_len=2)
 
 
 def test_fitting_pair_gives_the_students_tokenizer(pair) -> None:
@@ -86,7 +86,7 @@ def test_padding_rows_may_differ(pair, role: str) -> None:
     """The tokenizers agree, so what one model has more is padding; K is limited by what both have."""
     rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
     folders = pair(**{role: {"vocab_size": rows + 64}})
-    check_pair(**folders, **SIZES | {"top_k": rows, "loss_top_k": rows})
+    check_pair(**folders, **SIZES | {"top_k": rows, "teacher_top_k": rows})
     with pytest.raises(RecipeError, match=f"top_k is {rows + 1}, but the vocabulary has {rows} tokens"):
         check_pair(**folders, **SIZES | {"top_k": rows + 1})
     assert common_vocab_size(**folders) == rows
@@ -97,15 +97,15 @@ def test_a_token_without_an_output_row(pair, role: str) -> None:
     with pytest.raises(
         RecipeError, match=f"the tokenizer has the token id .*, but the {role} has 100 output rows only"
     ):
-        check_pair(**pair(**{role: {"vocab_size": 100}}), **SIZES | {"top_k": 1, "loss_top_k": 1})
+        check_pair(**pair(**{role: {"vocab_size": 100}}), **SIZES | {"top_k": 1, "teacher_top_k": 1})
 
 
-@pytest.mark.parametrize("key", ["top_k", "loss_top_k"])
+@pytest.mark.parametrize("key", ["top_k", "teacher_top_k"])
 def test_k_beyond_the_vocabulary(pair, key: str) -> None:
     rows = json.loads((PAIR / "teacher" / "config.json").read_text())["vocab_size"]
     folders = pair()
     check_pair(**folders, **SIZES | {key: rows})
-    option = {"top_k": r"skd\.rollout\.top_k", "loss_top_k": r"skd\.loss\.top_k"}[key]
+    option = {"top_k": r"skd\.rollout\.top_k", "teacher_top_k": r"skd\.loss\.teacher_top_k"}[key]
     with pytest.raises(RecipeError, match=f"{option} is {rows + 1}, but the vocabulary has {rows} tokens"):
         check_pair(**folders, **SIZES | {key: rows + 1})
 

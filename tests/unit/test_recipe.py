@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.config.recipe import flatten, load_recipe, set_dotted
+from skd_plugin.config.recipe import RENAMED, RenamedOption, flatten, load_recipe, set_dotted
+from skd_plugin.config.schema import field_docs
 from skd_plugin.errors import RecipeError
 
 
@@ -74,3 +75,57 @@ def test_flatten_is_the_inverse_of_set_dotted() -> None:
     for key, value in flat.items():
         set_dotted(tree, key, value)
     assert flatten(tree) == flat
+
+
+# --- options that were renamed ---
+
+OLD_NAME = r"^skd\.loss\.top_k is now called skd\.loss\.teacher_top_k; the old name still works$"
+
+
+def test_new_names_are_options_and_old_ones_are_not() -> None:
+    assert set(RENAMED.values()) <= set(field_docs()) and not set(RENAMED) & set(field_docs())
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "value"),
+    [
+        ("skd: {loss: {top_k: 8}}", [], 8),
+        ("base: base.yaml\nskd: {loss: {top_k: 8}}", [], 8),
+        ("base: base.yaml", ["skd.loss.top_k=8"], 8),
+        ("base: base.yaml", ["skd.loss={kind: jsd, top_k: 8}"], 8),
+        ("base: old.yaml\nskd: {loss: {teacher_top_k: 8}}", [], 8),
+        ("base: old.yaml", ["skd.loss.teacher_top_k=8"], 8),
+    ],
+)
+def test_an_old_name_still_works_and_is_told_once(write, text: str, overrides: list[str], value: int) -> None:
+    """The file wins over its base and the command line over both, whichever name they use."""
+    write("base.yaml", "skd: {loss: {teacher_top_k: 4}}")
+    write("old.yaml", "skd: {loss: {top_k: 4}}")
+    with pytest.warns(RenamedOption, match=OLD_NAME) as told:
+        loss = load_recipe(write("own.yaml", text), overrides)["skd"]["loss"]
+    assert loss["teacher_top_k"] == value and "top_k" not in loss
+    assert len(told) == 1
+
+
+def test_a_new_name_tells_nothing(write, recwarn: pytest.WarningsRecorder) -> None:
+    recipe = write("own.yaml", "skd: {loss: {teacher_top_k: 8}, rollout: {top_k: 3}}")
+    load_recipe(recipe, ["skd.rollout.top_k=4"])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("skd: {loss: {top_k: 8, teacher_top_k: 9}}", []),
+        ("", ["skd.loss.top_k=8", "skd.loss.teacher_top_k=9"]),
+        ("", ["skd.loss.teacher_top_k=9", "skd.loss.top_k=8"]),
+        ("", ["skd.loss={top_k: 8, teacher_top_k: 9}"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::skd_plugin.config.recipe.RenamedOption")
+def test_both_names_are_one_too_many(write, text: str, overrides: list[str]) -> None:
+    message = (
+        r"skd\.loss\.top_k is the old name of skd\.loss\.teacher_top_k, and both are given; leave skd\.loss\.top_k"
+    )
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write("own.yaml", text), overrides)

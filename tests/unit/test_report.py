@@ -426,7 +426,9 @@ def test_secret_names(name):
     assert tables.SECRET.search(name)
 
 
-@pytest.mark.parametrize("name", ["openrlhf.data.input_key", "openrlhf.ckpt.best_metric_key", "skd.loss.top_k"])
+@pytest.mark.parametrize(
+    "name", ["openrlhf.data.input_key", "openrlhf.ckpt.best_metric_key", "skd.loss.teacher_top_k"]
+)
 def test_names_that_are_no_secrets(name):
     assert not tables.SECRET.search(name)
 
