@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from skd_plugin.check.dry_run import run_dry
+from skd_plugin.check.engine_parts import asked_for
 from skd_plugin.check.environment import check_device, check_versions, device_memory
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_budget import check_memory, fits_twice
 from skd_plugin.check.model_pair import Model, check_models, load_pair
-from skd_plugin.check.sampler import asked_for, check_rule
+from skd_plugin.check.rollout_words import check_rule
 from skd_plugin.check.self_test import NUM_PROMPTS, make_trial, run_self_test
 from skd_plugin.check.steps import check_steps
 from skd_plugin.check.subject import PromptError, Subject, read_prompts, read_subject

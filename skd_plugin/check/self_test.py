@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from skd_plugin.check.engine_parts import check_parts
 from skd_plugin.check.findings import Finding
-from skd_plugin.check.sampler import check_parts
 from skd_plugin.check.self_test_process import Measured, Trial
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.offline import recipe_arguments

@@ -18,7 +18,8 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
 from skd_plugin import cli
-from skd_plugin.check import dry_run, environment, sampler
+from skd_plugin.check import dry_run, environment
+from skd_plugin.check.engine_parts import check_parts
 from skd_plugin.check.findings import Finding, exit_status, findings_table, verdict
 from skd_plugin.check.model_pair import (
     check_end_tokens,
@@ -29,6 +30,7 @@ from skd_plugin.check.model_pair import (
     load_model,
     load_pair,
 )
+from skd_plugin.check.rollout_words import check_rule
 from skd_plugin.check.self_test import judge
 from skd_plugin.check.self_test_process import Measured, measure
 from skd_plugin.check.subject import read_subject
@@ -276,11 +278,11 @@ def test_padding_matters_only_outside_the_vocabulary(pair):
     assert check_padding(student).level == "ok"
 
 
-# --- the sampler ---
+# --- how responses are sampled, and by which parts ---
 
 
 def rule(**rollout) -> str:
-    return sampler.check_rule(SKDConfig(teacher={"model_name_or_path": "t"}, rollout=rollout)).found
+    return check_rule(SKDConfig(teacher={"model_name_or_path": "t"}, rollout=rollout)).found
 
 
 def test_sampling_in_words():
@@ -302,8 +304,8 @@ def test_sampling_in_words():
 
 def test_parts_that_are_not_ours():
     parts = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "draft_len": 5, "scheduler": "SKDScheduler"}
-    assert sampler.check_parts(parts).level == "ok"
-    found = sampler.check_parts(parts | {"sampler": "RejectionSampler"})
+    assert check_parts(parts).level == "ok"
+    found = check_parts(parts | {"sampler": "RejectionSampler"})
     assert found.level == "failed" and "RejectionSampler" in found.found
 
 
@@ -320,7 +322,7 @@ def test_every_method_and_gate_has_its_words(method, gate):
         top_k=7,
         reference_compat=known.released and METHODS[method].has_gate,
     )
-    words = sampler.check_rule(SKDConfig(teacher={"model_name_or_path": "t"}, rollout=rollout)).found
+    words = check_rule(SKDConfig(teacher={"model_name_or_path": "t"}, rollout=rollout)).found
     assert "{" not in words
     assert (known.words.format(top_k=7, threshold=0.125) in words) == METHODS[method].has_gate
 
