@@ -84,7 +84,7 @@ def make_inputs(options: argparse.Namespace, dtype: torch.dtype) -> Inputs:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Of one implementation, in this process."""
+    """Time and memory of one implementation, in this process."""
     torch.set_num_threads(options.threads)
     inputs = make_inputs(options, getattr(torch, options.dtypes[0]))
     run = implementations(options.chunk)[options.run]

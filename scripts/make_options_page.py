@@ -21,7 +21,7 @@ HEAD = """\
 Every option of the `skd:` section of a recipe. This page is made from `skd_plugin/config/schema.py` by
 `python scripts/make_options_page.py`; do not edit it by hand.
 
-Give an option in a recipe (nested, `skd: {rollout: {top_k: 10}}`), as `skd.rollout.top_k=10` behind the recipe on the
+Give an option in a recipe (nested, `skd: {rollout: {top_k: 10}}`), as `skd.rollout.top_k=10` after the recipe on the
 command line, or as the flag `--skd.rollout.top_k 10`. An option that would do nothing is refused. OpenRLHF's own
 options are the section `openrlhf:`; `skd train --help` lists both, and
 [host_rules.py](../skd_plugin/config/host_rules.py) holds what a distillation run sets or refuses among them.
@@ -71,7 +71,7 @@ def _row(name: str, default: Any) -> str:
 
 
 def _field(name: str) -> FieldInfo:
-    """Of a dotted option; a section may be optional (`skd.task`)."""
+    """The field of a dotted option; a section may be optional (`skd.task`)."""
     section: type[BaseModel] = SKDConfig
     *parents, last = name.split(".")[1:]
     for parent in parents:

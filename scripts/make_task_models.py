@@ -130,7 +130,7 @@ def backward(model: LlamaForCausalLM, parts: Sequence[dict[str, torch.Tensor]]) 
 def measure(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: GeneratedTask, count: int = 200
 ) -> dict[str, float]:
-    """Figures of greedy responses to held-out prompts, the task's own score first."""
+    """Metrics of greedy responses to held-out prompts, the task's own score first."""
     examples = task.examples("test", count)
     inputs = tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True, padding_side="left")
     inputs.pop("token_type_ids", None)
@@ -144,8 +144,8 @@ def measure(
 
 def report(name: str, step: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tasks: Sequence) -> None:
     for task in tasks:
-        figures = ", ".join(f"{key} {value:.3f}" for key, value in measure(model, tokenizer, task).items())
-        print(f"{name} {step} {task.name}: {figures}", flush=True)
+        metrics = ", ".join(f"{key} {value:.3f}" for key, value in measure(model, tokenizer, task).items())
+        print(f"{name} {step} {task.name}: {metrics}", flush=True)
 
 
 def keep(path: Path, step: int, model: Any, optimizer: Any, schedule: Any, rng: random.Random) -> None:
@@ -162,7 +162,7 @@ def go_on(path: Path, model: Any, optimizer: Any, schedule: Any, rng: random.Ran
     for part, value in zip(PARTS, (model, optimizer, schedule), strict=True):
         value.load_state_dict(states[part])
     rng.setstate(states["rng"])
-    print(f"going on behind step {states['step']} of {path}", flush=True)
+    print(f"going on after step {states['step']} of {path}", flush=True)
     return states["step"]
 
 

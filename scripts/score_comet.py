@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 MODEL = "Unbabel/wmt22-comet-da"  # the paper's
-BEFORE, BEHIND = "This is the Assamese sentence: ", " Here is the English translation:"
+BEFORE, AFTER = "This is the Assamese sentence: ", " Here is the English translation:"
 
 
 def triples(test: Path, traces: Path) -> list[dict[str, str]]:
@@ -33,7 +33,7 @@ def triples(test: Path, traces: Path) -> list[dict[str, str]]:
         row = next((row for row in rows if row["input"] in trace["prompt"]), None)  # a chat template may be around it
         if row is None:
             raise SystemExit(f"{traces}: no prompt of {test} is in {trace['prompt'][:80]!r}")
-        source = row["input"].partition(BEFORE)[2].partition(BEHIND)[0]
+        source = row["input"].partition(BEFORE)[2].partition(AFTER)[0]
         found.append({"src": source, "mt": trace["response"].strip(), "ref": json.loads(row["label"])["answer"]})
     return found
 

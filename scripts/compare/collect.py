@@ -1,4 +1,4 @@
-"""Figures of finished runs, a row a run."""
+"""What finished runs measured, a row a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("task", "start", "method")  # columns of a table that hold no numbers
 
 
 def runs_table(plan: Plan, folder: Path) -> list[Row]:
-    """Of the runs that have come to their end."""
+    """Rows of the runs that have come to their end."""
     folders = ((run, RunFolder(folder / run.name)) for run in plan.runs())
     return [row_of(run, plan, its) for run, its in folders if its.model.is_dir()]
 

@@ -55,7 +55,7 @@ def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
 
 @dataclass
 class Going:
-    """`skd train` in a fork of this process, which has its imports behind it."""
+    """`skd train` in a fork of this process, which has done its imports."""
 
     run: Run
     cores: set[int]
