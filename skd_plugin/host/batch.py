@@ -30,6 +30,11 @@ def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:
     return Trace.join([trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)])
 
 
+def trace_of(experience: Any) -> Trace:
+    """The record of an experience of one response."""
+    return experience.info[TRACE_KEY][0]
+
+
 def per_token(experience: Any, value_of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
     """Values of an experience's response tokens as one of OpenRLHF's tensors [B, T - 1]; 0 elsewhere."""
     layout = ResponseLayout.of(experience.action_mask)

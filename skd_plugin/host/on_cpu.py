@@ -49,11 +49,14 @@ def _stub_flash_attention() -> None:
 
 
 def adapt_trainer() -> None:
-    """In the process of a DeepSpeed actor: the replay buffer's device, the weight-sync group, the parameter dtype."""
+    """In the process of a DeepSpeed actor: the replay buffer's device, the weight-sync group, the parameter dtype, the
+    optimizer.
+    """
     if torch.cuda.is_available():
         return
     import openrlhf.trainer.ppo_utils.replay_buffer as replay_buffer
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
+    import openrlhf.utils.deepspeed.deepspeed as host_strategy
     import openrlhf.utils.utils as host_utils
 
     from skd_plugin.engine.gloo import gloo_process_group
@@ -62,6 +65,7 @@ def adapt_trainer() -> None:
     rebind(host_utils, "convert_to_torch_dtype", lambda name: torch.float32)
     adapt_weight_sync()
     rebind(ppo_actor, "stateless_init_process_group", gloo_process_group)
+    rebind(host_strategy, "get_train_ds_config", _with_torch_adam)
 
 
 def adapt_weight_sync() -> None:
@@ -73,6 +77,18 @@ def adapt_weight_sync() -> None:
     from skd_plugin.engine.gloo import gloo_process_group
 
     rebind(distributed_util, "stateless_init_process_group", gloo_process_group)
+
+
+def _with_torch_adam(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration with torch's fused AdamW: DeepSpeed's own is built at its first use, which takes a
+    compiler and a minute and a half, and waits for ever on the lock of a build that was killed.
+    """
+    from openrlhf.utils.deepspeed.deepspeed_utils import get_train_ds_config
+
+    config = get_train_ds_config(*args, **kwargs)
+    if config.get("optimizer", {}).get("type") == "AdamW":
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    return config
 
 
 class _TorchOnCpu:

@@ -1,4 +1,4 @@
-"""From rollouts to training batches: the host's sample generator and experience maker, with the traces kept."""
+"""From rollouts to training batches: OpenRLHF's sample generator and experience maker, with the traces kept."""
 
 from __future__ import annotations
 
@@ -12,27 +12,36 @@ from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.batch import TRACE_KEY, per_token
 
 
 class SKDSamplesGenerator(SamplesGenerator):
     """Tells the engines by which rule to sample, and keeps each response's trace in `Experience.info`.
 
-    A field of a subclass would be dropped when the host splits and joins batches; a per-sample list in `info` is not.
+    A field of a subclass would be dropped when OpenRLHF splits and joins batches; a per-sample list in `info` is not.
     """
 
-    def __init__(self, *args: Any, rule: SamplingRule, seed: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, plan: RulePlan, seed: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rule = rule
+        self.plan = plan
         self.seed = seed
         self.step = 0  # of training; mixed into the random streams, so that a prompt met again is answered anew
+
+    @property
+    def rule(self) -> SamplingRule:
+        """How the responses of the present training step are sampled."""
+        return self.plan.at(self.step)
+
+    def text(self, trace: Trace) -> str:
+        """A response without special tokens."""
+        return self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True)
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         self._sample_by(self.rule, derive_seed(self.seed, self.step))
         samples, *others, exhausted = super().generate_samples(**generate_kwargs)
         if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
-            # The end of the dataset does not fill a batch. The host would fail where it has fewer samples than actors,
+            # The end of the dataset does not fill a batch. OpenRLHF would fail where it has fewer samples than actors,
             # or stop in the middle of DeepSpeed's accumulation.
             samples = []
         return samples, *others, exhausted
@@ -41,7 +50,7 @@ class SKDSamplesGenerator(SamplesGenerator):
     def generate_eval_samples(self, *, rule: SamplingRule, **generate_kwargs: Any) -> list[Experience]:
         """Responses to all held-out prompts, in the order in which they were finished.
 
-        All at once: the host would wait for each rollout batch of them to end before it sends the next.
+        All at once: OpenRLHF would wait for each rollout batch of them to end before it sends the next.
         """
         self._sample_by(rule, derive_seed(self.seed, -1))
         samples, _, _ = self._generate_vllm(
@@ -61,7 +70,7 @@ class SKDSamplesGenerator(SamplesGenerator):
         return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
 
     def _check_length(self, prompt: str, max_len: int, room: int) -> None:
-        """Raises ValueError for a prompt that the host's executors would cut at its start."""
+        """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start."""
         length = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
         if not 2 <= length <= max_len - room:
             raise ValueError(
@@ -71,7 +80,7 @@ class SKDSamplesGenerator(SamplesGenerator):
             )
 
     def _process_response_into_experience(self, response: dict[str, Any], **generate_kwargs: Any) -> Experience:
-        """The host's experience, with the trace, and with the log-probability of each token under the law it was drawn
+        """OpenRLHF's experience, with the trace, and with the log-probability of each token under the law it was drawn
         from: the student's, or the teacher's for a token of the teacher.
         """
         trace = response[TRACE_KEY]
@@ -97,7 +106,7 @@ def _rollout_log_probs(response: dict[str, Any], trace: Trace) -> list[float]:
 
 
 class SKDExperienceMaker(RemoteExperienceMaker):
-    """Experience for both terms: the host's, and the teacher's view of each token as one more advantage."""
+    """Experience for both losses: OpenRLHF's, and the teacher's view of each token as one more advantage."""
 
     @torch.no_grad()
     def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
@@ -110,10 +119,10 @@ class SKDExperienceMaker(RemoteExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        """The host's advantages, and c (log p - log q) of the sampled token (c: `teacher_advantage`) added to each.
+        """OpenRLHF's advantages, and c (log p - log q) of the sampled token (c: `teacher_advantage`) added to each.
 
         The expectation of that under the student is -c KL(q||p): the reverse KL of one token as a reward that ends
-        with that token. It is added behind the host's normalisation, so that c keeps its meaning.
+        with that token. It is added after OpenRLHF's normalisation, so that c keeps its meaning.
 
         The penalty for leaving the reference model is for the student's own tokens; a teacher's token pays none.
         """

@@ -467,13 +467,25 @@ def test_reward_file_is_loaded_by_path_and_scores_one_response() -> None:
 # --- experience (host/samples.py) ---
 
 
+class _AlwaysTheSame:
+    """A plan of rules that has one."""
+
+    def __init__(self, rule: Any) -> None:
+        self._rule = rule
+
+    def at(self, step: int) -> Any:
+        return self._rule
+
+
 @pytest.fixture
 def generator() -> Any:
     """SKDSamplesGenerator with nothing behind it; enough to turn responses into Experience."""
     from skd_plugin.host.samples import SKDSamplesGenerator
     from tests.rules import make_rule
 
-    return SKDSamplesGenerator(SimpleNamespace(args=None), None, None, None, [], rule=make_rule(top_k=1), seed=0)
+    return SKDSamplesGenerator(
+        SimpleNamespace(args=None), None, None, None, [], plan=_AlwaysTheSame(make_rule(top_k=1)), seed=0
+    )
 
 
 def make_response(prompt: list[int], response: list[int], reward: float | None = None) -> dict[str, Any]:
@@ -785,6 +797,20 @@ def test_actor_is_loaded_in_float32(adapted: None) -> None:
 
 
 @without_cuda
+def test_nothing_is_compiled_for_the_optimizer(adapted: None) -> None:
+    """DeepSpeed takes torch's AdamW where the configuration says so; the strategy asks its module for that."""
+    import openrlhf.utils.deepspeed.deepspeed as strategy
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    adam = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}}
+    config = strategy.get_train_ds_config(False, optim_config=adam)
+    parameters = dict(config["optimizer"]["params"])
+    chosen = DeepSpeedEngine.get_optimizer_configuration(SimpleNamespace(), parameters, True)
+    assert chosen[0] is torch.optim.AdamW and parameters["fused"], "revisit skd_plugin/host/on_cpu.py"
+    names = strategy.DeepspeedStrategy.get_ds_train_config.__code__.co_names
+    assert "get_train_ds_config" in names, "revisit skd_plugin/host/on_cpu.py"
+
+
 def test_every_flash_attention_import_at_import_time_has_a_stub() -> None:
     """Only what the host imports unconditionally; a guarded import must keep failing."""
     root = Path(find("openrlhf").__file__).parent

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.test_openrlhf import _Engine, _Tokenizer
+from tests.contract.test_openrlhf import _AlwaysTheSame, _Engine, _Tokenizer
 from tests.waiting import GUARD_S
 
 
@@ -154,7 +154,7 @@ def rollout(maker: Any, responses: list[list[int]], sources: list[list[int]]) ->
     from tests.rules import make_rule
 
     strategy = SimpleNamespace(args=maker.args)
-    generator = SKDSamplesGenerator(strategy, None, None, None, [], rule=make_rule(top_k=1), seed=0)
+    generator = SKDSamplesGenerator(strategy, None, None, None, [], plan=_AlwaysTheSame(make_rule(top_k=1)), seed=0)
     samples = []
     for number, (response, source) in enumerate(zip(responses, sources, strict=True)):
         made = make_response([5, 6], response, float(number))

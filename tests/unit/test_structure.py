@@ -1,4 +1,4 @@
-"""Imports point one way: each part of the package names those that it may import, and each library has its importers."""
+"""Imports point one way: each part of the package names those that it may import, each library has its importers."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ import skd_plugin
 
 PACKAGE = Path(skd_plugin.__file__).parent
 
-# Part -> the parts that it imports. A part is a folder or a file of the package; nobody imports what is not named here.
+# Part (a folder or a file of the package) -> the parts that it imports; nothing else may be imported.
 IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "seams": set(),
@@ -20,7 +20,7 @@ IMPORTS: dict[str, set[str]] = {
     "run_folder": set(),
     "cpu": {"seams"},
     "core": set(),
-    "tasks": {"errors"},
+    "tasks": {"errors", "words"},
     "models": {"errors", "words"},
     "config": {"core", "errors", "run_folder"},
     "engine": {"config", "core", "cpu", "models", "seams"},
