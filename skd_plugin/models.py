@@ -22,6 +22,11 @@ def load_tokenizer(name: str, role: str) -> Any:
         raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {first_line(error)}") from error
 
 
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The end token that a tokenizer knows, if it knows one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def load_model_config(name: str, role: str) -> Any:
     from transformers import AutoConfig
 

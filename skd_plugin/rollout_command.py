@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ class Prompt(NamedTuple):
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
-    from skd_plugin.engine.offline import SKDEngine, engine_arguments, set_vllm_up
+    from skd_plugin.engine.set_up import set_up_offline
 
-    set_vllm_up()
+    set_up_offline()
+    from skd_plugin.engine.arguments import engine_for
+    from skd_plugin.engine.offline import SKDEngine
     from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.prepare.load_run import load_models
 
@@ -37,17 +40,8 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     rule = SamplingRule.of(skd.rollout)
     if rule.reference_share:
         check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
-    engine = SKDEngine(
-        **engine_arguments(
-            skd.teacher.model_name_or_path,
-            models.student,
-            skd.rollout.draft_len,
-            max_len,
-            skd.loss.teacher_top_k,
-            skd.loss.temperature,
-            **skd.vllm,
-        )
-    )
+    spec = engine_for(skd, models.options, student=models.student, cpu=models.cpu)
+    engine = SKDEngine(replace(spec, teacher_hidden=False))
     finished = engine.generate(
         [prompt.ids for prompt in repeated],
         rule,

@@ -98,10 +98,11 @@ def engine(tiny_pair: Path):
     """
     engines = {}
 
-    def get(draft_len: int, pair: Path = tiny_pair, **others):
-        key = (draft_len, pair, *sorted(others.items()))
+    def get(draft_len: int, pair: Path = tiny_pair, *, teacher_hidden: bool = False, **others):
+        key = (draft_len, pair, teacher_hidden, *sorted(others.items()))
         if key not in engines:
-            from skd_plugin.engine.offline import SKDEngine, engine_arguments
+            from skd_plugin.engine.offline import SKDEngine
+            from tests.specs import make_spec
 
             defaults = dict(
                 max_num_seqs=128,
@@ -109,16 +110,17 @@ def engine(tiny_pair: Path):
                 kv_cache_memory_bytes=64 << 20,
                 block_size=32,
             )
-            arguments = engine_arguments(
-                str(pair / "teacher"),
-                str(pair / "student"),
+            spec = make_spec(
+                teacher=str(pair / "teacher"),
+                student=str(pair / "student"),
                 draft_len=draft_len,
                 max_len=MAX_LEN,
-                num_teacher_entries=8,
+                teacher_top_k=8,
                 loss_temperature=LOSS_TEMPERATURE,
-                **(defaults | others),
+                teacher_hidden=teacher_hidden,
+                options=defaults | others,
             )
-            engines[key] = SKDEngine(**arguments)
+            engines[key] = SKDEngine(spec)
         if engines[key]._llm.llm_engine.has_unfinished_requests():
             pytest.fail("an earlier test left this engine in the middle of a batch; its failure is the one to look at")
         return engines[key]

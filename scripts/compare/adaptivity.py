@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,16 @@ def _kept(run: Run, folder: Path, count: int) -> list[Row]:
 
 def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     """Prompts of the test split, and the same random numbers for each checkpoint."""
-    from skd_plugin.engine.offline import SKDEngine, engine_arguments, set_vllm_up
+    from skd_plugin.engine.set_up import set_up_offline
 
-    set_vllm_up()
+    set_up_offline()
     from transformers import AutoModelForCausalLM
 
+    from skd_plugin.config.host_options import host_defaults
     from skd_plugin.config.run import Run as Config
     from skd_plugin.core.metrics import rollout_metrics
+    from skd_plugin.engine.arguments import engine_for
+    from skd_plugin.engine.offline import SKDEngine
     from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.models import load_tokenizer
     from skd_plugin.tasks import find_task
@@ -48,16 +52,8 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     tokenizer = load_tokenizer(student, "student")
     examples = find_task(skd.task.name)().examples("test", count, seed=run.seed)
     prompts = [tokenizer(example.prompt, add_special_tokens=False).input_ids for example in examples]
-    engine = SKDEngine(
-        **engine_arguments(
-            skd.teacher.model_name_or_path,
-            student,
-            skd.rollout.draft_len,
-            config.host["data.max_len"],
-            skd.loss.teacher_top_k,
-            **skd.vllm,
-        )
-    )
+    spec = engine_for(skd, {**host_defaults(), **config.host}, student=student, cpu=config.cpu)
+    engine = SKDEngine(replace(spec, teacher_hidden=False))
     rows = []
     for step, path in [(0, Path(student)), *_checkpoints(folder)]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")

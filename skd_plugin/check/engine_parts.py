@@ -6,7 +6,7 @@ from typing import Any
 
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.engine.offline import SCHEDULER_CLS, WORKER_CLS
+from skd_plugin.engine.arguments import SCHEDULER_CLS, WORKER_CLS
 from skd_plugin.words import count
 
 EXPECTED = {"sampler": "SKDSampler", "drafter": "SKDDrafter"}

@@ -18,7 +18,7 @@ from skd_plugin.check.memory_model import (
 )
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.engine.offline import CPU_CACHE_BYTES
+from skd_plugin.engine.arguments import CPU_CACHE_BYTES
 from skd_plugin.words import first_line
 
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs

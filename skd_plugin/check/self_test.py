@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from skd_plugin.check.engine_parts import check_parts
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.self_test_process import Measured, Trial
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.engine.offline import recipe_arguments
+from skd_plugin.engine.arguments import engine_for
 from skd_plugin.run.process import run_quietly
 
 NUM_PROMPTS = 4
@@ -38,22 +38,19 @@ NARROW = Tolerance(tie=0.25, loss=1e-2, gap=0.5)  # bfloat16 has 8 significant b
 
 def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
     """`model` in both places, with the engine options of the recipe, so that what is tested is what will run."""
+    spec = engine_for(skd, options, student=model, cpu=cpu)
     return Trial(
-        model=model,
-        student=model,
+        # The loss is compared at a temperature of 1, over the teacher's entries.
+        spec=replace(spec, teacher=model, loss_temperature=1.0, teacher_hidden=False),
         prompts=prompts,
-        draft_len=skd.rollout.draft_len,
-        max_len=options["data.max_len"],
         max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
-        num_teacher_entries=skd.loss.teacher_top_k,
-        vllm_options={**recipe_arguments(options, cpu=cpu), **skd.vllm},
     )
 
 
 def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -> list[Finding]:
     """Both halves in processes of their own; what they print goes to self-test.log in `folder`."""
     log = folder / "self-test.log"
-    (folder / "trial.json").write_text(json.dumps(asdict(trial)))
+    trial.write(folder)
     for half, doing in (("sample", "self-test: the engine"), ("compare", "self-test: transformers")):
         progress(doing)
         error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)

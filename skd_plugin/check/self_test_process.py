@@ -18,25 +18,22 @@ import torch
 from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import NOTHING, Source, Trace
+from skd_plugin.engine.arguments import EngineSpec
 
 
 @dataclass(frozen=True)
 class Trial:
-    model: str  # the engine's model, the teacher
-    student: str  # its draft model; the same one in a self-test
+    spec: EngineSpec  # one model is teacher and student
     prompts: list[list[int]]
-    draft_len: int
-    max_len: int
     max_new_tokens: int
-    num_teacher_entries: int
-    vllm_options: dict[str, Any]
 
+    def write(self, folder: Path) -> None:
+        (folder / "trial.json").write_text(json.dumps(asdict(self)))
 
-def arguments(trial: Trial) -> dict[str, Any]:
-    from skd_plugin.engine.offline import engine_arguments
-
-    sizes = trial.draft_len, trial.max_len, trial.num_teacher_entries
-    return engine_arguments(trial.model, trial.student, *sizes, **trial.vllm_options)
+    @classmethod
+    def read(cls, folder: Path) -> Trial:
+        content = json.loads((folder / "trial.json").read_text())
+        return cls(**{**content, "spec": EngineSpec(**content["spec"])})
 
 
 def sample(engine: Any, trial: Trial) -> dict[str, Any]:
@@ -77,7 +74,7 @@ def compare(trial: Trial, traces: list[Trace], dtype: str) -> Measured:
 
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(
-        trial.model, dtype=getattr(torch, dtype), trust_remote_code=True, **placement
+        trial.spec.teacher, dtype=getattr(torch, dtype), trust_remote_code=True, **placement
     ).eval()
     logits = [_response_logits(model, prompt, trace) for prompt, trace in zip(trial.prompts, traces, strict=True)]
     return measure(Trace.join(traces), torch.cat(logits))
@@ -119,18 +116,18 @@ def _widest_rejection(tokens: Trace, logits_RV: torch.Tensor) -> float:
 
 
 def main(half: str, folder: Path) -> None:
-    trial = Trial(**json.loads((folder / "trial.json").read_text()))
-    options = arguments(trial)
+    trial = Trial.read(folder)
+    arguments = trial.spec.arguments()
     if half == "sample":
         from skd_plugin.engine.offline import SKDEngine
 
-        torch.save(sample(SKDEngine(**options), trial), folder / "samples.pt")
+        torch.save(sample(SKDEngine(trial.spec), trial), folder / "samples.pt")
         return
     drawn = torch.load(folder / "samples.pt", weights_only=False)
-    found = compare(trial, drawn["traces"], options["dtype"])
+    found = compare(trial, drawn["traces"], arguments["dtype"])
     result = {
-        "description": {**drawn["description"], "scheduler": options["scheduler_cls"].split(".")[-1]},
-        "dtype": options["dtype"],
+        "description": {**drawn["description"], "scheduler": arguments["scheduler_cls"].split(".")[-1]},
+        "dtype": arguments["dtype"],
         "kept_by_a_shut_gate": drawn["kept_by_a_shut_gate"],
         "measured": asdict(found),
     }

@@ -13,7 +13,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.engine.references import follow
-from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.engine.request_table import RequestRows, RequestTable
 from skd_plugin.seams import rebind
 
 
@@ -39,41 +39,27 @@ def loadable_weights() -> Iterator[None]:
         layers.dispatch_cpu_unquantized_gemm = packing
 
 
+class Drafting:
+    """The drafts of one step while they are made, for B requests.
+
+    vLLM hands it through, unread, as the sampling metadata of `propose`.
+    """
+
+    def __init__(self, rows: RequestRows, position_B: torch.Tensor) -> None:
+        self.rows = rows
+        self.position_B = position_B  # int64, of the next token to draft
+        self.logp_BV: list[torch.Tensor] = []  # log q at temperature 1, a tensor a drafted token
+
+
 class SKDDrafter(DraftModelProposer):
     """Proposes with the request's student settings, where vLLM's own drafter knows only the request's temperature.
 
-    What vLLM keeps as "draft probabilities" is here log q at temperature 1, [B, L, V]; `SKDSampler` reads it through
-    `take_proposed`, because vLLM itself forgets that of a request whose drafts wait a step.
+    What it has proposed with waits in the request table for the sampler.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, table: RequestTable) -> None:
         super().__init__(vllm_config, device, runner)
         self._table, self._runner = table, runner
-        self._next_position: torch.Tensor | None = None
-        self._open: dict[str, torch.Tensor] = {}  # request -> log q [L, V] of its proposals that wait for the teacher
-
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens_BL = super().propose(*args, **kwargs)
-        # A request that is not in this step (its token budget was spent) keeps its drafts, so they are kept here too.
-        self._open = {name: logp for name, logp in self._open.items() if name in self._runner.requests}
-        self._open |= zip(self._runner.input_batch.req_ids, self.take_last_draft_probs(), strict=True)
-        return tokens_BL
-
-    def take_proposed(self, request_ids: list[str], counts: list[int]) -> torch.Tensor:
-        """log q [N, V] of the proposals that are verified now, N the sum of the counts; taken once each.
-
-        Raises:
-            RuntimeError: vLLM scheduled drafts that the student did not propose; their law would be unknown.
-        """
-        missing = [name for name, count in zip(request_ids, counts, strict=True) if count and name not in self._open]
-        if missing:
-            raise RuntimeError(
-                f"vLLM scheduled draft tokens that the student did not propose, for request {missing[0]}: the "
-                "engine's max_model_len is too small for its drafts. Start it with the arguments of "
-                "skd_plugin.engine.offline.engine_arguments."
-            )
-        pairs = zip(request_ids, counts, strict=True)
-        return torch.cat([self._open.pop(name)[:count] for name, count in pairs if count])
 
     def _get_model(self) -> torch.nn.Module:
         with loadable_weights():
@@ -91,19 +77,38 @@ class SKDDrafter(DraftModelProposer):
                 raise TypeError(f"{name} is {weight.dtype}, but the engine's student is {expected}")
         self.model.load_weights(weights=weights)
 
-    def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, torch.Tensor, Any]:
-        num_tokens, indices_to_sample, attention_metadata = super().set_inputs_first_pass(*args, **kwargs)
-        self._next_position = self.positions[indices_to_sample].to(torch.int64) + 1
-        return num_tokens, indices_to_sample, attention_metadata
+    def propose(
+        self,
+        *,
+        common_attn_metadata: Any,
+        sampling_metadata: Any,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Drafted tokens [B, L]."""
+        request_ids = self._runner.input_batch.req_ids
+        read_B = common_attn_metadata.seq_lens.to(torch.int64)  # tokens of each request that the teacher has read
+        kept_B = read_B if num_rejected_tokens_gpu is None else read_B - num_rejected_tokens_gpu
+        drafting = Drafting(self._table.rows(request_ids), kept_B + 1)  # after the one that was just sampled
+        tokens_BL = super().propose(
+            common_attn_metadata=common_attn_metadata,
+            sampling_metadata=drafting,
+            num_rejected_tokens_gpu=num_rejected_tokens_gpu,
+            **others,
+        )
+        self._table.keep_proposals(request_ids, torch.stack(drafting.logp_BV, dim=1))
+        return tokens_BL
 
     def _sample_draft_tokens(
-        self, hidden_states: torch.Tensor, sampling_metadata: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_states: torch.Tensor, sampling_metadata: Drafting
+    ) -> tuple[torch.Tensor, None]:
+        """The next token of each request [B]; vLLM has no use for its distribution."""
+        drafting, rows = sampling_metadata, sampling_metadata.rows
         logits_BV = self.model.compute_logits(hidden_states).float()[:, : self._table.vocab_size]
         logits_BV = self._table.finite(logits_BV, "student")
-        rows, position_B = self._table.rows(self._runner.input_batch.req_ids), self._next_position
-        noise = rng.uniform(rows.seed_B, position_B, rng.STUDENT)
         probs_BV = sampling.warp(logits_BV, rows.settings.student_temperature, rows.settings.student_top_p)
-        self._next_position = position_B + 1
-        token_B = follow(rows.forced_BF, position_B - rows.prompt_len_B, sampling.draw(probs_BV, noise))
-        return token_B, logits_BV.log_softmax(-1)
+        drawn_B = sampling.draw(probs_BV, rng.uniform(rows.seed_B, drafting.position_B, rng.STUDENT))
+        token_B = follow(rows.forced_BF, drafting.position_B - rows.prompt_len_B, drawn_B)
+        drafting.logp_BV.append(logits_BV.log_softmax(-1))
+        drafting.position_B = drafting.position_B + 1
+        return token_B, None

@@ -13,8 +13,8 @@ from zlib import crc32
 import torch
 
 from skd_plugin.core.rng import COIN, derive_seed, uniform
-
-NO_TOKEN = -1  # behind the end of a reference
+from skd_plugin.core.trace import NOTHING
+from skd_plugin.models import end_tokens
 
 
 class MissingReference(ValueError):
@@ -30,26 +30,25 @@ def is_chosen(share: float, seed: int, prompt_ids: Sequence[int]) -> bool:
     return bool(drawn <= share)
 
 
-def reference_ids(reference: str | None, tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens of a reference, with the end token behind it and no other special token added.
+def reference_ids(reference: str | None, tokenizer: Any, prompt_ids: Sequence[int]) -> list[int]:
+    """Tokens of a reference, with the end token after it and no other special token added.
 
     Raises:
         MissingReference: names the prompt.
     """
     if not reference:
         raise MissingReference(
-            f"skd.rollout.method needs a reference for every prompt, and this one has none: {prompt[:80]!r}. Name the "
-            "dataset's column of references (openrlhf.data.label_key); a line of `skd rollout --prompts` has it as "
-            '"reference"'
+            "skd.rollout.method needs a reference for every prompt, and this one has none: "
+            f"{tokenizer.decode(list(prompt_ids))[:80]!r}. Name the dataset's column of references "
+            '(openrlhf.data.label_key); a line of `skd rollout --prompts` has it as "reference"'
         )
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(reference, add_special_tokens=False).input_ids, *end]
+    return [*tokenizer(reference, add_special_tokens=False).input_ids, *end_tokens(tokenizer)]
 
 
 def padded(forced: Sequence[Sequence[int] | None], device: torch.device) -> torch.Tensor:
-    """References of a batch, int64 [B, F]; `NO_TOKEN` behind their ends, and all over a row without one."""
+    """References of a batch, int64 [B, F]; `NOTHING` after their ends, and all over a row without one."""
     width = max(1, *(len(ids or ()) for ids in forced))
-    rows = [[*(ids or ()), *[NO_TOKEN] * (width - len(ids or ()))] for ids in forced]
+    rows = [[*(ids or ()), *[NOTHING] * (width - len(ids or ()))] for ids in forced]
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
@@ -57,4 +56,4 @@ def follow(forced_BF: torch.Tensor, age_B: torch.Tensor, token_B: torch.Tensor) 
     """The reference's token at the response position `age`, or `token` where there is none: int64 [B]."""
     inside_B = (age_B >= 0) & (age_B < forced_BF.shape[1])
     wanted_B = forced_BF.gather(1, age_B.clamp(0, forced_BF.shape[1] - 1)[:, None]).squeeze(1)
-    return torch.where(inside_B & (wanted_B != NO_TOKEN), wanted_B, token_B)
+    return torch.where(inside_B & (wanted_B != NOTHING), wanted_B, token_B)

@@ -1,43 +1,34 @@
-"""What the engine's worker knows of each request in flight: how to sample it, and its trace so far."""
+"""What the engine's worker knows of each request in flight: how to sample it, and what waits for the next step.
+
+Shapes: B requests, L draft length, V vocabulary, N drafted tokens of all requests, F tokens of the longest reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from skd_plugin.core.sampling import SamplingSettings, SettingRows
+from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import references
+from skd_plugin.engine.request import RequestParams
 
-EXTRA_ARGS_KEY = "skd"  # the entry of vLLM's SamplingParams.extra_args that carries a `RequestParams`
 
+@dataclass
+class InFlight:
+    """One request, from its first step to its last."""
 
-@dataclass(frozen=True)
-class RequestParams:
-    """How one request is sampled."""
-
-    trace_id: int  # names the trace when it is fetched; unique in the engine
-    prompt_len: int  # tokens
-    first_token: int  # last token of the prompt, forced as the first output so that the student proposes what follows
-    seed: int  # of the request's own random stream
-    settings: SamplingSettings
-    forced_ids: list[int] | None = None  # a reference: every token of it is proposed and kept
-
-    def to_extra_args(self) -> dict[str, Any]:
-        return {EXTRA_ARGS_KEY: asdict(self)}
-
-    @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any]) -> RequestParams:
-        given = extra_args[EXTRA_ARGS_KEY]
-        return cls(**{**given, "settings": SamplingSettings(**given["settings"])})
+    params: RequestParams
+    proposed_logp_LV: torch.Tensor | None = None  # log q of the student's proposals that wait for the teacher
 
 
 class RequestRows(NamedTuple):
-    """The parameters of a batch as tensors, one entry a request [B]."""
+    """The parameters of a batch, one entry a request."""
 
+    params: list[RequestParams]
     seed_B: torch.Tensor  # int64
     prompt_len_B: torch.Tensor  # int64
     is_forced_B: torch.Tensor  # bool
@@ -46,53 +37,78 @@ class RequestRows(NamedTuple):
 
 
 class RequestTable:
-    """Parameters and traces by trace id. Shared by the sampler and the drafter of one worker."""
+    """Requests by vLLM's ids, traces by ours. Shared by the worker, the sampler and the drafter of one worker."""
 
     def __init__(
         self,
-        requests: dict[str, Any],
+        states: Mapping[str, Any],
         device: torch.device,
-        num_teacher_entries: int,
+        teacher_top_k: int,
         loss_temperature: float,
         vocab_size: int,
     ) -> None:
-        self._requests = requests  # the model runner's own table: vLLM request id -> state
-        self._device = device
-        self._parts: dict[int, list[Trace]] = {}
-        self._fault: str | None = None
-        self._batch: tuple[tuple[str, ...], RequestRows] | None = None
-        self.num_teacher_entries = num_teacher_entries
+        """
+        Args:
+            states: the model runner's own table: vLLM's request id -> its state.
+            vocab_size: ids that both models have.
+        """
+        self.teacher_top_k = teacher_top_k
         self.loss_temperature = loss_temperature
-        self.vocab_size = vocab_size  # ids that both models have
-
-    def params(self, request_id: str) -> RequestParams:
-        """Raises KeyError for a request that was not made by this plugin: it would be sampled by no known rule."""
-        extra_args = self._requests[request_id].sampling_params.extra_args or {}
-        if EXTRA_ARGS_KEY not in extra_args:
-            raise KeyError(
-                f"request {request_id} has no '{EXTRA_ARGS_KEY}' sampling arguments; an SKD engine serves only "
-                "requests that come through skd_plugin.engine"
-            )
-        return RequestParams.from_extra_args(extra_args)
+        self.vocab_size = vocab_size
+        self._states = states
+        self._device = device
+        self._in_flight: dict[str, InFlight] = {}
+        self._parts: dict[int, list[Trace]] = {}  # of each trace, a part a step; they stay until they are fetched
+        self._fault: str | None = None
+        self._latest: tuple[tuple[str, ...], RequestRows] | None = None
 
     def rows(self, request_ids: Sequence[str]) -> RequestRows:
-        key = tuple(request_ids)
-        if self._batch is None or self._batch[0] != key:
-            params = [self.params(request_id) for request_id in key]
-            rows = RequestRows(
-                seed_B=torch.tensor([p.seed for p in params], dtype=torch.int64, device=self._device),
-                prompt_len_B=torch.tensor([p.prompt_len for p in params], dtype=torch.int64, device=self._device),
-                is_forced_B=torch.tensor(
-                    [p.forced_ids is not None for p in params], dtype=torch.bool, device=self._device
-                ),
-                forced_BF=references.padded([p.forced_ids for p in params], self._device),
-                settings=SettingRows.of([p.settings for p in params], self._device),
-            )
-            self._batch = key, rows
-        return self._batch[1]
+        """The parameters of a batch; made once where one step after the other asks for the same.
 
-    def record(self, request_id: str, part: Trace) -> None:
-        self._parts.setdefault(self.params(request_id).trace_id, []).append(part)
+        Raises:
+            KeyError: a request was not made by this plugin.
+        """
+        key = tuple(request_ids)
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, self._rows([self._of(request_id).params for request_id in key])
+        return self._latest[1]
+
+    def keep_proposals(self, request_ids: Sequence[str], logp_BLV: torch.Tensor) -> None:
+        """log q of the tokens that the student has proposed. They wait for the teacher, and not always for the next
+        step: a request for which that has no room keeps its drafts, but vLLM forgets their distributions.
+        """
+        for request_id, logp_LV in zip(request_ids, logp_BLV, strict=True):
+            self._of(request_id).proposed_logp_LV = logp_LV
+
+    def take_proposals(self, request_ids: Sequence[str], counts: Sequence[int]) -> torch.Tensor:
+        """log q [N, V] of the proposals that are verified now, N the sum of the counts; taken once each.
+
+        Raises:
+            RuntimeError: vLLM scheduled drafts that the student did not propose; their distribution is unknown.
+        """
+        taken = []
+        for request_id, count in zip(request_ids, counts, strict=True):
+            if not count:
+                continue
+            request = self._of(request_id)
+            if request.proposed_logp_LV is None:
+                raise RuntimeError(
+                    f"vLLM scheduled draft tokens that the student did not propose, for request {request_id}: the "
+                    "engine's max_model_len is too small for its drafts. Start it with the arguments of "
+                    "skd_plugin.engine.arguments."
+                )
+            taken.append(request.proposed_logp_LV[:count])
+            request.proposed_logp_LV = None
+        return torch.cat(taken)
+
+    def record(self, trace_id: int, part: Trace) -> None:
+        self._parts.setdefault(trace_id, []).append(part)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drops requests that have ended, however they did; their traces stay."""
+        for request_id in request_ids:
+            self._in_flight.pop(request_id, None)
+            self._latest = None
 
     def finite(self, logits_NV: torch.Tensor, model: str) -> torch.Tensor:
         """The logits; where no distribution follows from them, numbers to go on with. `take` raises the error: raised
@@ -113,12 +129,27 @@ class RequestTable:
         Raises:
             FloatingPointError: logits were not finite since the last call.
         """
+        taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise FloatingPointError(fault)
-        taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
-        return [Trace.join(parts) if parts else Trace.empty(self.num_teacher_entries) for parts in taken]
+        return [Trace.join(parts) if parts else Trace.empty(self.teacher_top_k) for parts in taken]
 
-    def clear(self) -> None:
-        """Forget the traces of requests that were aborted and so will never be fetched."""
-        self._parts.clear()
+    def _of(self, request_id: str) -> InFlight:
+        if request_id not in self._in_flight:
+            extra_args = self._states[request_id].sampling_params.extra_args
+            self._in_flight[request_id] = InFlight(RequestParams.from_extra_args(extra_args))
+        return self._in_flight[request_id]
+
+    def _rows(self, params: list[RequestParams]) -> RequestRows:
+        def column(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        return RequestRows(
+            params=params,
+            seed_B=column([p.seed for p in params], torch.int64),
+            prompt_len_B=column([p.prompt_len for p in params], torch.int64),
+            is_forced_B=column([p.forced_ids is not None for p in params], torch.bool),
+            forced_BF=references.padded([p.forced_ids for p in params], self._device),
+            settings=SettingRows.of([p.settings for p in params], self._device),
+        )

@@ -17,7 +17,7 @@ from skd_plugin.core import rng, sampling
 from skd_plugin.core.gates import GATES, Proposals, Verdict, assemble_block, judge
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.references import follow
-from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.engine.request_table import RequestRows, RequestTable
 
 
 class SKDSampler:
@@ -28,18 +28,19 @@ class SKDSampler:
     itself, so its bookkeeping of computed tokens stays right.
     """
 
-    def __init__(self, runner: Any, table: RequestTable) -> None:
+    def __init__(self, runner: Any, table: RequestTable, hidden_SJ: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            hidden_SJ: what the teacher's head made the logits of, row by row; a sampler that has it is one step's.
+        """
         self._runner = runner
         self._table = table
-        self._hidden_SJ: torch.Tensor | None = None
-
-    def keep_hidden(self, hidden_SJ: torch.Tensor) -> None:
-        """The teacher's hidden states behind the logits of the next call, row by row: what its head was given."""
         self._hidden_SJ = hidden_SJ
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         logits = self._table.finite(logits[:, : self._table.vocab_size], "teacher")
-        num_requests = len(self._runner.input_batch.req_ids)
+        batch = self._table.rows(self._runner.input_batch.req_ids)
+        num_requests = len(batch.params)
         scheduled = [0] * num_requests if metadata is None else metadata.num_draft_tokens
         # vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
         real = [] if metadata is None else [token >= 0 for token in metadata.draft_token_ids.tolist()]
@@ -48,37 +49,34 @@ class SKDSampler:
         width = 1 if metadata is None else self._runner.num_spec_tokens + 1
         token_BL = torch.full((num_requests, width), NOTHING, dtype=torch.int32, device=logits.device)
         if any(counts):
-            token_BL = self._verify(logits, metadata, counts)
+            token_BL = self._verify(batch, logits, metadata, counts)
         undrafted = [row for row, count in enumerate(counts) if not count]
         if undrafted:
             # A request has a row of logits for each scheduled draft and one more; its next token is that of the first.
             next_token_rows = [first[row] + row for row in undrafted]
-            token_BL[undrafted, 0] = self._undrafted(undrafted, next_token_rows, logits)
-        self._hidden_SJ = None
+            token_BL[undrafted, 0] = self._undrafted(batch, undrafted, next_token_rows, logits)
         return SamplerOutput(sampled_token_ids=token_BL, logprobs_tensors=None)
 
-    def _verify(self, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]) -> torch.Tensor:
+    def _verify(
+        self, batch: RequestRows, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]
+    ) -> torch.Tensor:
         """Tokens [B, L + 1] of the requests with drafts; rows without stay empty."""
-        student_logp_NV = self._runner.drafter.take_proposed(self._runner.input_batch.req_ids, counts)
         real = metadata.draft_token_ids >= 0
         counts_B = torch.tensor(counts, device=logits.device)
-        rows = self._table.rows(self._runner.input_batch.req_ids)
         logits_rows_N = metadata.target_logits_indices[real]
-        teacher_NV = logits[logits_rows_N].float()
         draft_N = metadata.draft_token_ids[real].long()
         request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
         place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
-        position_N = self._lengths()[request_N] + place_N
         proposals = Proposals(
             draft_N=draft_N,
-            teacher_logits_NV=teacher_NV,
-            student_logp_NV=student_logp_NV,
-            position_N=position_N,
-            seed_N=rows.seed_B[request_N],
-            prompt_len_N=rows.prompt_len_B[request_N],
-            settings=rows.settings.repeat(counts_B),
+            teacher_logits_NV=logits[logits_rows_N].float(),
+            student_logp_NV=self._table.take_proposals(self._runner.input_batch.req_ids, counts),
+            position_N=self._lengths()[request_N] + place_N,
+            seed_N=batch.seed_B[request_N],
+            prompt_len_N=batch.prompt_len_B[request_N],
+            settings=batch.settings.repeat(counts_B),
         )
-        verdict = self._judge(proposals, request_N, rows.is_forced_B[request_N])
+        verdict = _judge(proposals, request_N, batch)
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
             shape = (len(counts_B), self._runner.num_spec_tokens + 1)
@@ -86,31 +84,16 @@ class SKDSampler:
 
         kept_N = verdict.token_N == draft_N
         token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
-        self._record(token_BL, request_N, place_N, proposals, verdict, logits_rows_N)
+        self._record(batch, token_BL, request_N, place_N, proposals, verdict, logits_rows_N)
         return token_BL.to(torch.int32)
 
-    def _judge(self, proposals: Proposals, request_N: torch.Tensor, is_forced_N: torch.Tensor) -> Verdict:
-        """Each proposal's fate by the gate of its request; a reference's token is not put to any gate."""
-        gates = [self._table.params(name).settings.gate for name in self._runner.input_batch.req_ids]
-        token_N = proposals.draft_N.clone()
-        source_N = torch.full_like(token_N, Source.REFERENCE)
-        for name in sorted(set(gates)):
-            own_B = torch.tensor([gate == name for gate in gates], device=request_N.device)
-            rows = (own_B[request_N] & ~is_forced_N).nonzero().squeeze(1)
-            if len(rows):
-                group = proposals if len(rows) == len(request_N) else proposals.select(rows)
-                token_N[rows], source_N[rows] = judge(GATES[name], group)
-        flagged_N = ~proposals.settings.write_back & (source_N == Source.REPLACED)
-        return Verdict(
-            torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, Source.FLAGGED, source_N)
-        )
-
-    def _undrafted(self, rows: list[int], logits_rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+    def _undrafted(
+        self, batch: RequestRows, rows: list[int], logits_rows: list[int], logits: torch.Tensor
+    ) -> torch.Tensor:
         """Tokens of the requests that bring no draft: the end of the prompt, or, after a preemption, the reference's
         next token or one of the teacher.
         """
-        runner, table, teacher_RV = self._runner, self._table, logits[logits_rows]
-        batch = table.rows(runner.input_batch.req_ids)
+        runner, teacher_RV = self._runner, logits[logits_rows]
         settings = batch.settings.select(rows)
         probs = sampling.warp(teacher_RV, settings.teacher_temperature, settings.teacher_top_p)
         position = self._lengths()[rows]
@@ -118,20 +101,21 @@ class SKDSampler:
         tokens = follow(batch.forced_BF[rows], position - batch.prompt_len_B[rows], drawn).tolist()
         teacher_logp_RV = teacher_RV.float().log_softmax(-1)
         for index, row in enumerate(rows):
-            request_id = runner.input_batch.req_ids[row]
+            params = batch.params[row]
             if runner.discard_request_mask.np[row]:
                 continue  # the prompt is not yet read to its end; the runner throws this token away
-            if not runner.requests[request_id].output_token_ids:
-                tokens[index] = table.params(request_id).first_token
+            if not runner.requests[runner.input_batch.req_ids[row]].output_token_ids:
+                tokens[index] = params.first_token
                 continue
-            source = Source.REFERENCE if batch.is_forced_B[row] else Source.UNDRAFTED
-            hidden = self._kept_hidden(logits_rows[index : index + 1])
-            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[index : index + 1], hidden)
-            table.record(request_id, part)
+            source = Source.UNDRAFTED if params.forced_ids is None else Source.REFERENCE
+            own = slice(index, index + 1)
+            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[own], self._hidden(logits_rows[own]))
+            self._table.record(params.trace_id, part)
         return torch.tensor(tokens, dtype=torch.int32, device=teacher_RV.device)
 
     def _record(
         self,
+        batch: RequestRows,
         token_BL: torch.Tensor,
         request_N: torch.Tensor,
         place_N: torch.Tensor,
@@ -139,6 +123,7 @@ class SKDSampler:
         verdict: Verdict,
         logits_rows_N: torch.Tensor,
     ) -> None:
+        """Adds the emitted tokens of verified blocks to their traces."""
         token_N = token_BL[request_N, place_N]
         emitted = (token_N != NOTHING).nonzero().squeeze(1)
         teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
@@ -154,16 +139,16 @@ class SKDSampler:
             kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
             student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
             **self._of_teacher(teacher_logp_MV, token_M),
-            teacher_hidden=self._kept_hidden(logits_rows_N[emitted]),
+            teacher_hidden=self._hidden(logits_rows_N[emitted]),
         )
         start = 0
-        for row, count in enumerate((token_BL != NOTHING).sum(1).tolist()):
+        for params, count in zip(batch.params, (token_BL != NOTHING).sum(1).tolist(), strict=True):
             if count:
-                self._table.record(self._runner.input_batch.req_ids[row], step.slice(start, start + count))
+                self._table.record(params.trace_id, step.slice(start, start + count))
                 start += count
 
     def _undrafted_part(
-        self, token: int, source: int, teacher_logp_1V: torch.Tensor, hidden_1J: torch.Tensor
+        self, token: int, source: Source, teacher_logp_1V: torch.Tensor, hidden_1J: torch.Tensor
     ) -> Trace:
         nothing, unknown = torch.tensor([NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
         return Trace(
@@ -178,7 +163,7 @@ class SKDSampler:
             teacher_hidden=hidden_1J,
         )
 
-    def _kept_hidden(self, logits_rows: Any) -> torch.Tensor:
+    def _hidden(self, logits_rows: Any) -> torch.Tensor:
         """The teacher's hidden states of some rows of the logits, or nothing of them where the recipe wants none."""
         if self._hidden_SJ is None:
             return torch.empty(len(logits_rows), 0)
@@ -186,7 +171,7 @@ class SKDSampler:
 
     def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a trace says of the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
-        top_logp, top_ids = teacher_logp_MV.topk(self._table.num_teacher_entries, dim=-1)
+        top_logp, top_ids = teacher_logp_MV.topk(self._table.teacher_top_k, dim=-1)
         others_MV = teacher_logp_MV.scatter(1, top_ids, float("-inf"))
         others_MV.scatter_(1, token_M[:, None], float("-inf"))
         return {
@@ -201,3 +186,21 @@ class SKDSampler:
         """Tokens that each request has so far [B]: the position of the next one."""
         batch = self._runner.input_batch
         return torch.from_numpy(batch.num_tokens_no_spec[: batch.num_reqs]).to(self._runner.device, torch.int64)
+
+
+def _judge(proposals: Proposals, request_N: torch.Tensor, batch: RequestRows) -> Verdict:
+    """Each proposal's fate by the gate of its request; a reference's token is not put to any gate."""
+    gates = [params.settings.gate for params in batch.params]
+    is_forced_N = batch.is_forced_B[request_N]
+    token_N = proposals.draft_N.clone()
+    source_N = torch.full_like(token_N, Source.REFERENCE)
+    for name in sorted(set(gates)):
+        own_B = torch.tensor([gate == name for gate in gates], device=request_N.device)
+        rows = (own_B[request_N] & ~is_forced_N).nonzero().squeeze(1)
+        if len(rows):
+            group = proposals if len(rows) == len(request_N) else proposals.select(rows)
+            token_N[rows], source_N[rows] = judge(GATES[name], group)
+    flagged_N = ~proposals.settings.write_back & (source_N == Source.REPLACED)
+    return Verdict(
+        torch.where(flagged_N, proposals.draft_N, token_N), torch.where(flagged_N, Source.FLAGGED, source_N)
+    )

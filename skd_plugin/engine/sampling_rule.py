@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from skd_plugin.core.gates import GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.core.schedules import TargetAcceptance
-from skd_plugin.engine.request_table import RequestParams
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ class SamplingRule:
     @property
     def _has_top_k(self) -> bool:
         return 0 < self.settings.top_k < KEEP_ALL
-
-    def request(
-        self, prompt_ids: Sequence[int], trace_id: int, seed: int, forced_ids: list[int] | None = None
-    ) -> RequestParams:
-        return RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, self.settings, forced_ids)
 
     def figures(self) -> dict[str, float]:
         """What a schedule or a controller may move, for the figures of a step."""

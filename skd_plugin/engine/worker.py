@@ -34,19 +34,23 @@ class SKDWorker(VllmWorker):
         self._skd_table = RequestTable(
             runner.requests,
             runner.device,
-            options["skd_teacher_entries"],
+            options["skd_teacher_top_k"],
             options["skd_loss_temperature"],
             vocabulary.sizes(self.vllm_config)["vocab_size"],
         )
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
         runner._sample = SKDSampler(runner, self._skd_table)
-        self._keeps_hidden = options.get("skd_teacher_hidden", False)
+        self._teacher_hidden = options["skd_teacher_hidden"]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._skd_table.forget(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        # The runner throws its record of the teacher's forward away before it calls the sampler.
-        state = self.model_runner.execute_model_state
-        if self._keeps_hidden and state is not None:
-            self.model_runner._sample.keep_hidden(state.sample_hidden_states)
+        runner, state = self.model_runner, self.model_runner.execute_model_state
+        if self._teacher_hidden and state is not None:
+            # The runner drops its record of the teacher's forward before it samples, so the sampler brings it along.
+            runner._sample = SKDSampler(runner, self._skd_table, state.sample_hidden_states)
         return super().sample_tokens(grammar_output)
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
@@ -70,7 +74,7 @@ class SKDWorker(VllmWorker):
 
 def _check_runner(runner: object) -> None:
     """Raises RuntimeError if vLLM chose a model runner, a drafter or a schedule that SKD cannot work in."""
-    remedy = "Start the engine with the arguments of skd_plugin.engine.offline.engine_arguments."
+    remedy = "Start the engine with the arguments of skd_plugin.engine.arguments."
     if not isinstance(runner, GPUModelRunner):
         raise RuntimeError(
             f"SKD's sampler lives in vLLM's V1 model runner, but vLLM started {type(runner).__module__}."

@@ -8,12 +8,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from skd_plugin.engine.offline import recipe_arguments
+from skd_plugin.engine.arguments import engine_for
 from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Answers, Job, read_answers
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
@@ -72,18 +72,16 @@ def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[An
 
 def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut]) -> Job:
     models = plan.models
-    options = {**models.defaults, **models.given}
+    spec = engine_for(models.skd, models.options, student=student.model, cpu=models.cpu)
     return Job(
-        student=student.model,
-        teacher=plan.teacher,
+        # Of the teacher's distribution only what every trace has is looked at.
+        spec=replace(spec, teacher_top_k=1, loss_temperature=1.0, teacher_hidden=False),
         measures=list(plan.measures),
         prompts=[held_out.prompt for held_out in prompts],
         samples=plan.sampling.samples,
         temperature=plan.sampling.temperature,
         seed=models.skd.rollout.seed,
-        max_len=models.max_len,
         rollout=models.skd.rollout.model_dump(),
-        vllm={**recipe_arguments(options, cpu=models.cpu), **models.skd.vllm},
     )
 
 

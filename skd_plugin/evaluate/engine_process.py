@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,48 +16,40 @@ from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.core.trace import Source, Trace
-from skd_plugin.engine.offline import Sample, SKDEngine, end_tokens, engine_arguments, machine_arguments, set_vllm_up
+from skd_plugin.engine.offline import PlainEngine, SKDEngine
+from skd_plugin.engine.request import Sample
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.evaluate.job import Answers, Continuations, Distance, Job, Response, write_answers
-from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import Status
 
 CUTS = (0.25, 0.5, 0.75)
-WHOLE_PROMPTS = 8192  # tokens of prompts that are read at once
 SAMPLES, STUDENT, SKD, TEACHER, SPECULATION = range(5)  # random streams
 
 
 def alone(job: Job, status: Status) -> list[Answers]:
     """The student in plain vLLM: greedy and sampled responses."""
-    set_vllm_up()
-    from vllm import LLM
-
     status.stage("starting vLLM with the student alone")
-    # Whole prompts: vLLM takes back the random numbers of a prompt that was read in part, which no CPU generator can.
-    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(WHOLE_PROMPTS, job.max_len)}
-    arguments = machine_arguments() | {"max_model_len": job.max_len} | whole | job.vllm
-    llm = LLM(model=job.student, disable_log_stats=True, **arguments)
-    tokenizer = load_tokenizer(job.student, "student")
-    end, special = end_tokens(tokenizer), set(tokenizer.all_special_ids)
+    engine = PlainEngine(job.spec)
+    special = set(engine.tokenizer.all_special_ids)
 
     def respond(temperature: float, numbers: Iterable[int]) -> list[Response]:
         """Responses to every prompt in turn, as many as there are `numbers`, which name their random streams."""
         places = [(place, number) for place in range(len(job.prompts)) for number in numbers]
         status.stage(f"sampling {len(places):,} responses" if temperature else f"{len(places):,} greedy responses")
-        params = [
-            plain_params(temperature, job.prompts[place].limit, end, derive_seed(job.seed, SAMPLES, place, number))
-            for place, number in places
-        ]
-        prompts = [{"prompt_token_ids": job.prompts[place].ids} for place, _ in places]
-        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        responses = engine.generate(
+            [job.prompts[place].ids for place, _ in places],
+            [job.prompts[place].limit for place, _ in places],
+            [derive_seed(job.seed, SAMPLES, place, number) for place, number in places],
+            temperature,
+        )
         return [
             {
-                "length": len(output.token_ids),
-                "ids": [token for token in output.token_ids if token not in special],
-                "text": tokenizer.decode(output.token_ids, skip_special_tokens=True),
-                "ended": output.finish_reason == "stop",
+                "length": len(response.ids),
+                "ids": [token for token in response.ids if token not in special],
+                "text": response.text,
+                "ended": response.ended,
             }
-            for output in outputs
+            for response in responses
         ]
 
     greedy, sampled = respond(0.0, [0]), respond(job.temperature, range(job.samples))
@@ -67,25 +58,6 @@ def alone(job: Job, status: Status) -> list[Answers]:
         {"greedy": response, "sampled": sampled[place * count : (place + 1) * count]}
         for place, response in enumerate(greedy)
     ]
-
-
-def plain_params(temperature: float, limit: int, end: list[int], seed: int) -> Any:
-    """vLLM's SamplingParams of one response, with a random stream of its own; greedy at temperature 0."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=temperature,
-        max_tokens=limit,
-        stop_token_ids=end,
-        seed=seed % 2**63,  # torch takes no negative one
-        detokenize=False,
-    )
-
-
-def engine_of(job: Job) -> SKDEngine:
-    assert job.teacher is not None
-    draft_len = job.rollout["draft_len"]
-    return SKDEngine(**engine_arguments(job.teacher, job.student, draft_len, job.max_len, 1, **job.vllm))
 
 
 class Beside:
@@ -220,7 +192,7 @@ def main(arguments: Sequence[str]) -> None:
         answers = alone(job, status)
     else:
         status.stage("starting vLLM with teacher and student")
-        answers = Beside(job, engine_of(job), status).measure()
+        answers = Beside(job, SKDEngine(job.spec), status).measure()
     write_answers(folder, answers)
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from skd_plugin.engine.arguments import EngineSpec
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -21,16 +23,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    student: str
-    teacher: str | None
+    spec: EngineSpec
     measures: list[str]
     prompts: list[Prompt]
     samples: int
     temperature: float
     seed: int
-    max_len: int
     rollout: dict[str, Any]  # RolloutConfig
-    vllm: dict[str, Any]
 
     def write(self, folder: Path) -> None:
         (folder / "job.json").write_text(json.dumps(asdict(self)))
@@ -38,7 +37,8 @@ class Job:
     @classmethod
     def read(cls, folder: Path) -> Job:
         content = json.loads((folder / "job.json").read_text())
-        return cls(**{**content, "prompts": [Prompt(**prompt) for prompt in content["prompts"]]})
+        prompts = [Prompt(**prompt) for prompt in content["prompts"]]
+        return cls(**{**content, "spec": EngineSpec(**content["spec"]), "prompts": prompts})
 
 
 class Response(TypedDict):

@@ -12,13 +12,14 @@ from typing import Any
 import ray
 
 from skd_plugin import cpu
+from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
-from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.engine.arguments import engine_for
 from skd_plugin.host import on_cpu
 from skd_plugin.host.controller import SKDTrainer
 from skd_plugin.host.critic import SKDCritic
 from skd_plugin.host.policy_actor import SKDPolicy
-from skd_plugin.host.rollout_actor import EngineSpec, SKDRollout
+from skd_plugin.host.rollout_actor import SKDRollout
 from skd_plugin.seams import plain_class, rebind
 
 
@@ -63,21 +64,13 @@ def _on_cpu(host_actor: Any) -> type:
 
 def _rollout_class(run: Run) -> type[SKDRollout]:
     """SKDRollout with the recipe in it: the host creates the actor with arguments of its own only."""
-    spec = EngineSpec(
-        teacher=run.skd.teacher.model_name_or_path,
-        draft_len=run.skd.rollout.draft_len,
-        num_teacher_entries=run.skd.loss.teacher_top_k,
-        loss_temperature=run.skd.loss.temperature,
-        teacher_hidden=run.skd.loss.vocabulary == "full",
-        rule=SamplingRule.of(run.skd.rollout),
-        seed=run.skd.rollout.seed,
-        reward_timeout_s=run.skd.objective.reward_timeout_s,
-        vllm_options=run.skd.vllm,
-    )
+    options = {**host_defaults(), **run.host}
+    spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+    reward_timeout_s = run.skd.objective.reward_timeout_s
 
     class ConfiguredRollout(SKDRollout):
         async def __init__(self, *args: Any, **kwargs: Any) -> None:
-            await super().__init__(*args, skd=spec, **kwargs)
+            await super().__init__(*args, spec=spec, reward_timeout_s=reward_timeout_s, **kwargs)
 
     return ConfiguredRollout
 

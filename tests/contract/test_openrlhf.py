@@ -374,7 +374,7 @@ def make_trace(ids: list[int]) -> Trace:
 class _Engine:
     """Answers with the given texts, one a call, as SKDRollout.generate does."""
 
-    num_teacher_entries = 1
+    teacher_top_k = 1
 
     def __init__(self, *texts: str) -> None:
         self._texts = list(texts)

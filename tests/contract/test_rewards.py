@@ -219,7 +219,7 @@ def test_a_failed_reward_would_be_logged_and_forgotten_by_the_host() -> None:
     assert "except Exception" in source and "logger.info" in source, "revisit skd_plugin/host/rewards.py"
 
 
-# --- prompts and stop strings (host/samples.py, host/rollout_actor.py) ---
+# --- prompts (host/samples.py) ---
 
 
 def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
@@ -236,20 +236,3 @@ def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
     for prompt in ("x" * 25, "x"):
         with pytest.raises(ValueError, match=rf"a prompt has {len(prompt)} tokens, but 2 to 24 fit.*begins with 'x"):
             check(generator, prompt, 32, 8)
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "kept"),
-    [
-        ("1+1=2 and", "=", "1+1="),  # a block went on behind the stop string
-        ("1+1=", "=", "1+1="),
-        ("a==b", "==", "a=="),
-        ("a=b", None, "a=b"),  # ended by a token or by its length
-    ],
-)
-def test_a_stop_string_leaves_nothing_behind_it(text: str, stop: str | None, kept: str) -> None:
-    from skd_plugin.host.rollout_actor import SKDRollout
-
-    actor = SimpleNamespace(_tokenizer=_Tokenizer())
-    found = SKDRollout._without_overshoot(actor, [ord(char) for char in text], stop)
-    assert "".join(map(chr, found)) == kept

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from tests.contract.source import assert_parameters, assert_unchanged, attributes_set, imports_inside, tree_of
+from tests.requests import make_request
+from tests.specs import make_spec
 
 HOST = "vLLM 0.29.0"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -39,12 +41,14 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
     (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "engine/sampler.py",
      "its indices pick the teacher's logits"),
     (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "engine/drafter.py",
-     "it calls the drafter for every request of the batch and keeps what take_last_draft_probs returns"),
+     "it calls the drafter for every request of the batch, with their lengths before rejected drafts are taken off"),
     (f"{DRAFTER}.propose", "f1fb06572b09", "engine/drafter.py",
-     "it calls set_inputs_first_pass once, then _sample_draft_tokens once a drafted token, positions rising by one"),
+     "it calls _sample_draft_tokens once a drafted token, positions rising by one"),
     (f"{DRAFTER}._sample_draft_tokens", "dd85f7c5bd19", "engine/drafter.py", "SKDDrafter takes its place"),
     (f"{DRAFTER}.set_inputs_first_pass", "ff73a43504da", "engine/drafter.py",
-     "after it, self.positions[indices] are the positions of the last tokens read"),
+     "the draft model reads up to the token that was just sampled, which follows the accepted ones"),
+    (f"{DRAFTER}.prepare_inputs_padded", "b249e3b7994b", "engine/drafter.py",
+     "the lengths that it hands on still count the rejected drafts"),
     (f"{DRAFTER}.load_model", "b2bb9269f722", "engine/drafter.py", "it loads the student through _get_model"),
     (f"{DRAFTER}._get_model", "c762a5056472", "engine/drafter.py", "loadable_weights is around it"),
     (f"{SCHEDULER}.update_from_output", "2131fa06b955", "engine/sampler.py",
@@ -53,7 +57,7 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "it turns rows with -1 into token lists"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "engine/drafter.py",
      "loadable_weights puts its own in place, which must set whatever the layers call"),
-    ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "engine/offline.py",
+    ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "engine/set_up.py",
      "VLLM_USE_V2_MODEL_RUNNER=0 must choose the V1 runner"),
 ]  # fmt: skip
 
@@ -70,6 +74,7 @@ SIGNATURES = [
     (f"{DRAFTER}.__init__", "vllm_config device runner", "engine/drafter.py"),
     (f"{DRAFTER}._get_model", "", "engine/drafter.py"),
     (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "engine/drafter.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.execute_model", "scheduler_output", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "engine/worker.py"),
     ("vllm:LLM.collective_rpc", "method timeout args kwargs", "engine/offline.py"),
     ("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method timeout args kwargs", "host/rollout_actor.py"),
@@ -138,7 +143,7 @@ def test_cpu_runner_shares_the_code_that_we_replace() -> None:
 
     runner = find(RUNNER)
     assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/engine/worker.py"
-    for name in ("_sample", "sample_tokens", "_bookkeeping_sync"):
+    for name in ("_sample", "sample_tokens", "_bookkeeping_sync", "propose_draft_token_ids"):
         assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/engine/sampler.py"
 
 
@@ -182,10 +187,11 @@ def test_scheduler_samples_one_token_a_step() -> None:
         ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
         ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params output_token_ids",
          "engine/request_table.py and engine/sampler.py"),
-        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "host/rollout_actor.py"),
+        ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids", "engine/worker.py"),
+        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "engine/request.py"),
         ("vllm.config:VllmConfig", "additional_config speculative_config scheduler_config", "engine/worker.py"),
         ("vllm.config:SpeculativeConfig", "method model num_speculative_tokens draft_sample_method draft_model_config",
-         "engine/offline.py"),
+         "engine/arguments.py"),
     ],
 )  # fmt: skip
 def test_fields(path: str, names: str, ours: str) -> None:
@@ -218,7 +224,7 @@ def test_metadata_lists_drafts_request_by_request() -> None:
 # --- drafter (engine/drafter.py) ---
 
 
-@pytest.mark.parametrize("name", ["_get_model", "set_inputs_first_pass", "_sample_draft_tokens", "propose"])
+@pytest.mark.parametrize("name", ["_get_model", "_sample_draft_tokens", "propose"])
 def test_draft_proposer_has_the_method(name: str) -> None:
     assert callable(getattr(find(DRAFTER), name, None)), f"{name} is gone; revisit skd_plugin/engine/drafter.py"
 
@@ -226,7 +232,7 @@ def test_draft_proposer_has_the_method(name: str) -> None:
 def test_draft_proposer_has_the_attributes() -> None:
     base = find("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer")
     have = attributes_set(base.__init__, base.load_model)
-    missing = {"positions", "draft_model_config", "model"} - have
+    missing = {"draft_model_config", "model"} - have
     assert not missing, f"the drafter has no {missing}; revisit skd_plugin/engine/drafter.py"
 
 
@@ -235,6 +241,24 @@ def test_greedy_requests_are_drafted_by_our_sampler_too() -> None:
     source = ast.unparse(tree_of(find(f"{DRAFTER}.propose")))
     assert source.count("self._sample_draft_tokens(") >= 2, "revisit skd_plugin/engine/drafter.py"
     assert "_greedy_sample" not in source, "revisit skd_plugin/engine/drafter.py"
+
+
+def test_sampling_metadata_of_the_drafts_goes_through_unread() -> None:
+    """SKDDrafter puts its own record of a step in its place."""
+    tree = tree_of(find(f"{DRAFTER}.propose"))
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "sampling_metadata"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    sampling = [call for call in calls if ast.unparse(call.func) == "self._sample_draft_tokens"]
+    handed = [argument for call in sampling for argument in call.args[1:]]
+    assert len(uses) == len(handed) and all(use in handed for use in uses), "revisit skd_plugin/engine/drafter.py"
+
+
+def test_drafter_is_called_by_keywords() -> None:
+    tree = tree_of(find(f"{RUNNER}.propose_draft_token_ids"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ours = [c for c in calls if ast.unparse(c.func) == "self.drafter.propose" and not c.args]
+    wanted = {"common_attn_metadata", "sampling_metadata", "num_rejected_tokens_gpu"}
+    assert any(wanted <= {keyword.arg for keyword in call.keywords} for call in ours), "revisit engine/drafter.py"
 
 
 # --- worker (engine/worker.py, host/weight_sync.py) ---
@@ -280,31 +304,28 @@ def test_methods_that_are_called_by_name_exist() -> None:
 def test_engine_resolves_our_paths() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from skd_plugin.engine.offline import WORKER_CLS
+    from skd_plugin.engine.arguments import WORKER_CLS
     from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS
 
     assert resolve_obj_by_qualname(WORKER_CLS).__name__ == "SKDWorker"
     assert resolve_obj_by_qualname(WORKER_EXTENSION_CLS).__name__ == "StudentWeights"
 
 
-# --- engine arguments (engine/offline.py, host/rollout_actor.py) ---
+# --- engine arguments (engine/arguments.py, engine/set_up.py) ---
 
 
-@pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from skd_plugin.engine.offline import engine_arguments
-
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    return engine_arguments("teacher", "student", draft_len=2, max_len=16, num_teacher_entries=4)
+@pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
+def arguments(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return make_spec(cpu=request.param).arguments()
 
 
 def test_engine_args_have_our_fields(arguments: dict[str, Any]) -> None:
     from vllm import AsyncEngineArgs, EngineArgs
 
-    wanted = set(arguments) | {"worker_extension_cls"}
+    wanted = set(arguments) | set(make_spec().plain_arguments()) | {"worker_extension_cls"}
     for args in (EngineArgs, AsyncEngineArgs):
         missing = wanted - {f.name for f in dataclasses.fields(args)}
-        assert not missing, f"{args.__name__} has no {missing}; revisit skd_plugin/engine/offline.py"
+        assert not missing, f"{args.__name__} has no {missing}; revisit skd_plugin/engine/arguments.py"
 
 
 def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
@@ -312,8 +333,8 @@ def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
     from vllm.config.speculative import DraftSampleMethod
 
     given = arguments["speculative_config"]
-    assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit engine/offline.py"
-    assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/engine/offline.py"
+    assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit engine/arguments.py"
+    assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/engine/arguments.py"
 
 
 def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +379,7 @@ def test_vocabulary_check_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_environment_variable_is_read(name: str) -> None:
     from vllm import envs
 
-    assert name in envs.environment_variables, f"vLLM reads no {name}; revisit engine/offline.py and cpu.py"
+    assert name in envs.environment_variables, f"vLLM reads no {name}; revisit engine/set_up.py and cpu.py"
 
 
 def test_v1_runner_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,23 +388,21 @@ def test_v1_runner_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("0", False), ("1", True)):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
         chosen = find("vllm.config:VllmConfig.use_v2_model_runner")(SimpleNamespace(model_config=None))
-        assert chosen is expected, f"{VllmConfig.__name__}; revisit engine_arguments in skd_plugin/engine/offline.py"
+        assert chosen is expected, f"{VllmConfig.__name__}; revisit skd_plugin/engine/set_up.py"
 
 
 def test_sampling_parameters_carry_ours() -> None:
-    """extra_args survive the copies on the way to the worker; top_k 0 and temperature 1 mean "as the model says"."""
+    """extra_args survive the copies on the way to the worker; what is changed of the given ones can be."""
     from vllm import SamplingParams
 
-    from skd_plugin.engine.offline import vllm_sampling_params
-    from tests.rules import make_rule
-
-    params = vllm_sampling_params(make_rule(top_k=3).request([1, 2], trace_id=7, seed=11), 5, [2])
-    assert isinstance(params, SamplingParams) and params.max_tokens == 6
-    assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, "revisit skd_plugin/engine/request_table.py"
-    changed = copy.deepcopy(params)
-    changed.temperature, changed.top_p, changed.top_k, changed.min_tokens, changed.logprobs = 1.0, 1.0, 0, 0, None
-    changed.extra_args = {}
-    assert SamplingParams(top_k=0).top_k == 0, "revisit SKDRollout.generate in skd_plugin/host/rollout_actor.py"
+    given = SamplingParams(top_k=0, min_tokens=1, max_tokens=9, logprobs=1, stop_token_ids=[5])
+    assert given.top_k == 0, "revisit NEUTRAL in skd_plugin/engine/request.py"
+    params = make_request([1, 2], sampling_params=given, trace_id=7, max_new_tokens=5).sampling_params
+    ours = "revisit prepare_request in skd_plugin/engine/request.py"
+    assert isinstance(params, SamplingParams) and (params.max_tokens, params.temperature) == (6, 1.0), ours
+    assert (params.min_tokens, params.logprobs, params.stop_token_ids) == (0, None, [5, 2]), ours
+    assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, ours
+    assert given.max_tokens == 9 and given.extra_args is None, ours
 
 
 def test_scheduler_is_asked_for_each_requests_new_tokens() -> None:
@@ -410,9 +429,9 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingType
 
-    from skd_plugin.evaluate.engine_process import plain_params
+    from skd_plugin.engine.offline import plain_params
 
-    ours = "revisit plain_params in skd_plugin/evaluate/engine_process.py"
+    ours = "revisit plain_params in skd_plugin/engine/offline.py"
     params = plain_params(1.0, 7, [2], -5)
     assert params.sampling_type is SamplingType.RANDOM_SEED and params.seed >= 0, ours
     assert plain_params(0.0, 7, [2], 5).sampling_type is SamplingType.GREEDY, ours
@@ -420,7 +439,7 @@ def test_a_plain_response_has_a_random_stream_of_its_own() -> None:
     update = inspect.getsource(find(f"{RUNNER}._update_states"))
     assert "generator.manual_seed(sampling_params.seed)" in update, ours
     names = {field.name for field in dataclasses.fields(CompletionOutput)}
-    assert {"token_ids", "finish_reason"} <= names, "revisit alone in skd_plugin/evaluate/engine_process.py"
+    assert {"token_ids", "finish_reason"} <= names, "revisit PlainEngine in skd_plugin/engine/offline.py"
 
 
 def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:

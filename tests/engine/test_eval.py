@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from skd_plugin.config.schema import RolloutConfig
-from skd_plugin.engine.offline import Sample
+from skd_plugin.engine.request import Sample
 from skd_plugin.evaluate.engine_process import Beside
 from skd_plugin.evaluate.job import Job, Prompt
 from skd_plugin.run_folder import Status
 from tests.conftest import EOS, MAX_LEN
+from tests.specs import make_spec
 
 pytestmark = pytest.mark.engine
 
@@ -23,8 +24,7 @@ LIMIT = 12
 @pytest.fixture
 def job() -> Job:
     return Job(
-        student="student",
-        teacher="teacher",
+        spec=make_spec(draft_len=3, max_len=MAX_LEN),
         measures=["distance", "prefixes", "speculation"],
         prompts=[
             Prompt(ids, LIMIT, None, reference)
@@ -33,9 +33,7 @@ def job() -> Job:
         samples=1,
         temperature=1.0,
         seed=3,
-        max_len=MAX_LEN,
         rollout=RolloutConfig(top_k=3, draft_len=3).model_dump(),
-        vllm={},
     )
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.sampling import SamplingSettings
-from skd_plugin.engine.offline import SamplingRule
+from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, VOCAB
 from tests.rules import make_rule
 from tests.unit.test_sampling import slow_warp

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from skd_plugin import cli
 from skd_plugin.check.self_test import judge
-from skd_plugin.check.self_test_process import Trial, arguments, compare, sample
+from skd_plugin.check.self_test_process import Trial, compare, sample
 from skd_plugin.core import gates
 from skd_plugin.engine.offline import SKDEngine
+from tests.specs import make_spec
 
 pytestmark = pytest.mark.engine
 
@@ -29,21 +30,24 @@ def trial() -> Trial:
         f"{who} has {n} coins . {who} finds {n + 8} . {who} sells 9 . how many coins ?"
         for who, n in (("tom", 47), ("ned", 20), ("tom", 61))
     ]
-    return Trial(
-        model=TEACHER,
+    spec = make_spec(
+        teacher=TEACHER,
         student=TEACHER,
-        prompts=tokenizer(stories, add_special_tokens=False).input_ids,
         draft_len=2,
         max_len=176,
-        max_new_tokens=32,
-        num_teacher_entries=32,
-        vllm_options={"kv_cache_memory_bytes": 64 << 20},
+        teacher_top_k=32,
+        options={"kv_cache_memory_bytes": 64 << 20},
     )
+    return Trial(spec, prompts=tokenizer(stories, add_special_tokens=False).input_ids, max_new_tokens=32)
+
+
+def with_models(trial: Trial, **models: str) -> Trial:
+    return replace(trial, spec=replace(trial.spec, **models))
 
 
 @pytest.fixture(scope="module")
 def teacher_twice(trial: Trial) -> SKDEngine:
-    return SKDEngine(**arguments(trial))
+    return SKDEngine(trial.spec)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def drawn(teacher_twice: SKDEngine, trial: Trial) -> dict:
 
 
 def levels(trial: Trial, drawn: dict) -> list[str]:
-    dtype = arguments(trial)["dtype"]
+    dtype = trial.spec.arguments()["dtype"]
     found = compare(trial, drawn["traces"], dtype)
     return [finding.level for finding in judge(found, dtype, drawn["kept_by_a_shut_gate"])]
 
@@ -65,7 +69,7 @@ def test_the_teacher_as_its_own_student(trial, drawn):
 
 def test_transformers_with_other_weights(trial, drawn):
     """The student's weights stand for a teacher that one of the two libraries loads wrongly."""
-    assert levels(replace(trial, model=STUDENT), drawn)[1:] == ["failed", "warning"]
+    assert levels(with_models(trial, teacher=STUDENT), drawn)[1:] == ["failed", "warning"]
 
 
 def test_a_trace_that_lies(trial, drawn):
@@ -74,7 +78,7 @@ def test_a_trace_that_lies(trial, drawn):
 
 
 def test_a_student_that_is_not_the_teacher(trial):
-    engine = SKDEngine(**arguments(replace(trial, student=STUDENT)))
+    engine = SKDEngine(with_models(trial, student=STUDENT).spec)
     assert levels(trial, sample(engine, trial))[0] == "failed"
 
 

@@ -253,7 +253,7 @@ def test_the_file_is_strict_json_and_the_table_shows_it(plan, found):
 def test_a_job_survives_its_file(plan, tmp_path: Path):
     job = job_of(plan, plan.students[0], plan.held_out[0])
     job.write(tmp_path)
-    assert Job.read(tmp_path) == job and job.vllm["trust_remote_code"] and job.max_len == 176
+    assert Job.read(tmp_path) == job and job.spec.openrlhf["trust_remote_code"] and job.spec.max_len == 176
 
 
 def test_answers_survive_their_file(found, tmp_path: Path):

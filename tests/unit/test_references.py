@@ -19,6 +19,9 @@ class Letters:
         assert not add_special_tokens
         return SimpleNamespace(input_ids=[ord(char) for char in text])
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
 
 def test_choice_has_its_share() -> None:
     for share in (0.1, 0.5, 0.9):
@@ -42,13 +45,13 @@ def test_a_larger_share_keeps_the_prompts_of_a_smaller_one() -> None:
 
 
 def test_tokens_end_in_the_end_token() -> None:
-    assert reference_ids("ab", Letters(), "") == [97, 98, 2]
+    assert reference_ids("ab", Letters(), [5]) == [97, 98, 2]
 
 
 @pytest.mark.parametrize("reference", [None, ""])
 def test_missing_reference_names_the_prompt(reference: str | None) -> None:
     with pytest.raises(MissingReference, match=r"this one has none: 'tom has 3 coins'.*openrlhf\.data\.label_key"):
-        reference_ids(reference, Letters(), "tom has 3 coins")
+        reference_ids(reference, Letters(), [ord(char) for char in "tom has 3 coins"])
 
 
 @given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import pytest
 from skd_plugin.config.schema import RolloutConfig
 from skd_plugin.core.gates import CONFIDENCES, GATES
 from skd_plugin.core.methods import METHODS
-from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
-from skd_plugin.engine.request_table import RequestParams
+from skd_plugin.core.sampling import KEEP_ALL
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 
 CONTROLLER = {"kind": "target_acceptance", "rate": 0.8, "start": 10}
@@ -162,13 +160,3 @@ def test_figures_are_those_that_may_move() -> None:
     assert rule(gate="floor", threshold=0.25).figures() == {"skd/threshold": 0.25}
     assert rule(gate="confident", threshold=0.25).figures() == {"skd/top_k": 25.0, "skd/threshold": 0.25}
     assert rule(method="on_policy").figures() == {} == rule(method="teacher").figures()
-
-
-def test_request_carries_the_rule() -> None:
-    params = rule(top_k=7, top_k_decay_len=30, write_back=False).request([5, 6, 9], 3, 11, [1, 2])
-    assert (params.prompt_len, params.first_token, params.trace_id, params.seed) == (3, 9, 3, 11)
-    assert params.settings == SamplingSettings(7, top_k_decay_len=30, write_back=False)
-    assert params.forced_ids == [1, 2]
-    assert params.to_extra_args()["skd"]["forced_ids"] == [1, 2]
-    carried = json.loads(json.dumps(params.to_extra_args()))  # plain values all the way
-    assert RequestParams.from_extra_args(carried) == params

@@ -1,0 +1,111 @@
+"""From a recipe to an engine's arguments: for training, `skd rollout`, `skd eval` and `skd check` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from skd_plugin.config.context import context_needed
+from skd_plugin.config.schema import SKDConfig
+
+WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
+SCHEDULER_CLS = "skd_plugin.engine.scheduler.SKDScheduler"
+CPU_CACHE_BYTES = 1 << 30  # key-value cache of an engine on a CPU
+WHOLE_PROMPTS = 8192  # tokens of prompts that a student alone reads at once
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is made of. It goes to another process as JSON of `dataclasses.asdict`."""
+
+    teacher: str
+    student: str
+    draft_len: int  # tokens that the student proposes before the teacher looks (gamma)
+    max_len: int  # tokens of the longest sequence, prompt and response
+    teacher_top_k: int  # most probable teacher tokens returned for each response token
+    loss_temperature: float  # tau of the loss; the mass of all other tokens is recorded at it
+    teacher_hidden: bool  # whether the teacher's last hidden state of each response token is returned, too
+    cpu: bool
+    openrlhf: dict[str, Any]  # EngineArgs that OpenRLHF makes of its own options
+    options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
+
+    def arguments(self, openrlhf: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Keywords of vLLM's EngineArgs for an engine with teacher and student.
+
+        Args:
+            openrlhf: those with which OpenRLHF starts this one engine, e.g. with a seed of its own; they win over the
+                recipe's (`self.openrlhf`).
+        """
+        skd = {
+            "model": self.teacher,
+            "speculative_config": {
+                "method": "draft_model",
+                "model": self.student,
+                "num_speculative_tokens": self.draft_len,
+                "draft_sample_method": "probabilistic",
+            },
+            "worker_cls": WORKER_CLS,
+            "scheduler_cls": SCHEDULER_CLS,
+            "additional_config": {
+                "skd_teacher_top_k": self.teacher_top_k,
+                "skd_loss_temperature": self.loss_temperature,
+                "skd_teacher_hidden": self.teacher_hidden,
+            },
+            "async_scheduling": False,
+            "max_model_len": context_needed(self.max_len, self.draft_len),
+        }
+        return {**self._of_openrlhf(openrlhf or {}), **skd, **self._of_device(), **self.options}
+
+    def plain_arguments(self) -> dict[str, Any]:
+        """Keywords of vLLM's EngineArgs for an engine with the student alone."""
+        plain = {
+            "model": self.student,
+            "max_model_len": self.max_len,
+            # vLLM takes back the random numbers of a prompt that was read in part, which no CPU generator can.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(WHOLE_PROMPTS, self.max_len),
+        }
+        return {**self._of_openrlhf({}), **plain, **self._of_device(), **self.options}
+
+    def _of_openrlhf(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {**self.openrlhf, **given}
+        if self.cpu:
+            arguments.pop("gpu_memory_utilization", None)  # there a share of all memory, and not of a GPU's
+        return arguments
+
+    def _of_device(self) -> dict[str, Any]:
+        if not self.cpu:
+            return {"dtype": "bfloat16", "enable_prefix_caching": True}
+        return {
+            "dtype": "float32",
+            "enable_prefix_caching": True,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": CPU_CACHE_BYTES,
+        }
+
+
+def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu: bool) -> EngineSpec:
+    """The engine that trains by a recipe. Who needs less of it takes `dataclasses.replace`.
+
+    Args:
+        options: all of OpenRLHF's, by their dotted names.
+    """
+    return EngineSpec(
+        teacher=skd.teacher.model_name_or_path,
+        student=student,
+        draft_len=skd.rollout.draft_len,
+        max_len=options["data.max_len"],
+        teacher_top_k=skd.loss.teacher_top_k,
+        loss_temperature=skd.loss.temperature,
+        teacher_hidden=skd.loss.vocabulary == "full",
+        cpu=cpu,
+        openrlhf={
+            "tensor_parallel_size": options["vllm.tensor_parallel_size"],
+            "enforce_eager": options["vllm.enforce_eager"],
+            "gpu_memory_utilization": options["vllm.gpu_memory_utilization"],
+            "seed": options["train.seed"],
+            "trust_remote_code": True,
+        },
+        options=dict(skd.vllm),
+    )

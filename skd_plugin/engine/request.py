@@ -1,0 +1,171 @@
+"""The life of a request, the same in OpenRLHF's actor and in the offline engine: prepared, sampled, finished.
+
+vLLM reads the prompt without its last token, which SKD's sampler forces as the first output: so the student proposes
+every token of the response. `finish_request` takes that token off again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skd_plugin.core.sampling import SamplingSettings
+from skd_plugin.core.trace import Trace
+from skd_plugin.engine.references import is_chosen, reference_ids
+from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.models import end_tokens
+
+EXTRA_ARGS_KEY = "skd"  # the entry of vLLM's SamplingParams.extra_args that carries a `RequestParams`
+
+# Sampling parameters of vLLM that SKD's sampler does not apply, with the values at which they do nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "temperature": (1.0,),
+    "top_p": (1.0,),
+    "top_k": (-1, 0),
+    "min_p": (0.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "structured_outputs": (None,),
+    "prompt_logprobs": (None,),
+}
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """How one request is sampled: what the engine's worker is told of it."""
+
+    trace_id: int  # names the trace when it is fetched; unique in the engine
+    prompt_len: int  # tokens
+    first_token: int  # last token of the prompt, forced as the first output
+    seed: int  # of the request's own random stream
+    settings: SamplingSettings
+    forced_ids: list[int] | None = None  # a reference: every token of it is proposed and kept
+
+    def to_extra_args(self) -> dict[str, Any]:
+        return {EXTRA_ARGS_KEY: asdict(self)}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestParams:
+        """Raises KeyError for a request that was not made here: it would be sampled by no known rule."""
+        if not extra_args or EXTRA_ARGS_KEY not in extra_args:
+            raise KeyError(
+                f"a request has no '{EXTRA_ARGS_KEY}' sampling arguments; an SKD engine serves only requests that "
+                "come through skd_plugin.engine"
+            )
+        given = extra_args[EXTRA_ARGS_KEY]
+        return cls(**{**given, "settings": SamplingSettings(**given["settings"])})
+
+
+@dataclass(frozen=True)
+class Request:
+    """What vLLM is asked."""
+
+    prompt_ids: list[int]
+    params: RequestParams
+    sampling_params: Any  # vLLM's SamplingParams
+
+    @property
+    def read_ids(self) -> list[int]:
+        """The prompt that vLLM is given to read."""
+        return self.prompt_ids[:-1]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished response."""
+
+    prompt_ids: list[int]
+    trace: Trace
+    text: str
+    finish: str  # "stop" or "length"
+
+
+def prepare_request(
+    prompt_ids: Sequence[int],
+    rule: SamplingRule,
+    sampling_params: Any,
+    tokenizer: Any,
+    *,
+    trace_id: int,
+    seed: int,
+    choice_seed: int,
+    max_new_tokens: int,
+    reference: str | None,
+) -> Request:
+    """
+    Args:
+        sampling_params: vLLM's; of them stay the stop strings, further stop tokens and the form of the text.
+        tokenizer: the student's.
+        seed: of the request's own random stream.
+        choice_seed: decides, with the prompt, whether `rule` answers it by its reference; see `is_chosen`.
+        max_new_tokens: length at which the response, a reference too, is cut.
+
+    Raises:
+        ValueError: a sampling parameter that would do nothing, or a prompt that is too short.
+        MissingReference: the rule asks for a reference, and there is none.
+    """
+    refuse_unsupported(sampling_params)
+    if len(prompt_ids) < 2:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} token(s); SKD needs at least 2, because the student proposes the first "
+            "response token from the prompt's last one. Begin prompts with a BOS token or a template."
+        )
+    forced_ids = None
+    if is_chosen(rule.reference_share, choice_seed, prompt_ids):
+        forced_ids = reference_ids(reference, tokenizer, prompt_ids)
+        max_new_tokens = min(max_new_tokens, len(forced_ids))
+    params = RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, rule.settings, forced_ids)
+    sampling_params = deepcopy(sampling_params)
+    sampling_params.min_tokens, sampling_params.logprobs = 0, None
+    sampling_params.max_tokens = max_new_tokens + 1  # the forced token
+    # vLLM stops at the teacher's end token by itself; the student's may be another one of the same vocabulary.
+    sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *end_tokens(tokenizer)]
+    sampling_params.extra_args = params.to_extra_args()
+    return Request(list(prompt_ids), params, sampling_params)
+
+
+def refuse_unsupported(sampling_params: Any) -> None:
+    """Raises ValueError for a sampling parameter that would silently do nothing in an SKD engine."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(sampling_params, name)
+        if value not in neutral:
+            raise ValueError(
+                f"sampling parameter {name} = {value!r} has no effect in an SKD engine: student and teacher have "
+                "their own settings: use skd.rollout.student_temperature, student_top_p, teacher_temperature, ..."
+            )
+
+
+def finish_request(request: Request, completion: Any, trace: Trace, tokenizer: Any) -> Sample:
+    """
+    Args:
+        completion: vLLM's CompletionOutput.
+        trace: what the worker recorded; it may go on where vLLM has cut the response.
+
+    Raises:
+        RuntimeError: the trace is of other tokens than vLLM's.
+    """
+    ids = list(completion.token_ids)[1:]
+    stop = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+    if stop is not None:
+        ids = _without_overshoot(ids, stop, tokenizer)
+    trace = trace.slice(0, len(ids))
+    if trace.response_ids.tolist() != ids:
+        raise RuntimeError(f"the engine emitted {ids}, but its trace says {trace.response_ids.tolist()}")
+    text = tokenizer.decode(ids, skip_special_tokens=request.sampling_params.skip_special_tokens)
+    if stop is not None and not request.sampling_params.include_stop_str_in_output:
+        text = text[: text.rfind(stop)]
+    return Sample(request.prompt_ids, trace, text, completion.finish_reason)
+
+
+def _without_overshoot(ids: list[int], stop: str, tokenizer: Any) -> list[int]:
+    """vLLM finds a stop string after a whole block, and then cuts the text but not the tokens."""
+    while stop in tokenizer.decode(ids[:-1]):
+        ids = ids[:-1]
+    return ids

@@ -1,0 +1,20 @@
+"""What a process needs before an engine starts in it. Here alone the engine's code changes its environment."""
+
+from __future__ import annotations
+
+import os
+
+
+def set_up_offline() -> None:
+    """For engines in this process, without Ray. vLLM reads it when it is imported, so that this comes before."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def set_up_skd() -> None:
+    """For an engine with teacher and student: vLLM's first model runner, and models of different padding."""
+    from skd_plugin.engine.vocabulary import allow_padding
+
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # read when a runner is chosen, in whichever process that happens
+    allow_padding()
