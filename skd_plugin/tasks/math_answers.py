@@ -6,6 +6,7 @@ that no one can compute; so it runs in a process of its own, which is ended when
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import select
@@ -78,13 +79,19 @@ class _Verifier:
             process.stdin.flush()
             reply = self._read(process, LIMIT_S)
             if reply is None:
-                process.kill()
-                process.wait()
+                self.close()
                 return False
             return reply == "true"
 
+    def close(self) -> None:
+        """Ends the process, if there is one; the next comparison starts another."""
+        if self._process is not None:
+            with self._process as process:  # closes the pipes and waits
+                process.kill()
+
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
+            self.close()
             self._process = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -101,6 +108,7 @@ class _Verifier:
 
 
 _VERIFIER = _Verifier()
+atexit.register(_VERIFIER.close)
 
 
 def _serve() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 def tree_of(obj: Any) -> ast.AST:
     """Syntax tree of a class, function or module."""
-    return ast.parse(textwrap.dedent(inspect.getsource(obj)))
+    return ast.parse(textwrap.dedent(inspect.getsource(obj)), filename=inspect.getsourcefile(obj) or "<unknown>")
 
 
 def source_hash(obj: Any) -> str:

@@ -816,7 +816,7 @@ def test_every_flash_attention_import_at_import_time_has_a_stub() -> None:
     root = Path(find("openrlhf").__file__).parent
     wanted = set()
     for path in root.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(), str(path)).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flash_attn":
                 wanted |= {(node.module, alias.name) for alias in node.names}
     assert wanted, "the host no longer needs flash-attn; remove the stubs of skd_plugin/host/on_cpu.py"

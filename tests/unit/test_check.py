@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -89,7 +90,7 @@ def test_the_table_fits_and_loses_nothing(width):
         Finding("chat template", "the student's is applied " * 5 + "END", "warning", "look at it " * 9 + "THERE"),
         Finding("a name that is longer than its column", "x" * 150, "failed", "do this"),
     ]
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(findings_table(findings, "title"), verdict(findings))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
@@ -98,7 +99,7 @@ def test_the_table_fits_and_loses_nothing(width):
 
 
 def test_markup_in_what_was_found_is_only_text():
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(findings_table([Finding("prompt", "[bold]x[/bold] [/INST]")], "title"))
     assert "[bold]x[/bold] [/INST]" in console.export_text()
 

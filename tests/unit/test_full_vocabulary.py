@@ -37,6 +37,13 @@ def modules():
     return skd_plugin.host
 
 
+@pytest.fixture(scope="module", autouse=True)
+def uncompiled():
+    """OpenRLHF compiles its entropy, which takes 20 s and has nothing of ours in it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture
 def student(hf_models):
     from copy import deepcopy

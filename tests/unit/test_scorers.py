@@ -108,3 +108,4 @@ def test_an_answer_that_hangs_is_wrong_and_the_next_one_is_not(monkeypatch: pyte
     assert process is not None and process.poll() is None
     process.stdin.close()  # as when the run is killed
     assert process.wait(GUARD_S) == 0
+    verifier.close()
