@@ -44,16 +44,12 @@ def task_options(skd: SKDConfig, host: HostOptions) -> dict[str, Any]:
         "data.prompt_dataset": str(folder.prompts("train").path),
         "data.input_key": "input",
         "data.label_key": "label",
-        "eval.dataset": str(folder.prompts("test").path),
-        "reward.remote_url": host.get("reward.remote_url") or reward.__file__,
     }
-    if not any(config.eval_prompts for config in skd.all_tasks):
-        del options["eval.dataset"]
-    if host.get("train.agent_func_path"):
-        del options["reward.remote_url"]  # the agent says what its response is worth
-    if host.get("reward.model_name_or_path"):
-        del options["reward.remote_url"]
-        options.pop("eval.dataset", None)  # OpenRLHF evaluates by reward functions only
+    reward_model = host.get("reward.model_name_or_path")
+    if not reward_model and any(config.eval_prompts for config in skd.all_tasks):
+        options["eval.dataset"] = str(folder.prompts("test").path)  # OpenRLHF evaluates by reward functions only
+    if not reward_model and not host.get("train.agent_func_path"):  # an agent says what its response is worth
+        options["reward.remote_url"] = host.get("reward.remote_url") or reward.__file__
     return options
 
 

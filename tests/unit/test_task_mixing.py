@@ -148,6 +148,14 @@ def test_a_run_without_held_out_prompts_is_not_evaluated(tmp_path: Path) -> None
     assert "eval.dataset" in task_options(config(tmp_path, tasks=several("arithmetic")), {})
 
 
+@pytest.mark.parametrize("names", [(), ("agent",), ("model",), ("agent", "model")], ids=str)
+def test_rewards_of_the_users_own_take_the_checkers_place(tmp_path: Path, names: tuple[str, ...]) -> None:
+    keys = {"agent": "train.agent_func_path", "model": "reward.model_name_or_path"}
+    options = task_options(config(tmp_path, tasks=several("arithmetic")), {keys[name]: "own" for name in names})
+    assert ("reward.remote_url" in options) == (not names)
+    assert ("eval.dataset" in options) == ("model" not in names)
+
+
 def test_longest_response_of_the_tasks(tmp_path: Path) -> None:
     both = config(tmp_path, tasks=several("translation", "arithmetic"))
     assert longest_response(both, None) == 96 and longest_response(both, 50) == 50
