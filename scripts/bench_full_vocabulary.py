@@ -23,7 +23,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from skd_plugin.core.chunked import chunked_divergence
+from skd_plugin.core.chunked import chunked_loss
 from skd_plugin.core.losses import forward_kl
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # student hidden, head, teacher hidden, head
@@ -42,7 +42,9 @@ def ours(inputs: Inputs, chunk: int, foreseen: bool) -> torch.Tensor:
     """`foreseen`: the loss is a mean of the divergences, and the function is told so."""
     expected = torch.ones(len(inputs[0]), device=inputs[0].device) if foreseen else None
     tokens = torch.zeros(len(inputs[0]), dtype=torch.int64, device=inputs[0].device)
-    scores = chunked_divergence(*inputs, forward_kl, tokens_N=tokens, chunk=chunk, expected_N=expected)
+    scores = chunked_loss(
+        *inputs, lambda rows, log_p, log_q: forward_kl(log_p, log_q), tokens_N=tokens, chunk=chunk, expected_N=expected
+    )
     return scores.loss.mean()
 
 

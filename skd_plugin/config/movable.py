@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -59,14 +59,22 @@ def _form(value: Any) -> str | None:
     return "schedule" if kind in SHAPES else "controller" if kind == "target_acceptance" else None
 
 
-def movable(number: Any, *, controllable: bool = False) -> Any:
-    """The type of an option that is a number or moves over training: by a schedule, or also by a controller."""
-    forms = Annotated[number, Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")]
-    if controllable:
-        forms |= Annotated[TargetAcceptanceConfig, Tag("controller")]
-    kinds = f"a mapping here has kind: {' or '.join(SHAPES)}"
-    expected = f"{kinds}, or target_acceptance" if controllable else kinds
-    return Annotated[forms, Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)]
+def _by_form(kinds: str) -> Discriminator:
+    expected = f"a mapping here has kind: {kinds}"
+    return Discriminator(_form, custom_error_type="unknown_kind", custom_error_message=expected)
+
+
+_Number = TypeVar("_Number", int, float)
+_Schedule = Annotated[ScheduleConfig, Tag("schedule")]
+_Controller = Annotated[TargetAcceptanceConfig, Tag("controller")]
+
+# Types of an option that is a number, which may have bounds (`Scheduled[Annotated[int, Field(ge=1)]]`), or that moves
+# over training: by a schedule; by a schedule or a controller.
+Scheduled = Annotated[Annotated[_Number, Tag("number")] | _Schedule, _by_form(" or ".join(SHAPES))]
+Movable = Annotated[
+    Annotated[_Number, Tag("number")] | _Schedule | _Controller,
+    _by_form(f"{' or '.join(SHAPES)}, or target_acceptance"),
+]
 
 
 def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[float, ...]:
@@ -75,5 +83,5 @@ def extremes(value: float | ScheduleConfig | TargetAcceptanceConfig) -> tuple[fl
 
 
 def value_at(value: float | ScheduleConfig, progress: float) -> float:
-    """Of an option that may follow a schedule, when this share of training is done."""
+    """An option that may follow a schedule, when this share of training is done."""
     return value.at(progress) if isinstance(value, ScheduleConfig) else value

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from skd_plugin.config.movable import VALUE_FORMS, TargetAcceptanceConfig, extremes, movable, value_at
+from skd_plugin.config.movable import VALUE_FORMS, Movable, Scheduled, TargetAcceptanceConfig, extremes, value_at
 from skd_plugin.config.section import Section, one_of, refuse_idle
 from skd_plugin.core.gates import CONFIDENCES, CONFIDENT, GATE_OPTIONS, GATES, RELEASED, Gate, gate_of_option
 from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings
@@ -44,13 +44,13 @@ class RolloutConfig(Section):
     stage_share: float = Field(
         0.5, ge=0, le=1, description=f"of {_methods_with('stage_share')}: share of training spent on references"
     )
-    top_k: movable(Annotated[int, Field(ge=1)], controllable=True) = Field(
+    top_k: Movable[Annotated[int, Field(ge=1)]] = Field(
         25, description="K: a student token among the teacher's K most probable ones is kept"
     )
     gate: Annotated[str, one_of(GATE_OPTIONS)] = Field(
         "top_k", description="which proposals are kept; distributions and sources in core/gates.py"
     )
-    threshold: movable(Annotated[float, Field(ge=0)], controllable=True) | None = Field(
+    threshold: Movable[Annotated[float, Field(ge=0)]] | None = Field(
         None, description=f"of the gate; every gate but {' and '.join(WITHOUT_THRESHOLD)} needs one"
     )
     confidence: Annotated[str, one_of(CONFIDENCES)] = Field(
@@ -234,13 +234,13 @@ class Coefficients(NamedTuple):
 
 
 class ObjectiveConfig(Section):
-    kd_coef: movable(Annotated[float, Field(ge=0)]) = Field(1.0, description="weight of the distillation loss")
-    rl_coef: movable(Annotated[float, Field(ge=0)]) = Field(
-        0.0, description="weight of the host's policy loss; where it is ever above 0, rewards are used"
+    kd_coef: Scheduled[Annotated[float, Field(ge=0)]] = Field(1.0, description="weight of the distillation loss")
+    rl_coef: Scheduled[Annotated[float, Field(ge=0)]] = Field(
+        0.0, description="weight of OpenRLHF's policy loss; where it is ever above 0, rewards are used"
     )
     replaced_tokens: Literal["exclude", "importance"] = Field(
         "exclude",
-        description="the teacher's tokens in the policy loss: left out, or weighted by q/p within the host's clip",
+        description="the teacher's tokens in the policy loss: left out, or weighted by q/p within OpenRLHF's clip",
     )
     teacher_advantage: float = Field(
         0.0, ge=0, description="c: adds c (log p - log q) to the advantage of each of the student's tokens"

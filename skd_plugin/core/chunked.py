@@ -4,7 +4,7 @@ An output head turns a hidden state of H numbers into V logits. Here it is appli
 values are read off, and its logits are thrown away, so that the memory is that of C x V logits and not of N x V.
 
 Shapes: N tokens, C tokens of a chunk, V vocabulary, H width of the student, J width of the teacher. p is the teacher,
-q the student. Logits come from the head in the type of its weight; everything behind them is float32, in nats.
+q the student. Logits come from the head in the type of its weight; everything that follows is float32, in nats.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-
-from skd_plugin.core.losses import Divergence, soften
 
 # (rows of the chunk, log p [C, V], log q [C, V]) -> [C], differentiable in log q, which it must not change.
 ChunkLoss = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -36,31 +34,6 @@ class Scores(NamedTuple):
     loss: torch.Tensor  # of the student against the teacher
     log_prob: torch.Tensor  # log q of the named tokens
     entropy: torch.Tensor | None  # of q, where it was asked for
-
-
-def chunked_divergence(
-    student_hidden_NH: torch.Tensor,
-    student_head_VH: torch.Tensor,
-    teacher_hidden_NJ: torch.Tensor,
-    teacher_head_VJ: torch.Tensor,
-    divergence: Divergence,
-    *,
-    tokens_N: torch.Tensor,
-    chunk: int,
-    vocab: int | None = None,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    expected_N: torch.Tensor | None = None,
-) -> Scores:
-    """`chunked_loss` of a divergence of both models at `temperature`."""
-
-    def loss(rows: slice, log_p_CV: torch.Tensor, log_q_CV: torch.Tensor) -> torch.Tensor:
-        return divergence(soften(log_p_CV, temperature), soften(log_q_CV, temperature))
-
-    students, teachers = (student_hidden_NH, student_head_VH), (teacher_hidden_NJ, teacher_head_VJ)
-    return chunked_loss(
-        *students, *teachers, loss, tokens_N=tokens_N, chunk=chunk, vocab=vocab, entropy=entropy, expected_N=expected_N
-    )
 
 
 def chunked_loss(
@@ -109,7 +82,7 @@ def chunked_log_probs(
     vocab: int | None = None,
     entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log q of `tokens_N` and the entropy of q, where it is asked for: float32 [N]. See `chunked_divergence`."""
+    """log q of `tokens_N` and the entropy of q, where it is asked for: float32 [N]. See `chunked_loss`."""
     vocab = len(head_VH) if vocab is None else vocab
     read = partial(_token_readings, tokens_N, entropy)
     values = _Chunked.apply(hidden_NH, head_VH, read, 1 + entropy, chunk, vocab, None)
@@ -145,7 +118,7 @@ class _Chunked(torch.autograd.Function):
             with torch.set_grad_enabled(ctx.ready is not None):
                 readings = read(rows, log_q_CV.requires_grad_(ctx.ready is not None))
             values[:, rows] = torch.stack(readings).detach()
-            if ctx.ready is not None:
+            if expected_N is not None:
                 ctx.ready.add(rows, log_q_CV, readings[:1], [expected_N[rows]])
             del readings  # and with them their graph, before the next chunk is made
         return values.unbind()

@@ -1,7 +1,7 @@
 """Distillation losses, one value a token. p is the teacher, q the student, in nats, in float32.
 
 Shapes: N trained tokens, V vocabulary, K teacher entries kept a token, C = K + 2 categories: the teacher's top-K, the
-emitted token where it is not among them, and all other tokens as one. A loss never reduces over tokens: the host's
+emitted token where it is not among them, and all other tokens as one. A loss never reduces over tokens: OpenRLHF's
 `aggregate_loss` does, with the token count of the whole optimizer step.
 
 Each divergence is written once, over any categories: the C of a rollout, or the whole vocabulary. Joining categories

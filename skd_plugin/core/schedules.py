@@ -1,6 +1,6 @@
 """Values that move while training goes on: by a schedule, or after a measured rate of acceptance.
 
-Progress is the share of training that is done, 0 at the first step and 1 behind the last. A schedule is a pure
+Progress is the share of training that is done, 0 at the first step and 1 after the last. A schedule is a pure
 function of it. A controller has one number of state, which a checkpoint can hold.
 """
 

@@ -5,8 +5,9 @@ Shapes: R response tokens, K teacher entries kept a token, J width of the teache
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -51,10 +52,11 @@ class Trace:
     teacher_topk_logp: torch.Tensor  # float32 [R, K]
     # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
     teacher_rest_tempered: torch.Tensor
-    teacher_hidden: torch.Tensor = None  # [R, J], what the teacher's head made each token's p of; [R, 0]: not kept
+    # [R, J], what the teacher's head made each token's p of; [R, 0], which needs not be given: not kept
+    teacher_hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def __post_init__(self) -> None:
-        if self.teacher_hidden is None:
+        if not self.teacher_hidden.shape[1]:
             self.teacher_hidden = torch.empty(len(self), 0)
 
     def __len__(self) -> int:
@@ -88,7 +90,7 @@ class Trace:
             teacher_rest_tempered=floats,
         )
 
-    def to_json(self, prompt_ids: list[int], finish: str) -> dict:
+    def to_json(self, prompt_ids: list[int], finish: str) -> dict[str, Any]:
         """The documented line of a trace file, without the texts."""
         return {
             "prompt_ids": list(prompt_ids),
@@ -115,10 +117,6 @@ class Trace:
     def students_own(self) -> torch.Tensor:
         """Tokens drawn from the student's distribution and left in the text: bool [R]."""
         return self.is_from(Source.ACCEPTED, Source.FLAGGED)
-
-    @property
-    def num_rejected(self) -> int:
-        return int((self.rejected_ids != NOTHING).sum())
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:

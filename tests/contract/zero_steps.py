@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from openrlhf.models import Actor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from skd_plugin.core.chunked import Scores, chunked_divergence  # noqa: E402
+from skd_plugin.core.chunked import Scores, chunked_loss  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
 from skd_plugin.host.full_vocabulary import FullVocabularyActor  # noqa: E402
 
@@ -40,8 +40,8 @@ class Task:
 
     def read(self, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, entropy: bool) -> Scores:
         expected = torch.ones(self.count) if self.foreseen else None
-        return chunked_divergence(hidden, head, self.hidden, self.head, forward_kl, tokens_N=tokens, chunk=4,
-                                  expected_N=expected)  # fmt: skip
+        return chunked_loss(hidden, head, self.hidden, self.head, lambda _, log_p, log_q: forward_kl(log_p, log_q),
+                            tokens_N=tokens, chunk=4, expected_N=expected)  # fmt: skip
 
     def loss(self, actor: Actor, full: bool) -> torch.Tensor:
         call = dict(action_mask=self.mask, attention_mask=torch.ones_like(self.ids), return_output=True)

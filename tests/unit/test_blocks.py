@@ -105,12 +105,12 @@ def test_replacement_equal_to_its_proposal_continues_the_block():
     assert assemble_one([4, 5, 6], [False, True, False], [4, 0, 9], 3) == [4, 5, 9]
 
 
-def test_no_bonus_token_behind_a_kept_block():
+def test_no_bonus_token_after_a_kept_block():
     """In the runner's wide form [B, L + 1] the last place stays empty, whatever stands in it."""
     assert assemble_one([4, 5, 7], [True, True, True], [8, 8, 8], 2) == [4, 5, NOTHING]
 
 
-def laws(top_k: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def distributions(top_k: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Teacher's logits, p, q and m_K of one prefix, m_K by the formula."""
     generator = torch.Generator().manual_seed(top_k)
     teacher = torch.randn(vocab, generator=generator) * 1.5
@@ -121,23 +121,23 @@ def laws(top_k: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 11, 12])
-def test_law_of_one_step_by_enumeration(top_k):
+def test_distribution_of_one_step_by_enumeration(top_k):
     """Sum over all (proposal, replacement) pairs of their probability gives m_K; K = V is q, K = 0 is p."""
-    teacher, p, q, expected = laws(top_k)
+    teacher, p, q, expected = distributions(top_k)
     vocab = len(p)
     draft, other = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab)).T
     keep = kept_by_top_k(teacher, draft, [top_k] * len(draft))
     emitted = assemble_block(draft[:, None], keep[:, None], other[:, None], torch.ones_like(draft))[:, 0]
-    law = torch.zeros(vocab, dtype=torch.float64).index_add_(0, emitted, q[draft] * p[other])
-    torch.testing.assert_close(law, expected)
+    found = torch.zeros(vocab, dtype=torch.float64).index_add_(0, emitted, q[draft] * p[other])
+    torch.testing.assert_close(found, expected)
     if top_k in (0, vocab):
-        torch.testing.assert_close(law, p if top_k == 0 else q)
+        torch.testing.assert_close(found, p if top_k == 0 else q)
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
-def test_law_of_one_step_by_sampling(top_k):
+def test_distribution_of_one_step_by_sampling(top_k):
     """The same with the plugin's own random numbers and draws."""
-    teacher, p, q, expected = laws(top_k)
+    teacher, p, q, expected = distributions(top_k)
     count = 20_000
     seeds, positions = torch.arange(count), torch.full((count,), 5)
     draft = sampling.draw(q.expand(count, -1), rng.uniform(seeds, positions, rng.STUDENT))

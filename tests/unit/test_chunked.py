@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skd_plugin.core.chunked import Scores, chunked_divergence, chunked_log_probs
-from skd_plugin.core.losses import LOSSES, forward_kl, make_divergence
+from skd_plugin.core.chunked import ChunkLoss, Scores, chunked_log_probs, chunked_loss
+from skd_plugin.core.losses import LOSSES, Divergence, forward_kl, make_divergence, soften
 
 N, H, J, V, PADDING = 23, 8, 12, 50, 6
 PARAMETERS = {"beta": 0.3, "alpha": 0.1}
+
+
+def loss_of(divergence: Divergence, temperature: float = 1.0) -> ChunkLoss:
+    """The divergence of both models at `temperature`."""
+    return lambda rows, log_p, log_q: divergence(soften(log_p, temperature), soften(log_q, temperature))
 
 
 class Case:
@@ -24,10 +29,10 @@ class Case:
         self.tokens = torch.randint(0, V - PADDING, (N,), generator=generator)
         self.weights = torch.rand(N, generator=generator)
 
-    def scores(self, kind: str = "forward_kl", **options) -> Scores:
-        divergence = make_divergence(kind, **PARAMETERS)
+    def scores(self, kind: str = "forward_kl", temperature: float = 1.0, **options) -> Scores:
+        loss = loss_of(make_divergence(kind, **PARAMETERS), temperature)
         options = {"chunk": 5, "entropy": True} | options
-        return chunked_divergence(*self.student, *self.teacher, divergence, tokens_N=self.tokens, **options)
+        return chunked_loss(*self.student, *self.teacher, loss, tokens_N=self.tokens, **options)
 
     def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(loss, self.student)
@@ -169,8 +174,8 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 def test_no_token_at_all_still_has_a_gradient_of_zero(hint: torch.Tensor | None) -> None:
     case = Case()
     hidden = torch.zeros(0, H, requires_grad=True)
-    scores = chunked_divergence(
-        hidden, case.student[1], torch.zeros(0, J), case.teacher[1], forward_kl,
+    scores = chunked_loss(
+        hidden, case.student[1], torch.zeros(0, J), case.teacher[1], loss_of(forward_kl),
         tokens_N=torch.zeros(0, dtype=torch.int64), chunk=4, expected_N=hint,
     )  # fmt: skip
     scores.loss.sum().backward()

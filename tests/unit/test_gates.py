@@ -40,7 +40,7 @@ def proposals(seed: int, threshold: float, top_k: int = TOP_K, repeat: int = 1, 
     )
 
 
-def laws(case: Proposals) -> tuple[list[float], list[float]]:
+def untempered(case: Proposals) -> tuple[list[float], list[float]]:
     """p1 and q1 in float64."""
     return tuple(x[0].double().softmax(-1).tolist() for x in (case.teacher_logits_NV, case.student_logp_NV))
 
@@ -73,13 +73,13 @@ def accept_set(gate: str, threshold: float, p: list[float], q: list[float]) -> s
 def test_kept_tokens_are_the_set_of_the_definition(gate, seed):
     case = proposals(seed, SETTINGS[gate], teacher_top_p=NUCLEUS)
     kept = set(GATES[gate].keep(case).nonzero().squeeze(1).tolist())
-    assert kept == accept_set(gate, SETTINGS[gate], *laws(case))
+    assert kept == accept_set(gate, SETTINGS[gate], *untempered(case))
 
 
 def test_sets_of_the_test_are_not_trivial():
     """Else the test above would not tell the gates apart."""
     for gate, threshold in SETTINGS.items():
-        sizes = [len(accept_set(gate, threshold, *laws(proposals(seed, threshold)))) for seed in range(8)]
+        sizes = [len(accept_set(gate, threshold, *untempered(proposals(seed, threshold)))) for seed in range(8)]
         assert min(sizes) > 0 and min(sizes) < VOCAB, gate
         assert gate in ("top_k", "ask_again") or len(set(sizes)) > 1, gate
 
@@ -120,7 +120,7 @@ def test_a_student_that_is_never_sure_is_put_to_top_k(gate, threshold):
     assert torch.equal(GATES[gate].keep(case), GATES["top_k"].keep(case))
 
 
-def verdict_law(gate: str, case: Proposals) -> torch.Tensor:
+def verdict_frequencies(gate: str, case: Proposals) -> torch.Tensor:
     """Frequencies [3, V] of (provenance, token), each token proposed as often as the student would: weighted by q."""
     verdict = judge(GATES[gate], case)
     q = case.student_probs_NV[0].double()
@@ -133,8 +133,8 @@ def verdict_law(gate: str, case: Proposals) -> torch.Tensor:
 def test_asked_again_the_student_stays_inside():
     """m(v) = 1[v in A] q(v) / S, with the student's own temperature, and no token from the teacher."""
     case = proposals(4, 0.0, repeat=3000, student_temperature=0.8, teacher_temperature=0.5)
-    kept, replaced, again = verdict_law("ask_again", case)
-    p, _ = laws(case)
+    kept, replaced, again = verdict_frequencies("ask_again", case)
+    p, _ = untempered(case)
     inside = torch.zeros(VOCAB, dtype=torch.float64)
     inside[sorted(range(VOCAB), key=lambda v: -p[v])[:TOP_K]] = 1
     q = case.student_probs_NV[0].double() * inside
@@ -255,15 +255,15 @@ def test_chance_keeps_at_its_rate():
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
-def test_interpolation_has_exactly_the_mixed_law(gamma):
+def test_interpolation_has_exactly_the_mixed_distribution(gamma):
     """q(v) P(keep v) + P(reject) residual(v) = (1 - g) q(v) + g p(v); the coin's bound is exact, so is the sum."""
     case = proposals(6, gamma, student_temperature=0.8, teacher_temperature=0.6)
     p, q = case.teacher_probs_NV[0].double(), case.student_probs_NV[0].double()
     mixture = (1 - gamma) * q + gamma * p
     keep = (mixture / q).clamp_max(1.0)
     residual = GATES["interpolated"].replacement(case)[0].double()
-    law = q * keep + (1 - (q * keep).sum()) * residual / residual.sum()
-    torch.testing.assert_close(law, mixture, atol=1e-6, rtol=0)
+    emitted = q * keep + (1 - (q * keep).sum()) * residual / residual.sum()
+    torch.testing.assert_close(emitted, mixture, atol=1e-6, rtol=0)
     rejected = 1 - (q * keep).sum()
     torch.testing.assert_close(rejected, gamma * 0.5 * (p - q).abs().sum(), atol=1e-6, rtol=0)
     many = proposals(6, gamma, student_temperature=0.8, teacher_temperature=0.6, repeat=4000)
@@ -271,7 +271,7 @@ def test_interpolation_has_exactly_the_mixed_law(gamma):
     torch.testing.assert_close(rates, keep, atol=0.04, rtol=0)
 
 
-def test_interpolation_of_equal_laws_always_has_a_replacement():
+def test_interpolation_of_equal_models_always_has_a_replacement():
     case = proposals(7, 0.5)
     same = replace(case, student_logp_NV=case.teacher_logits_NV.log_softmax(-1))
     assert (GATES["interpolated"].replacement(same).sum(-1) > 0).all()

@@ -528,7 +528,7 @@ def test_clamp_has_no_gradient_above_it():
     student, _, targets = make_case(8, 20, 5)
     student.requires_grad_()
     plain = token_loss("forward_kl")(student, targets)
-    limit = plain.median().item() + 1e-3
+    limit = plain.sort().values[3:5].mean().item()  # between two tokens
     value = token_loss("forward_kl", clamp=limit)(student, targets)
     torch.testing.assert_close(value, plain.clamp(max=limit))
     value.sum().backward()
@@ -537,7 +537,7 @@ def test_clamp_has_no_gradient_above_it():
 
 @every_loss
 def test_no_token_at_all(kind):
-    """Of a batch whose response tokens are all masked: a value that still has a graph."""
+    """A batch whose response tokens are all masked has a value that still has a graph."""
     student, _, targets = make_case(0, 20, 5)
     student.requires_grad_()
     options = dict(replaced_kind="reverse_kl", replaced_weight=2.0, clamp=1.0, temperature=2.0, vocab=18)

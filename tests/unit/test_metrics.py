@@ -57,7 +57,7 @@ def test_metrics_of_two_responses() -> None:
 
 
 def test_origins_that_not_every_run_has() -> None:
-    """Of ten tokens; references are no proposals, whoever drafted them."""
+    """Shares of ten tokens; references are no proposals, whoever drafted them."""
     kinds = [GIVEN, GIVEN, LOST, KEPT, KEPT, AGAIN, AGAIN, MARKED, SWAPPED, UNKNOWN]
     metrics = rollout_metrics([make_trace(kinds)], draft_len=2)
     assert metrics["skd/accept_rate"] == pytest.approx(2 / 6)

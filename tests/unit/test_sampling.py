@@ -1,4 +1,4 @@
-"""Warping against a slow numpy reference, and the law of a draw."""
+"""Warping against a slow numpy reference, and the distribution of a draw."""
 
 from dataclasses import fields
 
@@ -85,7 +85,7 @@ def test_warp_is_float32_and_sums_to_one(dtype):
     torch.testing.assert_close(warped.sum(-1), torch.ones(8))
 
 
-def test_draw_has_the_law():
+def test_draw_has_the_distribution_of_its_row():
     probs = torch.randn(60, generator=torch.Generator().manual_seed(2)).mul(1.5).softmax(-1)
     count = 20_000
     noise = rng.uniform(torch.arange(count), torch.zeros(count), rng.STUDENT)
