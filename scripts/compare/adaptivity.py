@@ -59,14 +59,14 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         engine.load_student([(name, weight.detach()) for name, weight in model.named_parameters()])
         samples = engine.generate(prompts, SamplingRule.of(skd.rollout), skd.rollout.max_new_tokens, seed=run.seed)
-        figures = rollout_metrics([sample.trace for sample in samples], skd.rollout.draft_len)
+        metrics = rollout_metrics([sample.trace for sample in samples], skd.rollout.draft_len)
         rows.append(
             {
                 "task": run.task,
                 "start": run.start,
                 "step": step,
-                "accepted": figures["skd/accept_rate"],
-                "kl": figures["skd/kl"],
+                "accepted": metrics["skd/accept_rate"],
+                "kl": metrics["skd/kl"],
                 "tokens": sum(len(sample.trace) for sample in samples),
             }
         )

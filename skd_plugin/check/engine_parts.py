@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.schema import SKDConfig
@@ -19,12 +19,12 @@ def asked_for(skd: SKDConfig) -> Finding:
     return Finding("engine", f"asked for, and not yet seen to run: {parts} in vLLM's V1 runner, {drafts} a block")
 
 
-def check_parts(description: dict[str, Any]) -> Finding:
+def check_parts(description: Mapping[str, str | int]) -> Finding:
     """What a real engine says of itself (`describe_skd`): a plugin that is silently off is the worst outcome."""
     wrong = [part for part, name in EXPECTED.items() if description.get(part) != name]
     found = (
         f"{description.get('sampler')} and {description.get('drafter')} are in place, in vLLM's V1 runner under "
-        f"{description.get('scheduler')}; {count(description['draft_len'], 'draft')} a block"
+        f"{description.get('scheduler')}; {count(int(description['draft_len']), 'draft')} a block"
     )
     if not wrong:
         return Finding("engine", found)

@@ -5,16 +5,15 @@ This shows that SKD's sampler is the one that runs, and that vLLM and transforme
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from skd_plugin.check.engine_parts import check_parts
 from skd_plugin.check.findings import Finding
-from skd_plugin.check.self_test_process import Measured, Trial
+from skd_plugin.check.self_test_process import Measured, Outcome, Trial
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.arguments import engine_for
 from skd_plugin.run.process import run_quietly
@@ -36,7 +35,7 @@ TOLERANCES = {"float32": Tolerance(tie=1e-3, loss=1e-4, gap=1e-2)}
 NARROW = Tolerance(tie=0.25, loss=1e-2, gap=0.5)  # bfloat16 has 8 significant bits: a logit near 32 moves by 1/8
 
 
-def make_trial(model: str, skd: SKDConfig, options: dict[str, Any], prompts: list[list[int]], *, cpu: bool) -> Trial:
+def make_trial(model: str, skd: SKDConfig, options: HostOptions, prompts: list[list[int]], *, cpu: bool) -> Trial:
     """`model` in both places, with the engine options of the recipe, so that what is tested is what will run."""
     spec = engine_for(skd, options, student=model, cpu=cpu)
     return Trial(
@@ -56,11 +55,8 @@ def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -
         error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)
         if error is not None:
             return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
-    result = json.loads((folder / "result.json").read_text())
-    return [
-        check_parts(result["description"]),
-        *judge(Measured(**result["measured"]), result["dtype"], result["kept_by_a_shut_gate"]),
-    ]
+    outcome = Outcome.read(folder)
+    return [check_parts(outcome.description), *judge(outcome.measured, outcome.dtype, outcome.kept_by_a_shut_gate)]
 
 
 def judge(measured: Measured, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,11 @@ from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.arguments import EngineSpec
+
+if TYPE_CHECKING:  # the half that compares does without vLLM
+    from skd_plugin.engine.offline import SKDEngine
+
+Description = dict[str, str | int]  # what an engine says of itself
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,25 @@ class Trial:
         return cls(**{**content, "spec": EngineSpec(**content["spec"])})
 
 
-def sample(engine: Any, trial: Trial) -> dict[str, Any]:
-    """Greedy responses at K = 1: what the engine says of itself, and the traces. Also a few tokens at K = 0, where the
-    gate keeps nothing: with one model in both places, K = 1 cannot tell an open gate from SKD's."""
+@dataclass(frozen=True)
+class Drawn:
+    """What the engine has sampled."""
+
+    description: Description
+    traces: list[Trace]
+    kept_by_a_shut_gate: int
+
+
+def sample(engine: SKDEngine, trial: Trial) -> Drawn:
+    """Greedy responses at K = 1. Also a few tokens at K = 0, where the gate keeps nothing: with one model in both
+    places, K = 1 cannot tell an open gate from SKD's."""
     from skd_plugin.engine.sampling_rule import SamplingRule
 
     rule = SamplingRule(SamplingSettings(top_k=1, student_temperature=0.0, teacher_temperature=0.0))
     samples = engine.generate(trial.prompts, rule, trial.max_new_tokens)
     shut = engine.generate(trial.prompts[:1], rule.teacher_only(0.0), trial.max_new_tokens)
-    return {
-        "description": engine.description,
-        "traces": [sample.trace for sample in samples],
-        "kept_by_a_shut_gate": int((shut[0].trace.source == Source.ACCEPTED).sum()),
-    }
+    kept = int((shut[0].trace.source == Source.ACCEPTED).sum())
+    return Drawn(engine.description, [sample.trace for sample in samples], kept)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,24 @@ class Measured:
     max_teacher_gap: float  # |log-prob by the engine - by transformers| of an emitted token
     mean_teacher_gap: float
     max_draft_gap: float  # the same for the engine's draft model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What both halves together have found."""
+
+    description: Description
+    dtype: str  # of the weights
+    kept_by_a_shut_gate: int
+    measured: Measured
+
+    def write(self, folder: Path) -> None:
+        (folder / "result.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome:
+        content = json.loads((folder / "result.json").read_text())
+        return cls(**{**content, "measured": Measured(**content["measured"])})
 
 
 @torch.no_grad()
@@ -123,15 +152,10 @@ def main(half: str, folder: Path) -> None:
 
         torch.save(sample(SKDEngine(trial.spec), trial), folder / "samples.pt")
         return
-    drawn = torch.load(folder / "samples.pt", weights_only=False)
-    found = compare(trial, drawn["traces"], arguments["dtype"])
-    result = {
-        "description": {**drawn["description"], "scheduler": arguments["scheduler_cls"].split(".")[-1]},
-        "dtype": arguments["dtype"],
-        "kept_by_a_shut_gate": drawn["kept_by_a_shut_gate"],
-        "measured": asdict(found),
-    }
-    (folder / "result.json").write_text(json.dumps(result))
+    drawn: Drawn = torch.load(folder / "samples.pt", weights_only=False)
+    description = {**drawn.description, "scheduler": arguments["scheduler_cls"].split(".")[-1]}
+    measured = compare(trial, drawn.traces, arguments["dtype"])
+    Outcome(description, arguments["dtype"], drawn.kept_by_a_shut_gate, measured).write(folder)
 
 
 if __name__ == "__main__":

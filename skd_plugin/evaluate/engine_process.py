@@ -66,7 +66,7 @@ class Beside:
     def __init__(self, job: Job, engine: SKDEngine, status: Status) -> None:
         self._job, self._engine, self._status = job, engine, status
         self._rollout = RolloutConfig(**job.rollout)
-        self._at_ease = SamplingRule(
+        self._ungated = SamplingRule(
             SamplingSettings(KEEP_ALL, student_temperature=job.temperature, teacher_temperature=job.temperature)
         )
         self._of_student: list[Sample] | None = None
@@ -100,18 +100,18 @@ class Beside:
 
     def _student_texts(self) -> list[Sample]:
         if self._of_student is None:
-            self._of_student = self._generate("texts of the student", self._at_ease, STUDENT)
+            self._of_student = self._generate("texts of the student", self._ungated, STUDENT)
         return self._of_student
 
     def _distance(self) -> list[dict[str, Distance]]:
-        greedy = self._at_ease.student_only(0.0)
+        greedy = self._ungated.student_only(0.0)
         texts = {
             "sampled": self._student_texts(),
             "greedy": self._generate("greedy texts of the student", greedy, STUDENT),
         }
         references = [prompt.reference for prompt in self._job.prompts]
         if None not in references:
-            rule = replace(self._at_ease, reference_share=1.0)
+            rule = replace(self._ungated, reference_share=1.0)
             texts["references"] = self._generate("references", rule, STUDENT, references)
         return [
             {name: _distance(samples[place].trace) for name, samples in texts.items()}
@@ -121,13 +121,13 @@ class Beside:
     def _prefixes(self) -> list[Continuations]:
         """Texts of three sources, and how the teacher goes on from the beginnings of each, greedily."""
         gate = SamplingRule.of(self._rollout.model_copy(update={"method": "skd"}))
-        of_teacher = self._at_ease.teacher_only(self._job.temperature)
+        of_teacher = self._ungated.teacher_only(self._job.temperature)
         sources = {
             "student": self._student_texts(),
             "skd": self._generate("texts of SKD", gate, SKD),
             "teacher": self._generate("texts of the teacher", of_teacher, TEACHER),
         }
-        greedy = self._at_ease.teacher_only(0.0)
+        greedy = self._ungated.teacher_only(0.0)
         alone = self._generate("greedy texts of the teacher", greedy, TEACHER)
         texts = {
             name: {str(share): self._continued(name, samples, share, greedy) for share in CUTS}
@@ -162,8 +162,15 @@ class Beside:
         """Whether the student's proposal for each token was kept, in text that has the teacher's distribution."""
         kept = {}
         for name, temperature in (("sampled", self._job.temperature), ("greedy", 0.0)):
-            warmth = {"student_temperature": temperature, "teacher_temperature": temperature}
-            rule = SamplingRule(SamplingSettings(KEEP_ALL, "interpolated", threshold=1.0, **warmth))
+            rule = SamplingRule(
+                SamplingSettings(
+                    KEEP_ALL,
+                    "interpolated",
+                    threshold=1.0,
+                    student_temperature=temperature,
+                    teacher_temperature=temperature,
+                )
+            )
             samples = self._generate(f"{name} texts of the teacher, drafted by the student", rule, SPECULATION)
             kept[name] = [(sample.trace.source == Source.ACCEPTED).tolist() for sample in samples]
         return [{name: rows[place] for name, rows in kept.items()} for place in range(len(self._job.prompts))]

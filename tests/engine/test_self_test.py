@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from skd_plugin import cli
 from skd_plugin.check.self_test import judge
-from skd_plugin.check.self_test_process import Trial, compare, sample
+from skd_plugin.check.self_test_process import Drawn, Trial, compare, sample
 from skd_plugin.core import gates
 from skd_plugin.engine.offline import SKDEngine
 from tests.specs import make_spec
@@ -51,20 +51,20 @@ def teacher_twice(trial: Trial) -> SKDEngine:
 
 
 @pytest.fixture(scope="module")
-def drawn(teacher_twice: SKDEngine, trial: Trial) -> dict:
+def drawn(teacher_twice: SKDEngine, trial: Trial) -> Drawn:
     return sample(teacher_twice, trial)
 
 
-def levels(trial: Trial, drawn: dict) -> list[str]:
+def levels(trial: Trial, drawn: Drawn) -> list[str]:
     dtype = trial.spec.arguments()["dtype"]
-    found = compare(trial, drawn["traces"], dtype)
-    return [finding.level for finding in judge(found, dtype, drawn["kept_by_a_shut_gate"])]
+    found = compare(trial, drawn.traces, dtype)
+    return [finding.level for finding in judge(found, dtype, drawn.kept_by_a_shut_gate)]
 
 
 def test_the_teacher_as_its_own_student(trial, drawn):
     assert levels(trial, drawn) == ["ok", "ok", "ok"]
-    assert drawn["description"]["sampler"] == "SKDSampler"
-    assert sum(map(len, drawn["traces"])) > 30
+    assert drawn.description["sampler"] == "SKDSampler"
+    assert sum(map(len, drawn.traces)) > 30
 
 
 def test_transformers_with_other_weights(trial, drawn):
@@ -73,8 +73,8 @@ def test_transformers_with_other_weights(trial, drawn):
 
 
 def test_a_trace_that_lies(trial, drawn):
-    traces = [replace(trace, teacher_topk_logp=trace.teacher_topk_logp * 0.9) for trace in drawn["traces"]]
-    assert levels(trial, drawn | {"traces": traces})[1] == "failed"
+    traces = [replace(trace, teacher_topk_logp=trace.teacher_topk_logp * 0.9) for trace in drawn.traces]
+    assert levels(trial, replace(drawn, traces=traces))[1] == "failed"
 
 
 def test_a_student_that_is_not_the_teacher(trial):
