@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
-import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -41,9 +38,7 @@ from skd_plugin.config.schema import RolloutConfig, SKDConfig
 from skd_plugin.core.gates import CONFIDENT, GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.trace import NOTHING, Source, Trace
-from skd_plugin.run import process
 from skd_plugin.run_folder import RunFolder, Status
-from tests.waiting import wait_for
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]
@@ -406,47 +401,6 @@ def test_figures_of_traces():
     assert found.max_teacher_gap == found.max_draft_gap == pytest.approx(gap)
     assert found.mean_teacher_gap == pytest.approx(gap / 3)
     assert found.max_loss == pytest.approx(3 * found.mean_loss, rel=1e-4) and found.max_loss > 0.01
-
-
-# --- processes of its own ---
-
-
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
-    (tmp_path / "its_own.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    return "its_own"
-
-
-def test_a_process_that_ends_well_says_nothing(tmp_path, monkeypatch, capfd):
-    name = module(tmp_path, monkeypatch, "import sys; print('chatter', sys.argv[1])")
-    assert process.run_quietly([name, "x"], tmp_path / "log") is None
-    assert (tmp_path / "log").read_text() == "chatter x\n" and capfd.readouterr() == ("", "")
-
-
-def test_the_error_is_found_in_the_chatter(tmp_path, monkeypatch):
-    code = "print('x')\nimport atexit; atexit.register(print, 'bye')\nraise ValueError('no room')"
-    assert process.run_quietly([module(tmp_path, monkeypatch, code)], tmp_path / "log") == "ValueError: no room"
-    (tmp_path / "log").write_text("(EngineCore pid=7) RuntimeError: dead\nwarnings\n")
-    assert process.last_error(tmp_path / "log") == "RuntimeError: dead"
-    (tmp_path / "log").write_text("x.ValidationError: 1 error for A\n  unknown option [b=1]\n    read more\n")
-    assert process.last_error(tmp_path / "log") == "x.ValidationError: 1 error for A unknown option [b=1]"
-    (tmp_path / "log").write_text("one\ntwo\n\n")
-    assert process.last_error(tmp_path / "log") == "two"
-
-
-def test_nothing_outlives_a_check(tmp_path, monkeypatch):
-    sleeper = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-    name = module(tmp_path, monkeypatch, sleeper + "print(p.pid, flush=True)")
-    assert process.run_quietly([name], tmp_path / "log") is None
-    pid = int((tmp_path / "log").read_text())
-
-    def gone() -> bool:
-        try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    wait_for(gone, "the end of what the process has started")
 
 
 # --- the dry run's report ---
