@@ -59,7 +59,7 @@ class SKDWorker(VllmWorker):
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
 
-    def describe_skd(self) -> dict[str, str | int]:
+    def describe_skd(self) -> dict[str, str | int | float]:
         """What is really in place, for the start-up check."""
         runner = self.model_runner
         return {
@@ -68,6 +68,8 @@ class SKDWorker(VllmWorker):
             "teacher": runner.model_config.model,
             "student": runner.speculative_config.draft_model_config.model,
             "draft_len": runner.num_spec_tokens,
+            "teacher_top_k": self._skd_table.teacher_top_k,
+            "loss_temperature": self._skd_table.loss_temperature,
             **vocabulary.sizes(self.vllm_config),
         }
 

@@ -30,10 +30,20 @@ HostTrainer = plain_class(PPOTrainer)
 
 RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
 STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way to the loggers
-EXPECTED_PARTS = {
-    "engine": {"sampler": "SKDSampler", "drafter": "SKDDrafter"},
-    "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
-}
+
+
+def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
+    """What engines and policy actors must say of themselves (`describe_skd`)."""
+    return {
+        "engine": {
+            "sampler": "SKDSampler",
+            "drafter": "SKDDrafter",
+            # What the engine records and what the loss reads of it must be of one temperature and width.
+            "loss_temperature": skd.loss.temperature,
+            "teacher_top_k": skd.loss.teacher_top_k,
+        },
+        "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
+    }
 
 
 class SKDTrainer(HostTrainer):
@@ -116,11 +126,12 @@ class SKDTrainer(HostTrainer):
         """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""
         engines = ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
         policies = ray.get(self.actor_model_group.async_run_method("describe_skd"))
+        expected = expected_parts(self.skd)
         for kind, found in [("engine", d) for d in engines] + [("policy", d) for d in policies]:
-            for part, name in EXPECTED_PARTS[kind].items():
-                if found.get(part) != name:
+            for part, wanted in expected[kind].items():
+                if found.get(part) != wanted:
                     raise RuntimeError(
-                        f"the {part} of a {kind} actor is {found.get(part)}, expected {name}: SKD is not active "
+                        f"the {part} of one {kind} actor is {found.get(part)}, expected {wanted}: SKD is not active "
                         "there. Another plugin or a newer OpenRLHF replaced it; run pytest tests/contract."
                     )
         print(f"SKD is active: {engines[0]}")

@@ -53,7 +53,7 @@ class SKDRollout(HostRollout):
         self._rule, self._seed = rule, seed
         self._times_seen: Counter[int] = Counter()
 
-    async def describe_skd(self) -> dict[str, str | int]:
+    async def describe_skd(self) -> dict[str, str | int | float]:
         return (await call_worker(self.llm, "describe_skd"))[0]
 
     async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:

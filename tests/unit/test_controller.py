@@ -1,0 +1,55 @@
+"""The start-up check: what engines and policy actors say of themselves is what the recipe asks for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from skd_plugin.config.schema import SKDConfig
+
+SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
+ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0, "teacher_top_k": 8}
+POLICY = {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch):
+    """`check(engines, policies)` of a controller whose actors answer so."""
+    from skd_plugin.host import on_cpu
+
+    on_cpu.install()
+    from skd_plugin.host import controller
+
+    monkeypatch.setattr(controller.ray, "get", lambda answers: answers)
+
+    def run(engines: list[dict], policies: list[dict]) -> None:
+        trainer = object.__new__(controller.SKDTrainer)
+        trainer.skd = SKD
+        trainer.vllm_engines = [
+            SimpleNamespace(describe_skd=SimpleNamespace(remote=lambda said=said: said)) for said in engines
+        ]
+        trainer.actor_model_group = SimpleNamespace(async_run_method=lambda name: policies)
+        trainer._check_parts()
+
+    return run
+
+
+def test_parts_in_place(check, capsys: pytest.CaptureFixture[str]) -> None:
+    check([ENGINE, ENGINE], [POLICY])
+    assert "SKD is active" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [("sampler", "RejectionSampler"), ("drafter", None), ("loss_temperature", 1.0), ("teacher_top_k", 64)],
+)
+def test_an_engine_with_another_part_stops_the_run(check, part: str, found) -> None:
+    with pytest.raises(RuntimeError, match=rf"the {part} of one engine actor is {found}, expected {ENGINE[part]}"):
+        check([ENGINE, {**ENGINE, part: found}], [POLICY])
+
+
+@pytest.mark.parametrize("part", list(POLICY))
+def test_a_policy_actor_with_another_part_stops_the_run(check, part: str) -> None:
+    with pytest.raises(RuntimeError, match=f"the {part} of one policy actor is Host, expected {POLICY[part]}"):
+        check([ENGINE], [POLICY, {**POLICY, part: "Host"}])
