@@ -146,7 +146,9 @@ def reference_logits(hf_models: dict) -> Logits:
     @torch.no_grad()
     def logits(name: str, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
-        rows = torch.cat([hf_models[name](chunk).logits for chunk in ids.split(512)])  # causal: the padding is behind
+        rows = torch.cat(
+            [hf_models[name](chunk).logits for chunk in ids.split(512)]
+        )  # causal: the padding comes after
         return [row[: len(sequence)].double() for row, sequence in zip(rows, sequences, strict=True)]
 
     return logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from skd_plugin.config.context import context_needed
 from skd_plugin.config.schema import SKDConfig
@@ -83,6 +83,21 @@ class EngineSpec:
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_CACHE_BYTES,
         }
+
+
+class EngineDescription(TypedDict):
+    """What a running engine says of itself."""
+
+    sampler: str  # name of the class
+    drafter: str  # name of the class
+    teacher: str
+    student: str
+    draft_len: int
+    teacher_top_k: int
+    loss_temperature: float
+    vocab_size: int  # ids that both models have
+    teacher_vocab_size: int
+    student_vocab_size: int
 
 
 def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu: bool) -> EngineSpec:

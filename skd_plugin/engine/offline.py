@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from skd_plugin.core.rng import derive_seed
-from skd_plugin.engine.arguments import EngineSpec
+from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.engine.request import Sample, finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_offline, set_up_skd
@@ -27,7 +27,7 @@ class SKDEngine:
 
         self._llm = LLM(disable_log_stats=True, **spec.arguments())
         self._trace_ids = count()
-        self.description = self._llm.collective_rpc("describe_skd")[0]
+        self.description: EngineDescription = self._llm.collective_rpc("describe_skd")[0]
         self._tokenizer = load_tokenizer(spec.student, "student")
 
     def generate(

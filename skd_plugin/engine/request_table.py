@@ -44,7 +44,6 @@ class RequestTable:
         states: Mapping[str, Any],
         device: torch.device,
         teacher_top_k: int,
-        loss_temperature: float,
         vocab_size: int,
     ) -> None:
         """
@@ -52,11 +51,10 @@ class RequestTable:
             states: the model runner's own table: vLLM's request id -> its state.
             vocab_size: ids that both models have.
         """
-        self.teacher_top_k = teacher_top_k
-        self.loss_temperature = loss_temperature
         self.vocab_size = vocab_size
         self._states = states
         self._device = device
+        self._teacher_top_k = teacher_top_k
         self._in_flight: dict[str, InFlight] = {}
         self._parts: dict[int, list[Trace]] = {}  # of each trace, a part a step; they stay until they are fetched
         self._fault: str | None = None
@@ -101,8 +99,13 @@ class RequestTable:
             request.proposed_logp_LV = None
         return torch.cat(taken)
 
-    def record(self, trace_id: int, part: Trace) -> None:
-        self._parts.setdefault(trace_id, []).append(part)
+    def record(self, trace_ids: Sequence[int], counts: Sequence[int], tokens: Trace) -> None:
+        """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on."""
+        start = 0
+        for trace_id, count in zip(trace_ids, counts, strict=True):
+            if count:
+                self._parts.setdefault(trace_id, []).append(tokens.slice(start, start + count))
+                start += count
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops requests that have ended, however they did; their traces stay."""
@@ -133,7 +136,7 @@ class RequestTable:
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise FloatingPointError(fault)
-        return [Trace.join(parts) if parts else Trace.empty(self.teacher_top_k) for parts in taken]
+        return [Trace.join(parts) if parts else Trace.empty(self._teacher_top_k) for parts in taken]
 
     def _of(self, request_id: str) -> InFlight:
         if request_id not in self._in_flight:

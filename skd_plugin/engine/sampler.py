@@ -1,7 +1,7 @@
 """SKD's rule in place of vLLM's rejection sampler: the teacher is the engine's model, the student its draft model.
 
-Shapes: N drafted tokens of the batch, B requests, L draft length, V vocabulary, M tokens emitted in this step, S
-rows of the teacher's logits, J width of the teacher.
+Shapes: N drafted tokens of the batch, B requests, R of them without a draft, L draft length, V vocabulary, M tokens
+emitted, S rows of the teacher's logits, J width of the teacher, F tokens of the longest reference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.gates import GATES, Proposals, Verdict, assemble_block, judge
-from skd_plugin.core.trace import NOTHING, Source, Trace
+from skd_plugin.core.trace import NOTHING, Source
+from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
 
@@ -28,13 +29,14 @@ class SKDSampler:
     itself, so its bookkeeping of computed tokens stays right.
     """
 
-    def __init__(self, runner: Any, table: RequestTable, hidden_SJ: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, runner: Any, table: RequestTable, recorder: Recorder, hidden_SJ: torch.Tensor | None = None
+    ) -> None:
         """
         Args:
             hidden_SJ: what the teacher's head made the logits of, row by row; a sampler that has it is one step's.
         """
-        self._runner = runner
-        self._table = table
+        self._runner, self._table, self._recorder = runner, table, recorder
         self._hidden_SJ = hidden_SJ
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
@@ -84,103 +86,53 @@ class SKDSampler:
 
         kept_N = verdict.token_N == draft_N
         token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
-        self._record(batch, token_BL, request_N, place_N, proposals, verdict, logits_rows_N)
+        emitted_M = (token_BL[request_N, place_N] != NOTHING).nonzero().squeeze(1)
+        tokens = self._recorder.drafted(
+            verdict.token_N[emitted_M],
+            verdict.source_N[emitted_M],
+            draft_M=draft_N[emitted_M],
+            rank_M=proposals.rank_N[emitted_M],
+            student_logp_MV=proposals.student_logp_NV[emitted_M],
+            teacher_logp_MV=proposals.teacher_logits_NV[emitted_M].log_softmax(-1),
+            teacher_hidden_MJ=self._hidden(logits_rows_N[emitted_M]),
+        )
+        self._table.record([params.trace_id for params in batch.params], (token_BL != NOTHING).sum(1).tolist(), tokens)
         return token_BL.to(torch.int32)
 
     def _undrafted(
         self, batch: RequestRows, rows: list[int], logits_rows: list[int], logits: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens of the requests that bring no draft: the end of the prompt, or, after a preemption, the reference's
-        next token or one of the teacher.
+        """Tokens [R] of the requests that bring no draft, at R rows of the batch: the end of the prompt, or, after a
+        preemption, the reference's next token or one of the teacher.
         """
         runner, teacher_RV = self._runner, logits[logits_rows]
         settings = batch.settings.select(rows)
-        probs = sampling.warp(teacher_RV, settings.teacher_temperature, settings.teacher_top_p)
-        position = self._lengths()[rows]
-        drawn = sampling.draw(probs, rng.uniform(batch.seed_B[rows], position, rng.TEACHER))
-        tokens = follow(batch.forced_BF[rows], position - batch.prompt_len_B[rows], drawn).tolist()
-        teacher_logp_RV = teacher_RV.float().log_softmax(-1)
+        probs_RV = sampling.warp(teacher_RV, settings.teacher_temperature, settings.teacher_top_p)
+        position_R = self._lengths()[rows]
+        drawn_R = sampling.draw(probs_RV, rng.uniform(batch.seed_B[rows], position_R, rng.TEACHER))
+        token_R = follow(batch.forced_BF[rows], position_R - batch.prompt_len_B[rows], drawn_R)
+        emitted = []  # of the R, those whose token is one of the response
         for index, row in enumerate(rows):
-            params = batch.params[row]
             if runner.discard_request_mask.np[row]:
                 continue  # the prompt is not yet read to its end; the runner throws this token away
             if not runner.requests[runner.input_batch.req_ids[row]].output_token_ids:
-                tokens[index] = params.first_token
+                token_R[index] = batch.params[row].first_token
                 continue
-            source = Source.UNDRAFTED if params.forced_ids is None else Source.REFERENCE
-            own = slice(index, index + 1)
-            part = self._undrafted_part(tokens[index], source, teacher_logp_RV[own], self._hidden(logits_rows[own]))
-            self._table.record(params.trace_id, part)
-        return torch.tensor(tokens, dtype=torch.int32, device=teacher_RV.device)
-
-    def _record(
-        self,
-        batch: RequestRows,
-        token_BL: torch.Tensor,
-        request_N: torch.Tensor,
-        place_N: torch.Tensor,
-        proposals: Proposals,
-        verdict: Verdict,
-        logits_rows_N: torch.Tensor,
-    ) -> None:
-        """Adds the emitted tokens of verified blocks to their traces."""
-        token_N = token_BL[request_N, place_N]
-        emitted = (token_N != NOTHING).nonzero().squeeze(1)
-        teacher_logp_MV = proposals.teacher_logits_NV[emitted].log_softmax(-1)
-        student_logp_MV = proposals.student_logp_NV[emitted]
-        token_M, source_M, draft_M = token_N[emitted], verdict.source_N[emitted], proposals.draft_N[emitted]
-        passed_M = (source_M == Source.ACCEPTED) | (source_M == Source.REFERENCE)
-        step = Trace(
-            response_ids=token_M.to(torch.int32).cpu(),
-            source=source_M.to(torch.uint8).cpu(),
-            rejected_ids=torch.where(passed_M, NOTHING, draft_M).to(torch.int32).cpu(),
-            draft_rank=proposals.rank_N[emitted].to(torch.int32).cpu(),
-            student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
-            kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
-            student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
-            **self._of_teacher(teacher_logp_MV, token_M),
-            teacher_hidden=self._hidden(logits_rows_N[emitted]),
-        )
-        start = 0
-        for params, count in zip(batch.params, (token_BL != NOTHING).sum(1).tolist(), strict=True):
-            if count:
-                self._table.record(params.trace_id, step.slice(start, start + count))
-                start += count
-
-    def _undrafted_part(
-        self, token: int, source: Source, teacher_logp_1V: torch.Tensor, hidden_1J: torch.Tensor
-    ) -> Trace:
-        nothing, unknown = torch.tensor([NOTHING], dtype=torch.int32), torch.tensor([float("nan")])
-        return Trace(
-            response_ids=torch.tensor([token], dtype=torch.int32),
-            source=torch.tensor([source], dtype=torch.uint8),
-            rejected_ids=nothing,
-            draft_rank=nothing,
-            student_logp=unknown,
-            kl=unknown,
-            student_entropy=unknown,
-            **self._of_teacher(teacher_logp_1V, torch.tensor([token], device=teacher_logp_1V.device)),
-            teacher_hidden=hidden_1J,
-        )
+            emitted.append(index)
+        if emitted:
+            own = [rows[index] for index in emitted]
+            tokens = self._recorder.undrafted(
+                token_R[emitted],
+                torch.where(batch.is_forced_B[own], Source.REFERENCE, Source.UNDRAFTED),
+                teacher_logp_MV=teacher_RV[emitted].float().log_softmax(-1),
+                teacher_hidden_MJ=self._hidden([logits_rows[index] for index in emitted]),
+            )
+            self._table.record([batch.params[row].trace_id for row in own], [1] * len(own), tokens)
+        return token_R.to(torch.int32)
 
     def _hidden(self, logits_rows: Any) -> torch.Tensor:
-        """The teacher's hidden states of some rows of the logits, or nothing of them where the recipe wants none."""
-        if self._hidden_SJ is None:
-            return torch.empty(len(logits_rows), 0)
-        return self._hidden_SJ[logits_rows].cpu()
-
-    def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a trace says of the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
-        top_logp, top_ids = teacher_logp_MV.topk(self._table.teacher_top_k, dim=-1)
-        others_MV = teacher_logp_MV.scatter(1, top_ids, float("-inf"))
-        others_MV.scatter_(1, token_M[:, None], float("-inf"))
-        return {
-            "teacher_logp": teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
-            "teacher_entropy": torch.special.entr(teacher_logp_MV.exp()).sum(-1).cpu(),
-            "teacher_topk_ids": top_ids.to(torch.int32).cpu(),
-            "teacher_topk_logp": top_logp.cpu(),
-            "teacher_rest_tempered": (others_MV / self._table.loss_temperature).logsumexp(-1).cpu(),
-        }
+        """The teacher's hidden states at some rows of the logits, or nothing of them where the recipe wants none."""
+        return torch.empty(len(logits_rows), 0) if self._hidden_SJ is None else self._hidden_SJ[logits_rows]
 
     def _lengths(self) -> torch.Tensor:
         """Tokens that each request has so far [B]: the position of the next one."""

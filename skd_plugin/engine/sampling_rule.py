@@ -80,14 +80,14 @@ class SamplingRule:
     def _has_top_k(self) -> bool:
         return 0 < self.settings.top_k < KEEP_ALL
 
-    def figures(self) -> dict[str, float]:
-        """What a schedule or a controller may move, for the figures of a step."""
-        figures = {}
+    def metrics(self) -> dict[str, float]:
+        """What a schedule or a controller may move, for the metrics of a step."""
+        metrics = {}
         if self._has_top_k:
-            figures["skd/top_k"] = float(self.settings.top_k)
+            metrics["skd/top_k"] = float(self.settings.top_k)
         if GATES[self.settings.gate].threshold is not None:
-            figures["skd/threshold"] = self.settings.threshold
-        return figures
+            metrics["skd/threshold"] = self.settings.threshold
+        return metrics
 
 
 def _gated(

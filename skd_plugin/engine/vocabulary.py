@@ -6,13 +6,14 @@ that both models have: a padding row beyond them counts as a logit of minus infi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import SpeculativeConfig, VllmConfig
 
-VLLM_CHECK = "verify_equal_vocab_size_if_draft_model"  # of SpeculativeConfig; asked when it is made and by the drafter
+from skd_plugin.seams import rebind
 
-vllm_check = getattr(SpeculativeConfig, VLLM_CHECK, None)
+VLLM_CHECK = "verify_equal_vocab_size_if_draft_model"  # of SpeculativeConfig; asked when it is made and by the drafter
+vllm_check = getattr(SpeculativeConfig, VLLM_CHECK, None)  # as it was before `allow_padding`
 
 
 def allow_padding() -> None:
@@ -23,18 +24,25 @@ def allow_padding() -> None:
     Raises:
         RuntimeError: vLLM has no such check any more, so that nothing is known of what it does with two sizes.
     """
-    if vllm_check is None:
-        raise RuntimeError(f"vLLM's SpeculativeConfig has no {VLLM_CHECK}; run pytest tests/contract")
-    setattr(SpeculativeConfig, VLLM_CHECK, _equal_or_padded)
+    rebind(SpeculativeConfig, VLLM_CHECK, _equal_or_padded, needed_by="the padding of two vocabularies")
 
 
 def _equal_or_padded(config: Any) -> None:
     """In place of vLLM's check."""
 
 
-def sizes(vllm_config: VllmConfig) -> dict[str, int]:
-    """Rows of the teacher's and of the student's output layer, and the ids that both have."""
+class Sizes(NamedTuple):
+    """Rows of output layers."""
+
+    teacher: int
+    student: int
+
+    @property
+    def common(self) -> int:
+        """Ids that both have."""
+        return min(self)
+
+
+def sizes(vllm_config: VllmConfig) -> Sizes:
     speculative = vllm_config.speculative_config
-    teacher = vllm_config.model_config.get_vocab_size()
-    student = speculative.draft_model_config.get_vocab_size()
-    return {"vocab_size": min(teacher, student), "teacher_vocab_size": teacher, "student_vocab_size": student}
+    return Sizes(vllm_config.model_config.get_vocab_size(), speculative.draft_model_config.get_vocab_size())

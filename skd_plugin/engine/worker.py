@@ -12,7 +12,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import vocabulary
+from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.engine.drafter import SKDDrafter
+from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
 
@@ -31,46 +33,48 @@ class SKDWorker(VllmWorker):
         runner = self.model_runner
         _check_runner(runner)
         options = self.vllm_config.additional_config
-        self._skd_table = RequestTable(
+        self._skd_requests = RequestTable(
             runner.requests,
             runner.device,
             options["skd_teacher_top_k"],
-            options["skd_loss_temperature"],
-            vocabulary.sizes(self.vllm_config)["vocab_size"],
+            vocabulary.sizes(self.vllm_config).common,
         )
-        runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_table)
-        runner._sample = SKDSampler(runner, self._skd_table)
-        self._teacher_hidden = options["skd_teacher_hidden"]
+        self._skd_recorder = Recorder(options["skd_teacher_top_k"], options["skd_loss_temperature"])
+        runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
+        runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder)
+        self._skd_hidden = options["skd_teacher_hidden"]
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        self._skd_table.forget(scheduler_output.finished_req_ids)
+        self._skd_requests.forget(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         runner, state = self.model_runner, self.model_runner.execute_model_state
-        if self._teacher_hidden and state is not None:
+        if self._skd_hidden and state is not None:
             # The runner drops its record of the teacher's forward before it samples, so the sampler brings it along.
-            runner._sample = SKDSampler(runner, self._skd_table, state.sample_hidden_states)
+            runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, state.sample_hidden_states)
         return super().sample_tokens(grammar_output)
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
-        return self._skd_table.take(trace_ids)
+        return self._skd_requests.take(trace_ids)
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
 
-    def describe_skd(self) -> dict[str, str | int | float]:
+    def describe_skd(self) -> EngineDescription:
         """What is really in place, for the start-up check."""
-        runner = self.model_runner
+        runner, sizes = self.model_runner, vocabulary.sizes(self.vllm_config)
         return {
             "sampler": type(runner._sample).__qualname__,
             "drafter": type(runner.drafter).__qualname__,
             "teacher": runner.model_config.model,
             "student": runner.speculative_config.draft_model_config.model,
             "draft_len": runner.num_spec_tokens,
-            "teacher_top_k": self._skd_table.teacher_top_k,
-            "loss_temperature": self._skd_table.loss_temperature,
-            **vocabulary.sizes(self.vllm_config),
+            "teacher_top_k": self._skd_recorder.teacher_top_k,
+            "loss_temperature": self._skd_recorder.loss_temperature,
+            "vocab_size": sizes.common,
+            "teacher_vocab_size": sizes.teacher,
+            "student_vocab_size": sizes.student,
         }
 
 

@@ -63,7 +63,7 @@ def _on_cpu(host_actor: Any) -> type:
 
 
 def _rollout_class(run: Run) -> type[SKDRollout]:
-    """SKDRollout with the recipe in it: the host creates the actor with arguments of its own only."""
+    """SKDRollout with the recipe in it: OpenRLHF creates the actor with arguments of its own only."""
     options = {**host_defaults(), **run.host}
     spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
     reward_timeout_s = run.skd.objective.reward_timeout_s

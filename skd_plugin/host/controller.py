@@ -141,7 +141,7 @@ class SKDTrainer(HostTrainer):
         started = time.monotonic()
         draft_len = self.skd.rollout.draft_len
         traces = [trace_of(sample) for sample in rollout_samples]
-        metrics = rollout_metrics(traces, draft_len) | self.samples_generator.rule.figures()
+        metrics = rollout_metrics(traces, draft_len) | self.samples_generator.rule.metrics()
         if self._several_tasks:
             names = [self._task_of(sample) for sample in rollout_samples]
             metrics |= by_task.rollout_by_task(traces, names, draft_len)

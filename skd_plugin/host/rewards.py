@@ -14,7 +14,7 @@ from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
 
-FETCHERS = ("_fetch_rewards_via_func", "_fetch_rewards_via_http")  # of the host's single-turn executor
+FETCHERS = ("_fetch_rewards_via_func", "_fetch_rewards_via_http")  # of OpenRLHF's single-turn executor
 
 
 class RewardError(RuntimeError):
@@ -22,7 +22,7 @@ class RewardError(RuntimeError):
 
 
 class RewardedExecutor(AgentExecutorBase):
-    """Runs the host's or the user's executor and insists on a finite reward within the time limit."""
+    """Runs OpenRLHF's or the user's executor and insists on a finite reward within the time limit."""
 
     def __init__(self, inner: AgentExecutorBase, timeout_s: float) -> None:
         self._inner = inner
@@ -41,7 +41,7 @@ class RewardedExecutor(AgentExecutorBase):
         return response
 
     def _watched(self, fetch: Callable[..., Awaitable[Any]], timeout_s: float) -> Callable[..., Awaitable[Any]]:
-        """The host swallows what `fetch` raises, so it is noted first; the note belongs to the sample's own task."""
+        """OpenRLHF swallows what `fetch` raises, so it is noted first; the note belongs to the sample's own task."""
 
         async def fetch_or_note(*args: Any) -> Any:
             try:

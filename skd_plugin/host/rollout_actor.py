@@ -15,7 +15,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.engine.arguments import EngineSpec
+from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.engine.request import finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
@@ -53,7 +53,7 @@ class SKDRollout(HostRollout):
         self._rule, self._seed = rule, seed
         self._times_seen: Counter[int] = Counter()
 
-    async def describe_skd(self) -> dict[str, str | int | float]:
+    async def describe_skd(self) -> EngineDescription:
         return (await call_worker(self.llm, "describe_skd"))[0]
 
     async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
@@ -135,7 +135,7 @@ class _TraceFetcher:
 
 
 class _TracingExecutor(AgentExecutorBase):
-    """Runs the host's or the user's executor and adds to its response the traces of all its turns, in order."""
+    """Runs OpenRLHF's or the user's executor and adds to its response the traces of all its turns, in order."""
 
     def __init__(self, inner: AgentExecutorBase) -> None:
         self._inner = inner

@@ -362,10 +362,12 @@ def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: p
 
 
 def test_vocabulary_check_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import SpeculativeConfig
+
     from skd_plugin.engine import vocabulary
 
-    monkeypatch.setattr(vocabulary, "vllm_check", None)
-    with pytest.raises(RuntimeError, match="run pytest tests/contract"):
+    monkeypatch.delattr(SpeculativeConfig, vocabulary.VLLM_CHECK)
+    with pytest.raises(RuntimeError, match="Run pytest tests/contract"):
         vocabulary.allow_padding()
 
 

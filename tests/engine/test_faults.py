@@ -25,7 +25,7 @@ def test_a_student_that_diverged_is_named(engine, hf_models):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_number_is_enough(bad: float):
-    table = RequestTable({}, torch.device("cpu"), 2, 1.0, 5)
+    table = RequestTable({}, torch.device("cpu"), teacher_top_k=2, vocab_size=5)
     logits = torch.randn(3, 5)
     assert table.finite(logits, "teacher") is logits
     masked = logits.clone()

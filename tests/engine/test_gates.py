@@ -1,4 +1,4 @@
-"""The law of every gate in the real engine, all gates in one batch."""
+"""The distribution of every gate in the real engine, all gates in one batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import Source, Trace
 from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import VOCAB
-from tests.engine.test_law import PROMPTS, SAMPLES, assert_law, generate_mixed
+from tests.engine.test_distribution import PROMPTS, SAMPLES, assert_distribution, generate_mixed
 from tests.rules import make_rule
 from tests.unit.test_sampling import slow_warp
 
@@ -69,8 +69,8 @@ def entropy(p: torch.Tensor) -> float:
     return -(p * p.log()).sum().item()
 
 
-def law(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Tensor, place: int) -> torch.Tensor:
-    """Joint law of (provenance, token), by the codes of `Source`, flat [6V]."""
+def expected(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Tensor, place: int) -> torch.Tensor:
+    """Joint distribution of (provenance, token), by the codes of `Source`, flat [6V]."""
     p = torch.from_numpy(slow_warp(teacher_V.numpy(), settings.teacher_temperature, settings.teacher_top_p))
     q = torch.from_numpy(slow_warp(student_V.numpy(), settings.student_temperature, settings.student_top_p))
     joint = torch.zeros(len(Source), len(p), dtype=torch.float64)
@@ -99,22 +99,22 @@ def samples(engine) -> dict[str, list]:
 
 @pytest.mark.parametrize("gate", RULES)
 @pytest.mark.parametrize("position", [1, 2])
-def test_next_token_has_the_law_of_its_gate(samples, reference_logits, gate, position):
+def test_next_token_has_the_distribution_of_its_gate(samples, reference_logits, gate, position):
     alive = [s for s in samples[gate] if len(s.trace) >= position]
     assert len(alive) > SAMPLES / 2
     prefixes = [(*s.prompt_ids, *s.trace.response_ids[: position - 1].tolist()) for s in alive]
     distinct = [list(prefix) for prefix in dict.fromkeys(prefixes)]
     rows = {name: [x[-1] for x in reference_logits(name, distinct)] for name in ("teacher", "student")}
     table = {
-        tuple(prefix): law(RULES[gate].settings, teacher, student, position - 1)
+        tuple(prefix): expected(RULES[gate].settings, teacher, student, position - 1)
         for prefix, teacher, student in zip(distinct, rows["teacher"], rows["student"], strict=True)
     }
     outcomes = [int(s.trace.response_ids[position - 1] + VOCAB * s.trace.source[position - 1]) for s in alive]
-    assert_law(outcomes, torch.stack([table[prefix] for prefix in prefixes]))
+    assert_distribution(outcomes, torch.stack([table[prefix] for prefix in prefixes]))
 
 
 def test_every_gate_kept_some_and_replaced_some(samples):
-    """Else its law would be tested at an end point only."""
+    """Else its distribution would be tested at an end point only."""
     for gate, responses in samples.items():
         share = (torch.cat([s.trace.source for s in responses]) != Source.ACCEPTED).float().mean().item()
         assert 0.05 < share < 0.95, f"{gate} rejected {share:.2f}"
@@ -197,9 +197,9 @@ def test_every_gate_alone_is_every_gate_in_the_crowd(engine, samples):
             assert sample.trace.source.tolist() == together.source.tolist(), name
 
 
-def test_interpolation_one_is_the_teachers_law(engine, reference_logits):
-    """g = 1: speculative sampling. It is p in law, though not by the teacher's own random numbers."""
+def test_interpolation_one_is_the_teachers_distribution(engine, reference_logits):
+    """g = 1: speculative sampling. Its distribution is p, though not by the teacher's own random numbers."""
     rule = make_rule(top_k=0, gate="interpolated", threshold=1.0)
     samples = engine(4).generate([PROMPTS[0]] * SAMPLES, rule, 1, seed=3)
     p = reference_logits("teacher", PROMPTS[:1])[0][-1].softmax(-1)
-    assert_law([int(s.trace.response_ids[0]) for s in samples], p.expand(len(samples), -1))
+    assert_distribution([int(s.trace.response_ids[0]) for s in samples], p.expand(len(samples), -1))

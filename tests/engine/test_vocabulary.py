@@ -9,7 +9,7 @@ import torch
 
 from skd_plugin.core.trace import Trace
 from tests.conftest import PADDED_VOCAB, VOCAB
-from tests.engine.test_law import PROMPTS, SAMPLES, assert_samples_follow
+from tests.engine.test_distribution import PROMPTS, SAMPLES, assert_samples_follow
 from tests.rules import make_rule
 
 pytestmark = pytest.mark.engine
@@ -39,7 +39,7 @@ def test_traces_are_those_of_the_pair_without_padding(engine, padded_pairs, role
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_law(engine, padded_pairs, reference_logits, role):
+def test_distribution(engine, padded_pairs, reference_logits, role):
     """By the forwards of the models without padding."""
     rule = make_rule(top_k=3, student_temperature=1.3, teacher_top_p=0.9)
     samples = engine(4, padded_pairs[role]).generate(PROMPTS * (SAMPLES // 3), rule, 2, seed=8)

@@ -155,8 +155,8 @@ def test_state_of_another_recipe_is_refused() -> None:
         RulePlan(RolloutConfig(top_k=CONTROLLER), 10, 100).load_state_dict({"threshold": 0.5})
 
 
-def test_figures_are_those_that_may_move() -> None:
-    assert rule(top_k=7).figures() == {"skd/top_k": 7.0}
-    assert rule(gate="floor", threshold=0.25).figures() == {"skd/threshold": 0.25}
-    assert rule(gate="confident", threshold=0.25).figures() == {"skd/top_k": 25.0, "skd/threshold": 0.25}
-    assert rule(method="on_policy").figures() == {} == rule(method="teacher").figures()
+def test_metrics_are_those_that_may_move() -> None:
+    assert rule(top_k=7).metrics() == {"skd/top_k": 7.0}
+    assert rule(gate="floor", threshold=0.25).metrics() == {"skd/threshold": 0.25}
+    assert rule(gate="confident", threshold=0.25).metrics() == {"skd/top_k": 25.0, "skd/threshold": 0.25}
+    assert rule(method="on_policy").metrics() == {} == rule(method="teacher").metrics()

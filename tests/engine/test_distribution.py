@@ -1,4 +1,4 @@
-"""The law of the tokens that the real engine emits, from its own ids and slow transformers forwards only."""
+"""The distribution of the tokens that the real engine emits, from its own ids and slow transformers forwards only."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ BLOCKS = [1, 4]
 BLOCK_TOKENS = 32  # of the engine's KV cache; the fixture sets it
 
 
-def law(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Tensor) -> torch.Tensor:
-    """Joint law of (token, provenance) [2V]: first the student's accepted tokens, then the teacher's replacements."""
+def expected(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Tensor) -> torch.Tensor:
+    """Joint distribution of (token, provenance) [2V]: first the student's accepted tokens, then the replacements."""
     p = torch.from_numpy(slow_warp(teacher_V.numpy(), settings.teacher_temperature, settings.teacher_top_p))
     q = torch.from_numpy(slow_warp(student_V.numpy(), settings.student_temperature, settings.student_top_p))
     inside = torch.zeros(len(p), dtype=torch.float64)
@@ -34,40 +34,42 @@ def law(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: torch.Te
     return torch.cat([inside * q, (1 - (inside * q).sum()) * p])
 
 
-def assert_law(outcomes: list[int], laws: torch.Tensor) -> None:
-    """Chi-square test of independent outcomes that each have their own law [N, C].
+def assert_distribution(outcomes: list[int], probs_NC: torch.Tensor) -> None:
+    """Chi-square test of independent outcomes that each have their own distribution [N, C].
 
-    For one common law it is Pearson's test; in general (observed - expected) has the covariance
+    For one common distribution it is Pearson's test; in general (observed - expected) has the covariance
     sum of diag(m_i) - m_i m_i^T.
     """
-    observed = torch.nn.functional.one_hot(torch.tensor(outcomes), laws.shape[1]).double()
-    assert not (observed.bool() & (laws < 1e-12)).any(), "an impossible token was emitted"
-    expected = laws.sum(0)
-    rare = expected < 8
-    bins = [x[:, ~rare] for x in (observed, laws)]
-    observed, laws = (torch.cat([b, x[:, rare].sum(1, True)], 1) for b, x in zip(bins, (observed, laws), strict=True))
-    difference = (observed - laws).sum(0)
-    covariance = laws.sum(0).diag() - laws.T @ laws
+    observed = torch.nn.functional.one_hot(torch.tensor(outcomes), probs_NC.shape[1]).double()
+    assert not (observed.bool() & (probs_NC < 1e-12)).any(), "an impossible token was emitted"
+    mean_C = probs_NC.sum(0)
+    rare = mean_C < 8
+    bins = [x[:, ~rare] for x in (observed, probs_NC)]
+    observed, probs_NC = (
+        torch.cat([b, x[:, rare].sum(1, True)], 1) for b, x in zip(bins, (observed, probs_NC), strict=True)
+    )
+    difference = (observed - probs_NC).sum(0)
+    covariance = probs_NC.sum(0).diag() - probs_NC.T @ probs_NC
     values, vectors = torch.linalg.eigh(covariance)
     free = values > 1e-3
     statistic = ((vectors.T @ difference)[free] ** 2 / values[free]).sum()
-    assert (vectors.T @ difference)[~free].abs().max() < 1.0, "tokens differ where the law leaves no freedom"
+    assert (vectors.T @ difference)[~free].abs().max() < 1.0, "tokens differ where the distribution leaves no freedom"
     assert stats.chi2.sf(statistic.item(), int(free.sum())) > P_VALUE
 
 
 def assert_samples_follow(samples: list, rule: SamplingRule, position: int, reference_logits) -> None:
-    """Law at a response position (1 is the first), given each sample's own prefix."""
+    """Distribution at a response position (1 is the first), given each sample's own prefix."""
     alive = [sample for sample in samples if len(sample.trace) >= position]
     assert len(alive) > len(samples) / 2
     prefixes = [s.prompt_ids + s.trace.response_ids[: position - 1].tolist() for s in alive]
     distinct = [list(prefix) for prefix in dict.fromkeys(map(tuple, prefixes))]
     rows = {name: [x[-1] for x in reference_logits(name, distinct)] for name in ("teacher", "student")}
     table = {
-        tuple(prefix): law(rule.settings, teacher, student)
+        tuple(prefix): expected(rule.settings, teacher, student)
         for prefix, teacher, student in zip(distinct, rows["teacher"], rows["student"], strict=True)
     }
     outcomes = [int(s.trace.response_ids[position - 1] + VOCAB * s.trace.source[position - 1]) for s in alive]
-    assert_law(outcomes, torch.stack([table[tuple(prefix)] for prefix in prefixes]))
+    assert_distribution(outcomes, torch.stack([table[tuple(prefix)] for prefix in prefixes]))
 
 
 def generate_mixed(engine, rules: list[SamplingRule], max_new_tokens: int, seed: int) -> list[list]:
@@ -93,8 +95,8 @@ def gate_samples(engine):
 
 @pytest.mark.parametrize("top_k", GATES)
 @pytest.mark.parametrize(("draft_len", "position"), [(1, 1), (1, 2), (4, 1), (4, 2), (4, 5)])
-def test_next_token_has_the_law_of_the_gate(gate_samples, reference_logits, draft_len, position, top_k):
-    """m_K, at the first token, in a block, and just behind a block's boundary."""
+def test_next_token_has_the_distribution_of_the_gate(gate_samples, reference_logits, draft_len, position, top_k):
+    """m_K, at the first token, in a block, and just after a block's boundary."""
     samples = gate_samples(draft_len)[top_k]
     assert_samples_follow(samples, make_rule(top_k=top_k), position, reference_logits)
 
@@ -104,7 +106,7 @@ def test_keep_all_is_the_student(gate_samples, reference_logits):
     samples = [s for s in gate_samples(4)[VOCAB] if s.prompt_ids == PROMPTS[0]]
     assert all((s.trace.source == 0).all() for s in samples)
     q = reference_logits("student", PROMPTS[:1])[0][-1].softmax(-1)
-    assert_law([int(s.trace.response_ids[0]) for s in samples], q.expand(len(samples), -1))
+    assert_distribution([int(s.trace.response_ids[0]) for s in samples], q.expand(len(samples), -1))
 
 
 def test_keep_none_is_the_teacher(engine, reference_logits):
@@ -112,7 +114,7 @@ def test_keep_none_is_the_teacher(engine, reference_logits):
     samples = engine(4).generate([PROMPTS[0]] * SAMPLES, make_rule(top_k=0), 1, seed=3)
     assert all((s.trace.source == 1).all() for s in samples)
     p = reference_logits("teacher", PROMPTS[:1])[0][-1].softmax(-1)
-    assert_law([int(s.trace.response_ids[0]) for s in samples], p.expand(len(samples), -1))
+    assert_distribution([int(s.trace.response_ids[0]) for s in samples], p.expand(len(samples), -1))
 
 
 WARPED = {
@@ -174,7 +176,7 @@ def test_nothing_follows_the_end_token(gate_samples):
         assert sample.finish == ("stop" if ids[-1] == EOS else "length")
     stops = [s for s in samples if s.finish == "stop"]
     kept = [s for s in stops if len(s.trace) < 4 and (s.trace.source == 0).all()]
-    assert len(kept) > 10, "ends that were drafted, with more drafts of the same block behind them"
+    assert len(kept) > 10, "ends that were drafted, with more drafts of the same block after them"
     assert any(s.trace.source[-1] == 1 for s in stops), "ends that the teacher put"
 
 
@@ -210,7 +212,7 @@ def assert_same_responses(left: list, right: list) -> None:
 def test_request_with_one_token_to_read_joins_a_running_batch(engine, full_blocks, max_num_seqs):
     """vLLM pads such a request with placeholder drafts; they are not proposals of the student.
 
-    It happens to a prompt of two tokens, and to a cached prompt with one token behind its last full block.
+    It happens to a prompt of two tokens, and to a cached prompt with one token after its last full block.
     """
     rule, seeds = make_rule(top_k=6), list(range(40))
     prompt = [3 + 7 * i % 29 for i in range(full_blocks * BLOCK_TOKENS + 2)]
@@ -229,7 +231,7 @@ def test_request_that_waits_a_step_keeps_its_drafts(engine):
 
 @pytest.mark.parametrize("draft_len", BLOCKS)
 def test_each_draw_is_that_of_its_position(engine, reference_logits, draft_len):
-    """The student's and the teacher's draw at a position invert their laws at two numbers that nothing else uses."""
+    """The student's and the teacher's draw at a position invert their distributions at numbers used nowhere else."""
     rule, seeds = make_rule(top_k=12), list(range(60))
     samples = engine(draft_len).generate([PROMPTS[i % 3] for i in seeds], rule, 8, seeds=seeds)
     sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in samples]
