@@ -93,7 +93,7 @@ def test_a_gate_that_keeps_everything(trial, teacher_twice, monkeypatch):
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, keep) -> None:
-    monkeypatch.setitem(gates.GATES, "top_k", gates.GATES["top_k"]._replace(keep=keep))
+    monkeypatch.setitem(gates.GATES, "top_k", replace(gates.GATES["top_k"], keep=keep))
 
 
 def test_the_command_starts_it(capsys, monkeypatch, tmp_path):
