@@ -48,7 +48,9 @@ class RolloutConfig(Section):
         25, description="K: a student token among the teacher's K most probable ones is kept"
     )
     gate: Annotated[str, one_of(GATE_OPTIONS)] = Field(
-        "top_k", description="which proposals are kept; distributions and sources in core/gates.py"
+        "top_k",
+        description="which proposals are kept. "
+        + _explained({n: GATES[n].words.format(top_k="K", threshold="threshold") for n in GATE_OPTIONS}),
     )
     threshold: Movable[Annotated[float, Field(ge=0)]] | None = Field(
         None, description=f"of the gate; every gate but {' and '.join(WITHOUT_THRESHOLD)} needs one"
