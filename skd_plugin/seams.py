@@ -24,7 +24,7 @@ def rebind(owner: ModuleType | type, name: str, replacement: object, *, needed_b
     setattr(owner, name, replacement)
 
 
-def plain_class(ray_actor: Any) -> type:
+def plain_class(ray_actor: Any) -> Any:
     """The class behind one of OpenRLHF's Ray actors, to subclass it.
 
     Ray hands out the decorated class; its plain one is the base of the thin subclass that Ray puts around it.

@@ -47,7 +47,7 @@ class Targets:
             source_N=trace.source.to(device),
         )
 
-    def select(self, rows: torch.Tensor) -> Targets:
+    def select(self, rows: torch.Tensor | slice) -> Targets:
         return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -30,6 +30,14 @@ def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:
     return Trace.join([trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)])
 
 
+class Totals(TypedDict, total=False):
+    """What OpenRLHF's losses divide by: of an optimizer step, over all ranks, by the number of its micro-batches."""
+
+    dp_size: int
+    batch_num_tokens: torch.Tensor
+    global_batch_size: torch.Tensor  # sequences
+
+
 def trace_of(experience: Any) -> Trace:
     """The record of an experience of one response."""
     return experience.info[TRACE_KEY][0]
@@ -48,7 +56,7 @@ class MicroBatch:
     token_weights_N: torch.Tensor  # float32, of the distillation loss; mean 1 over the tokens of an optimizer step
     policy_mask: torch.Tensor  # bool [B, T - 1], tokens with a policy gradient
     teacher_tokens: torch.Tensor  # bool [B, T - 1], those among them that the student did not draw
-    policy_totals: dict[str, Any]  # arguments of the policy loss: its tokens and sequences in the optimizer step
+    policy_totals: Totals  # of `policy_mask`
 
     def to(self, device: torch.device) -> MicroBatch:
         """With everything but the record of the tokens on this device."""
@@ -80,21 +88,22 @@ class OptimizerStepBatches:
         strategy: Any,
         accumulated_gradient: int,
         mask_of: Callable[[Any], torch.Tensor],
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
+    ) -> Iterator[tuple[Any, Totals]]:
         """Yields (experience, OpenRLHF's totals) as the host's function does; each experience has a `batch`."""
         experiences = iter(experiences)
         while window := list(islice(experiences, max(int(accumulated_gradient), 1))):
             for experience in window:
                 experience.batch = self.batch_of(experience)
 
-            def totals(value_of: Callable[[Any], torch.Tensor], window: list[Any] = window) -> dict[str, Any]:
+            def totals(value_of: Callable[[Any], torch.Tensor], window: list[Any] = window) -> Totals:
                 return next(iter(self._host_totals(window, strategy, accumulated_gradient, value_of)))[1]
 
             tokens = totals(mask_of)
             weights = totals(lambda e: e.batch.layout.spread(e.batch.token_weights_N))["batch_num_tokens"]
             policy = totals(lambda e: e.batch.policy_mask)
-            # A step without a single token for the policy loss has the loss 0, not 0 / 0.
-            policy = {n: total if n == "dp_size" else total.clamp_min(TINY) for n, total in policy.items()}
+            for name in ("batch_num_tokens", "global_batch_size"):
+                # A step without a single token for the policy loss has the loss 0, not 0 / 0.
+                policy[name] = policy[name].clamp_min(TINY)
             factor = (tokens["batch_num_tokens"] / weights.clamp_min(TINY)).cpu()
             for experience in window:
                 scaled = experience.batch.token_weights_N * factor

@@ -50,11 +50,11 @@ class SKDTrainer(HostTrainer):
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
         torch.manual_seed(strategy.args.train.seed)  # OpenRLHF's prompt loader shuffles by a number drawn from it
         super().__init__(pretrain, strategy, *args, **kwargs)
-        args = strategy.args
-        self.skd: SKDConfig = args.skd
+        options = strategy.args
+        self.skd: SKDConfig = options.skd
         self.folder = RunFolder(Path(self.skd.run_dir))
         prompts = self.prompts_dataloader.dataset
-        self.planned_steps = planned_steps(len(prompts), args.rollout.batch_size, args.train.num_episodes)
+        self.planned_steps = planned_steps(len(prompts), options.rollout.batch_size, options.train.num_episodes)
         self.plan = RulePlan(self.skd.rollout, self.planned_steps, len(self.tokenizer))
         self.samples_generator = SKDSamplesGenerator(
             strategy,
@@ -79,9 +79,9 @@ class SKDTrainer(HostTrainer):
         self._several_tasks = len(set(prompts.datasources)) > 1
         self._held_out = HeldOut(
             self.samples_generator,
-            {**self.generate_kwargs, "n_samples_per_prompt": args.eval.n_samples_per_prompt},
+            {**self.generate_kwargs, "n_samples_per_prompt": options.eval.n_samples_per_prompt},
             self._task_of,
-            by_checker=args.reward.remote_url == [reward.__file__],
+            by_checker=options.reward.remote_url == [reward.__file__],
         )
         self._evaluated_step: int | None = None
 

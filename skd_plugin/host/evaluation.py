@@ -56,7 +56,7 @@ class HeldOut:
         return self._generator.generate_eval_samples(rule=rule, **self._generate_kwargs)
 
     def _by_task(self, samples: list[Experience], prefix: str, *, with_kl: bool) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for task, group in by_task.grouped(samples, [self._task_of(sample) for sample in samples]).items():
             traces = [trace_of(sample) for sample in group]
             measured: dict[str, float] = {}

@@ -71,9 +71,9 @@ class FullVocabularyActor(Actor):
             output = super().forward(sequences, None, attention_mask, return_output=True, **others)
         finally:
             del head.forward
-        scores = Scores(*layout.predictions(output["logits"]).unbind(-1))
-        output["token_losses"], output["entropy"] = scores.loss, layout.spread(scores.entropy)
-        log_probs = layout.spread(scores.log_prob)
+        loss_N, log_prob_N, entropy_N = layout.predictions(output["logits"]).unbind(-1)
+        output["token_losses"], output["entropy"] = loss_N, layout.spread(entropy_N)
+        log_probs = layout.spread(log_prob_N)
         return (log_probs, output) if return_output else log_probs
 
     def _read_log_probs(

@@ -10,7 +10,7 @@ import torch
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Trace
 
-POLICY_FIGURES = {  # name in the host's status -> ours
+POLICY_METRICS = {  # name in the host's status -> ours
     "rl_loss": "rl/loss",
     "rl_clip_ratio": "rl/clip_ratio",
     "rl_kl": "rl/kl_to_old",
@@ -25,17 +25,17 @@ POLICY_FIGURES = {  # name in the host's status -> ours
 def objective_metrics(
     status: dict[str, Any], traces: list[Trace], coefficients: Coefficients
 ) -> dict[str, float | None]:
-    """Figures of the two terms of the loss; those of the policy only where it takes part or rewards are measured.
+    """Metrics of the two losses; those of the policy only where it takes part or rewards are measured.
 
     Args:
         status: what the host's training step returned.
     """
-    figures = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients.kd}
+    metrics = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients.kd}
     reward = status.get("rollout/reward_mean")
     if reward is not None and not math.isnan(reward):
-        figures["rl/reward"] = reward
+        metrics["rl/reward"] = reward
     if coefficients.rl:
         own = torch.cat([trace.students_own for trace in traces]).float().mean().item()
-        figures |= {"rl/coef": coefficients.rl, "rl/own_frac": own}
-        figures |= {ours: status[theirs] for theirs, ours in POLICY_FIGURES.items() if theirs in status}
-    return figures
+        metrics |= {"rl/coef": coefficients.rl, "rl/own_frac": own}
+        metrics |= {ours: status[theirs] for theirs, ours in POLICY_METRICS.items() if theirs in status}
+    return metrics

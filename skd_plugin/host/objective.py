@@ -14,7 +14,7 @@ from openrlhf.models import PolicyLoss, aggregate_loss
 
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.losses import Targets, TokenLoss
-from skd_plugin.host.batch import MicroBatch
+from skd_plugin.host.batch import MicroBatch, Totals
 
 
 class Distillation(Protocol):
@@ -117,7 +117,7 @@ class StepLoss:
         """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio); the policy's are in the batch's info."""
         loss = nothing = torch.zeros((), device=log_probs.device)
         if self._coefficients.kd:
-            loss = loss + self._coefficients.kd * self._distillation_loss(action_mask, totals)
+            loss = loss + self._coefficients.kd * self._distillation_loss(action_mask, Totals(**totals))
         if self._coefficients.rl:
             policy = self._policy_loss(log_probs, old_log_probs, advantages, rollout_log_probs)
             loss = loss + self._coefficients.rl * policy
@@ -130,7 +130,7 @@ class StepLoss:
             )
         return loss, nothing, nothing, None, None
 
-    def _distillation_loss(self, action_mask: torch.Tensor, totals: dict[str, Any]) -> torch.Tensor:
+    def _distillation_loss(self, action_mask: torch.Tensor, totals: Totals) -> torch.Tensor:
         """Divergence from the teacher over all response tokens."""
         if self._token_losses_N is None:
             raise RuntimeError("there are no token losses: OpenRLHF's Actor did not run its forward hooks")

@@ -97,7 +97,7 @@ class StudentSender:
         self._engines = trainer.vllm_engines
         self._args = trainer.strategy.args
         self._use_cuda_ipc = trainer.use_cuda_ipc
-        self._group = None if trainer.use_cuda_ipc else getattr(trainer, "_model_update_group", None)  # rank 0 has it
+        self._group: Any = getattr(trainer, "_model_update_group", None)  # of rank 0, where weights are broadcast
 
     def send(self) -> None:
         import deepspeed
