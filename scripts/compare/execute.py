@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from plan import Run
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skd_plugin.cli import main
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.host.launch import end_with_the_parent
+from skd_plugin.terminal import plain_console
 
 POLL_S = 0.5
 ARGUMENTS = "compare.json"  # in a run folder: what the run was made with
@@ -28,7 +28,7 @@ def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
     """Returns the runs that failed; the others are finished."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = deque(run for run in runs if not is_done(run, folder))
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done already; folders in {folder}")
     if not waiting:
         return []
@@ -46,7 +46,7 @@ def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
                 free.append(one.cores)
                 succeeded = one.end(folder)
                 failed += [] if succeeded else [one.run]
-                outcome = "done" if succeeded else f"[red]failed[/red], see {folder / one.run.name}.log"
+                outcome = "done" if succeeded else f"FAILED, see {folder / one.run.name}.log"
                 progress.console.print(f"{one.run.name}: {outcome} ({time.monotonic() - one.started:.0f} s)")
                 progress.advance(bar)
             progress.refresh()

@@ -8,10 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from skd_plugin.check.checks import run_checks
 from skd_plugin.check.findings import Finding, exit_status, findings_table, verdict
+from skd_plugin.terminal import plain_console, waiting
 
 
 def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run: bool) -> int:
@@ -21,13 +20,13 @@ def run_check(recipe: str, overrides: Sequence[str], *, self_test: bool, dry_run
         RecipeError: the file is no recipe; there is nothing to check.
     """
     _be_quiet()
-    console = Console(highlight=False)
+    console = plain_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="skd-check-"))
     findings: list[Finding] = []
     try:
-        with console.status("reading the recipe") as spinner:
-            checks = run_checks(recipe, overrides, folder, spinner.update, self_test=self_test, dry_run=dry_run)
+        with waiting(console, "reading the recipe") as progress:
+            checks = run_checks(recipe, overrides, folder, progress, self_test=self_test, dry_run=dry_run)
             for finding in checks:
                 findings.append(finding)
     except KeyboardInterrupt:

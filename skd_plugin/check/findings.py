@@ -32,7 +32,7 @@ def exit_status(findings: Iterable[Finding]) -> int:
 
 
 def findings_table(findings: Sequence[Finding], title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("check", max_width=22, ratio=1)
     table.add_column("found", ratio=4, overflow="fold")
     table.add_column("", justify="right", no_wrap=True, min_width=7)

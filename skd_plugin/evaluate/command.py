@@ -21,6 +21,7 @@ from skd_plugin.evaluate.result import summarise
 from skd_plugin.evaluate.result_table import WIDTH, tables
 from skd_plugin.run.process import run_quietly
 from skd_plugin.run_folder import Status, replace_text
+from skd_plugin.terminal import plain_console, waiting
 from skd_plugin.words import duration
 
 
@@ -30,7 +31,7 @@ class EvalError(Exception):
 
 def run_eval(plan: Plan, where: str, out: str) -> int:
     """Returns 0, 1 (an engine failed; the error is printed) or 130 (Ctrl-C)."""
-    console = Console(highlight=False, width=max(Console().width, WIDTH))
+    console = plain_console(width=max(plain_console().width, WIDTH))
     path = Path(out)
     if path.is_dir():
         raise RecipeError(f"--out {out} is a folder; name a file")
@@ -41,7 +42,7 @@ def run_eval(plan: Plan, where: str, out: str) -> int:
     try:
         answers = [_answers(plan, number, folder, console) for number in range(len(plan.students))]
     except EvalError as error:
-        console.print(f"skd eval: {error}", markup=False, soft_wrap=True)
+        console.print(f"skd eval: {error}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("Stopped; nothing was written.")
@@ -89,11 +90,11 @@ def _run(kind: str, job: Job, folder: Path, console: Console, title: str) -> lis
     job.write(folder)
     Status(folder).stage("starting")  # that of the engine before is over
     log, started = folder / "engine.log", time.monotonic()
-    with console.status(title) as spinner:
+    with waiting(console, title) as tell:
 
         def look() -> None:
             stage = Status(folder).read().get("stage", "starting")
-            spinner.update(f"{title}: {stage} ({duration(time.monotonic() - started)})")
+            tell(f"{title}: {stage} ({duration(time.monotonic() - started)})")
 
         error = run_quietly(["skd_plugin.evaluate.engine_process", kind, str(folder)], log, look)
     if error is not None:

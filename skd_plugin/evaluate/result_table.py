@@ -22,7 +22,7 @@ def tables(result: Result) -> Iterator[Table]:
     draft_len = result.settings.draft_len
     for task in result.students[0].tasks:
         table = Table(title=Text(task, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("mean \\[95 % interval]", overflow="fold")
+        table.add_column(Text("mean [95 % interval]"), overflow="fold")
         for student in result.students:
             table.add_column(Text(short_name(student.name)), justify="right", overflow="fold")
         two = len(result.students) == 2
@@ -38,7 +38,7 @@ def tables(result: Result) -> Iterator[Table]:
                 section = name.split("/")[0]
                 table.add_row(Text(section, style="bold"))
             cells = [_cell(name, column.get(name), signed=place == 2 and two) for place, column in enumerate(columns)]
-            table.add_row(_label(name), *cells)
+            table.add_row(Text(_label(name)), *cells)
         yield table
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status as Spinner
 from rich.table import Table
 
 from skd_plugin.run_folder import RunFolder
@@ -28,9 +28,13 @@ class Follower:
         self._offset = folder.metrics.read_from(0)[1]
         self._first_step: tuple[int, float] | None = None
 
-    def show_news(self, spinner: Spinner) -> None:
+    def show_news(self, tell: Callable[[str], None]) -> None:
+        """
+        Args:
+            tell: called with the stage of the run.
+        """
         status = self._folder.status.read()
-        spinner.update(status.get("stage", "starting"))
+        tell(status.get("stage", "starting"))
         records, self._offset = self._folder.metrics.read_from(self._offset)
         for record in records:
             self._console.print(self._line(record, status.get("planned_steps")))

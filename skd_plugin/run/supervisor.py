@@ -7,17 +7,19 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from skd_plugin.config.run import Run
 from skd_plugin.run import resume
 from skd_plugin.run.process import run_module
 from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder
+from skd_plugin.terminal import plain_console, waiting
 
 
 def supervise(run: Run) -> int:
     """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     run = after_the_earlier_run(run, console)
     run.save()
     folder = run.folder
@@ -34,7 +36,7 @@ def supervise(run: Run) -> int:
         return 130
     if status != 0:
         error = folder.status.read().get("error") or f"OpenRLHF's process ended with status {status}"
-        console.print(f"[red]The run failed:[/red] {error}", markup=True)
+        console.print(Text.assemble(("The run failed:", "red"), f" {error}"))
         console.print(f"The whole story is in {folder.log}. {_how_to_go_on(run)}")
         return 1
     console.print(summary_table(folder, time.monotonic() - started))
@@ -64,10 +66,10 @@ def _put_aside(folder: Path) -> Path:
 
 def _train(folder: RunFolder, console: Console) -> int:
     follower = Follower(folder, console)
-    with console.status("starting") as spinner:
+    with waiting(console, "starting") as tell:
         command = ["skd_plugin.host.launch", str(folder.path)]
-        status = run_module(command, folder.log, lambda: follower.show_news(spinner), name=str(folder.path))
-        follower.show_news(spinner)
+        status = run_module(command, folder.log, lambda: follower.show_news(tell), name=str(folder.path))
+        follower.show_news(tell)
     return status
 
 

@@ -94,9 +94,11 @@ def test_the_table_fits_and_loses_nothing(width):
 
 
 def test_markup_in_what_was_found_is_only_text():
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(findings_table([Finding("prompt", "[bold]x[/bold] [/INST]")], "title"))
-    assert "[bold]x[/bold] [/INST]" in console.export_text()
+    console = Console(width=140, record=True, file=io.StringIO())
+    hostile = "[b]x[/b] [/INST]"
+    console.print(findings_table([Finding(hostile, hostile, "warning", hostile)], f"skd check {hostile}"))
+    shown = console.export_text()
+    assert shown.count(hostile) == 4 and f"-> {hostile}" in shown
 
 
 @pytest.mark.parametrize(

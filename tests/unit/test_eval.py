@@ -250,6 +250,18 @@ def test_the_file_is_strict_json_and_the_table_shows_it(plan, found):
     assert "arithmetic/student" in shown and "difference" in shown
 
 
+def test_names_in_a_table_are_no_markup(plan, found):
+    """Of tasks, students and metrics."""
+    hostile = "[bold] [a, b]"
+    result = summarise(plan, "r.yaml", found)
+    estimate = result.students[0].tasks["arithmetic"]["scores/greedy/accuracy"]
+    student = replace(result.students[0], name=hostile, tasks={hostile: {f"{hostile}/{hostile}": estimate}})
+    console = Console(file=io.StringIO(), width=200)
+    for table in tables(replace(result, students=[student], differences=[])):
+        console.print(table)
+    assert console.file.getvalue().count(hostile) == 4
+
+
 def test_a_job_survives_its_file(plan, tmp_path: Path):
     job = job_of(plan, plan.students[0], plan.held_out[0])
     job.write(tmp_path)

@@ -17,6 +17,7 @@ IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "seams": set(),
     "words": set(),
+    "terminal": set(),
     "run_folder": set(),
     "cpu": {"seams"},
     "core": set(),
@@ -26,7 +27,7 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"config", "core", "cpu", "models", "seams"},
     "host": {"config", "core", "cpu", "engine", "errors", "models", "run_folder", "seams", "tasks"},
     "prepare": {"config", "errors", "host", "models", "run_folder", "tasks"},
-    "run": {"config", "run_folder", "words"},
+    "run": {"config", "run_folder", "terminal", "words"},
     "report": {"config", "core", "errors", "run_folder", "words"},
     "rollout_command": {"config", "engine", "errors", "prepare", "run_folder"},
     "evaluate": {
@@ -40,9 +41,23 @@ IMPORTS: dict[str, set[str]] = {
         "run",
         "run_folder",
         "tasks",
+        "terminal",
         "words",
     },
-    "check": {"config", "core", "cpu", "engine", "errors", "host", "models", "prepare", "run", "run_folder", "words"},
+    "check": {
+        "config",
+        "core",
+        "cpu",
+        "engine",
+        "errors",
+        "host",
+        "models",
+        "prepare",
+        "run",
+        "run_folder",
+        "terminal",
+        "words",
+    },
     "cli": {"check", "config", "errors", "evaluate", "prepare", "report", "rollout_command", "run"},
 }
 # (part, part below) -> the files there that it may import, where not all of them.
@@ -125,6 +140,18 @@ def test_importing_the_package_is_cheap() -> None:
     code = "import json, sys; import skd_plugin; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not {"torch", "ray", "vllm", "transformers", "openrlhf"} & set(json.loads(output))
+
+
+SCRIPTS = PACKAGE.parent / "scripts"
+
+
+@pytest.mark.parametrize("file", [*FILES, *(pytest.param(f, id=f.name) for f in sorted(SCRIPTS.rglob("*.py")))])
+def test_no_console_reads_markup(file: Path) -> None:
+    """All print by the console of terminal.py, and wait by its spinner, whose text is markup to rich."""
+    calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    names = {getattr(func, "attr", getattr(func, "id", "")) for func in calls}
+    assert file.name == "terminal.py" or not names & {"Console", "status", "from_markup"}
+    assert file.name == "terminal.py" or "rich.status" not in imported_modules(file)
 
 
 def test_losses_never_reduce_over_tokens() -> None:
