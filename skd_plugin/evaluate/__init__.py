@@ -1,1 +1,1 @@
-"""`skd eval`: what a student is worth, alone and beside its teacher; docs/eval.md says what each figure is."""
+"""`skd eval`: what a student is worth, alone and beside its teacher; docs/eval.md says what each number is."""

@@ -1,4 +1,4 @@
-"""Figures of each task of a run of several."""
+"""Metrics of each task of a run of several."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_rates_of_two_tasks() -> None:
 def test_scores_are_the_tasks_own() -> None:
     example, other = TASKS["summary"]().examples("test", 2)
     labels = [Label(e.reference, "summary", e.label, "</s>").to_json() for e in (example, other)]
-    figures = scores([1.0, 0.5], [example.reference, ""], labels, by_checker=True)
-    assert figures == {"rouge_l": 0.75, "rouge_1": 0.5, "rouge_2": 0.5, "exact": 0.5, "fact_recall": 0.5}
+    metrics = scores([1.0, 0.5], [example.reference, ""], labels, by_checker=True)
+    assert metrics == {"rouge_l": 0.75, "rouge_1": 0.5, "rouge_2": 0.5, "exact": 0.5, "fact_recall": 0.5}
 
 
 def test_rewards_of_the_users_are_not_called_by_the_tasks_metric() -> None:

@@ -69,10 +69,10 @@ def test_references_are_right_and_other_answers_are_not(task: GeneratedTask) -> 
 
 def test_metrics_of_references_are_one(task: GeneratedTask) -> None:
     examples = task.examples("test", 40)
-    figures = task.metrics([e.reference for e in examples], [e.label for e in examples])
-    assert figures == {name: pytest.approx(1.0) for name in figures} and task.metric not in figures
+    found = task.metrics([e.reference for e in examples], [e.label for e in examples])
+    assert found == {name: pytest.approx(1.0) for name in found} and task.metric not in found
     nothing = task.metrics([""] * 40, [e.label for e in examples])
-    assert nothing == {name: pytest.approx(0.0) for name in figures}
+    assert nothing == {name: pytest.approx(0.0) for name in found}
 
 
 def test_every_token_is_in_the_vocabulary_and_responses_are_short(task: GeneratedTask) -> None:

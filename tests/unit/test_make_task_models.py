@@ -118,8 +118,8 @@ def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask]
         type(model), "generate", lambda self, input_ids, **_: torch.cat([input_ids, torch.full((4, 1), 2)], dim=1)
     )
     for task in tasks:
-        figures = script.measure(model, tokenizer, task, count=4)
-        assert next(iter(figures)) == task.metric and set(figures.values()) == {0.0}
+        metrics = script.measure(model, tokenizer, task, count=4)
+        assert next(iter(metrics)) == task.metric and set(metrics.values()) == {0.0}
 
 
 def test_both_models_are_written(script: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
