@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,9 @@ class PromptRow(TypedDict):
     input: str
     label: str  # of tasks.reward.make_label
     datasource: str  # the task's name
+
+
+DATA_DIGEST = "data_sha256"  # key of config.yaml, beside the options
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,23 @@ class Run:
     def save(self) -> None:
         """Writes config.yaml and the prompts into the run folder; `Run.load` reads the options back in the process
         that starts OpenRLHF, which reads the prompts itself."""
-        self.folder.write_config({"openrlhf": dict(self.host), "skd": self.skd.model_dump(), "cpu": self.cpu})
+        options = {"openrlhf": dict(self.host), "skd": self.skd.model_dump(), "cpu": self.cpu}
+        self.folder.write_config({**options, DATA_DIGEST: self.data_digest()})
         for split, rows in self.data.items():
             self.folder.prompts(split).replace(rows)
+
+    def data_digest(self) -> str:
+        """SHA-256 of the prompts: of the rows that the tasks have made, or of the bytes of local dataset files. What
+        is on the Hub has no part in it."""
+        if self.data:
+            return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for option in ("data.prompt_dataset", "eval.dataset"):
+            for name in str(self.host.get(option) or "").split(","):
+                for file in _files(Path(name.split("@")[0].strip())):
+                    with file.open("rb") as content:
+                        digest.update(hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, folder: RunFolder) -> Run:
@@ -54,3 +73,10 @@ class Run:
         content = folder.read_config()
         use_new_names(content)  # of a run before an option was renamed
         return cls(SKDConfig(**content["skd"]), content["openrlhf"], content["cpu"])
+
+
+def _files(dataset: Path) -> list[Path]:
+    """The files of a local dataset in a fixed order; none of a name on the Hub."""
+    if not dataset.name:
+        return []
+    return [dataset] if dataset.is_file() else sorted(path for path in dataset.rglob("*") if path.is_file())

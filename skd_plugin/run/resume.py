@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from skd_plugin.config.run import Run
+from skd_plugin.config.run import DATA_DIGEST, Run
 from skd_plugin.run_folder import replace_text
 
 METRIC_FILE = "metric.json"  # OpenRLHF writes it into a checkpoint when all ranks have written theirs
@@ -47,10 +47,16 @@ def _why_not(run: Run) -> str:
         return "skd.resume is false"
     if not folder.config.exists():
         return f"its recipe was another one ({folder.config.name} is missing)"
+    reasons = []
     before, now = Run.load(folder).flat_options(), run.flat_options()
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     changed.discard("openrlhf.ckpt.load_enable")
-    return f"its recipe was another one ({', '.join(sorted(changed))})" if changed else ""
+    if changed:
+        reasons.append(f"its recipe was another one ({', '.join(sorted(changed))})")
+    data = run.data_digest()
+    if folder.read_config().get(DATA_DIGEST, data) != data:  # runs from before it was written have none
+        reasons.append("its data were others (the prompts have changed)")
+    return " and ".join(reasons)
 
 
 def go_on_from(run: Run, step: int) -> Run:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from skd_plugin.config.run import Run
 from skd_plugin.run import resume
+from skd_plugin.run.lock import owned
 from skd_plugin.run.process import run_module
 from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder
@@ -18,8 +19,16 @@ from skd_plugin.terminal import plain_console, waiting
 
 
 def supervise(run: Run) -> int:
-    """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C)."""
-    console = plain_console(soft_wrap=True)
+    """Runs the recipe to its end. Returns 0, 1 (failed; the last error is printed) or 130 (Ctrl-C).
+
+    Raises:
+        RecipeError: another run goes on in the folder, or it cannot be written.
+    """
+    with owned(run.folder.path):
+        return _supervise(run, plain_console(soft_wrap=True))
+
+
+def _supervise(run: Run, console: Console) -> int:
     run = after_the_earlier_run(run, console)
     run.save()
     folder = run.folder

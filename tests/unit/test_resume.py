@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from skd_plugin.config.run import Run
+from skd_plugin.config.run import DATA_DIGEST, Run
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.run import resume, supervisor
@@ -137,6 +137,40 @@ def test_resume_can_be_turned_off(run: Run) -> None:
     assert resume.look_at(off).step is None and "skd.resume is false" in resume.look_at(off).reason
 
 
+def test_other_prompts_are_another_run(run: Run, tmp_path: Path) -> None:
+    """The same recipe over a file or folder whose bytes have changed."""
+    file, folder = tmp_path / "own.jsonl", tmp_path / "saved"
+    file.write_text('{"q": "1"}')
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.arrow").write_bytes(b"1")
+    for name, changed in ((f"{file}", file), (f"org/hub, {folder}@x", folder / "deep" / "a.arrow")):
+        mine = replace(run, host={**run.host, "data.prompt_dataset": name})
+        mine.save()
+        if not run.folder.checkpoints.exists():
+            checkpoint(run, 4)
+        assert resume.look_at(mine).step == 4
+        changed.write_bytes(b"others")
+        earlier = resume.look_at(mine)
+        assert earlier.step is None and earlier.reason == "its data were others (the prompts have changed)"
+
+
+def test_other_prompts_of_a_task_are_another_run(run: Run) -> None:
+    row = {"input": "a", "label": "b", "datasource": "c"}
+    mine = replace(run, data={"train": [row], "test": []})
+    mine.save()
+    checkpoint(run, 4)
+    assert resume.look_at(mine).step == 4
+    assert "its data were others" in resume.look_at(replace(mine, data={"train": [row, row], "test": []})).reason
+
+
+def test_a_run_from_before_the_digest_goes_on(run: Run) -> None:
+    checkpoint(run, 4)
+    content = run.folder.read_config()
+    del content[DATA_DIGEST]
+    run.folder.write_config(content)
+    assert resume.look_at(replace(run, data={"train": []})).step == 4
+
+
 # --- what an earlier run has left stays what it was ---
 
 
@@ -166,7 +200,7 @@ def test_a_run_that_is_put_aside_keeps_its_prompts(quickstart, tmp_path: Path) -
     before = bytes_of(tmp_path / "run")
     said = io.StringIO()
     supervisor.after_the_earlier_run(run, Console(file=said, width=500)).save()
-    assert "its recipe was another one (skd.task.seed)" in said.getvalue()
+    assert "its recipe was another one (skd.task.seed) and its data were others" in said.getvalue()
     assert bytes_of(tmp_path / "run.1") == before
     assert run.folder.prompts("train").read() == run.data["train"] != earlier.data["train"]
     assert not run.folder.metrics.path.exists()

@@ -27,7 +27,7 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"config", "core", "cpu", "models", "seams"},
     "host": {"config", "core", "cpu", "engine", "errors", "models", "run_folder", "seams", "tasks"},
     "prepare": {"config", "errors", "host", "models", "run_folder", "tasks"},
-    "run": {"config", "run_folder", "terminal", "words"},
+    "run": {"config", "errors", "run_folder", "terminal", "words"},
     "report": {"config", "core", "errors", "run_folder", "words"},
     "rollout_command": {"config", "engine", "errors", "prepare", "run_folder"},
     "evaluate": {
