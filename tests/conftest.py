@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+# As in an active environment: with another ninja than the last time DeepSpeed builds its extension anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 # Here and in every process that a test starts: the tensors are tiny, and threads that wait for each other turn round.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soak tests run only where `-m` or an argument names them, whatever else `-m` says."""
+    left_out = [item for item in items if item.get_closest_marker("soak") and not _is_named(item, config)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _is_named(item: pytest.Item, config: pytest.Config) -> bool:
+    return "soak" in config.option.markexpr or any(item.name in argument for argument in config.args)
+
 
 VOCAB = 32
 EOS = 2

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -76,6 +77,7 @@ def hierarchize(args: argparse.Namespace) -> SimpleNamespace:
     return module.hierarchize(args)
 
 
+@cache
 def _around_parsing() -> tuple[list[ast.stmt], list[ast.stmt]]:
     """The statements of OpenRLHF's script before it parses its arguments, and those after.
 

@@ -47,11 +47,8 @@ def test_runs_of_the_committed_plan(plan):
 @pytest.mark.parametrize("cell", ["arithmetic/cold", "arithmetic/warm", "translation/cold", "translation/warm"])
 def test_every_method_is_a_recipe(plan, cell, tmp_path):
     methods = dict.fromkeys([*plan.comparison.methods, *plan.sweep.methods.values()])
-    loads = {
-        m: load_run(r.recipe, [*r.overrides, f"skd.run_dir={tmp_path}"])
-        for m in methods
-        if (r := plan.run(cell, m, 1))
-    }
+    few = ["skd.task.eval_prompts=8", f"skd.run_dir={tmp_path}"]
+    loads = {m: load_run(r.recipe, [*r.overrides, *few]) for m in methods if (r := plan.run(cell, m, 1))}
     assert loads["on_policy"].skd.rollout.method == "on_policy" and loads["k5"].skd.rollout.top_k == 5
     assert loads["sft"].skd.loss.kind == "cross_entropy"
     assert len({run.host["rollout.batch_size"] for run in loads.values()}) == 1

@@ -173,5 +173,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_recipes_that_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_run(QUICKSTART, [*overrides, f"skd.run_dir={tmp_path}"])
+        load_run(
+            QUICKSTART, [*overrides, "skd.task.train_prompts=8", "skd.task.eval_prompts=2", f"skd.run_dir={tmp_path}"]
+        )
     assert message in str(caught.value)
