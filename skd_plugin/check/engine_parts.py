@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.engine.arguments import SCHEDULER_CLS, WORKER_CLS
+from skd_plugin.engine.arguments import SCHEDULER_CLS, WORKER_CLS, EngineDescription
 from skd_plugin.words import count
-
-EXPECTED = {"sampler": "SKDSampler", "drafter": "SKDDrafter"}
 
 
 def asked_for(skd: SKDConfig) -> Finding:
@@ -19,18 +15,19 @@ def asked_for(skd: SKDConfig) -> Finding:
     return Finding("engine", f"asked for, and not yet seen to run: {parts} in vLLM's V1 runner, {drafts} a block")
 
 
-def check_parts(description: Mapping[str, str | int]) -> Finding:
-    """What a real engine says of itself (`describe_skd`): a plugin that is silently off is the worst outcome."""
-    wrong = [part for part, name in EXPECTED.items() if description.get(part) != name]
-    found = (
-        f"{description.get('sampler')} and {description.get('drafter')} are in place, in vLLM's V1 runner under "
-        f"{description.get('scheduler')}; {count(int(description['draft_len']), 'draft')} a block"
-    )
-    if not wrong:
-        return Finding("engine", found)
+def check_parts(engine: EngineDescription, scheduler: str) -> Finding:
+    """What a real engine says of itself: a plugin that is silently off is the worst outcome."""
+    parts = {"sampler": (engine["sampler"], "SKDSampler"), "drafter": (engine["drafter"], "SKDDrafter")}
+    wrong = [f"the {part} is {found}" for part, (found, expected) in parts.items() if found != expected]
+    if wrong:
+        return Finding(
+            "engine",
+            f"{', '.join(wrong)}: SKD is not active",
+            "failed",
+            "another plugin or a newer vLLM replaced it; run pytest tests/contract",
+        )
     return Finding(
         "engine",
-        f"{', '.join(f'the {part} is {description.get(part)}' for part in wrong)}: SKD is not active",
-        "failed",
-        "another plugin or a newer vLLM replaced it; run pytest tests/contract",
+        f"{engine['sampler']} and {engine['drafter']} are in place, in vLLM's V1 runner under {scheduler}; "
+        f"{count(engine['draft_len'], 'draft')} a block",
     )

@@ -56,7 +56,10 @@ def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -
         if error is not None:
             return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
     outcome = Outcome.read(folder)
-    return [check_parts(outcome.description), *judge(outcome.measured, outcome.dtype, outcome.kept_by_a_shut_gate)]
+    return [
+        check_parts(outcome.description, outcome.scheduler),
+        *judge(outcome.measured, outcome.dtype, outcome.kept_by_a_shut_gate),
+    ]
 
 
 def judge(measured: Measured, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:

@@ -18,12 +18,10 @@ import torch
 from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import NOTHING, Source, Trace
-from skd_plugin.engine.arguments import EngineSpec
+from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 
 if TYPE_CHECKING:  # the half that compares does without vLLM
     from skd_plugin.engine.offline import SKDEngine
-
-Description = dict[str, str | int]  # what an engine says of itself
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Trial:
 class Drawn:
     """What the engine has sampled."""
 
-    description: Description
+    description: EngineDescription
     traces: list[Trace]
     kept_by_a_shut_gate: int
 
@@ -82,7 +80,8 @@ class Measured:
 class Outcome:
     """What both halves together have found."""
 
-    description: Description
+    description: EngineDescription
+    scheduler: str  # name of the class, as it was asked for
     dtype: str  # of the weights
     kept_by_a_shut_gate: int
     measured: Measured
@@ -153,9 +152,9 @@ def main(half: str, folder: Path) -> None:
         torch.save(sample(SKDEngine(trial.spec), trial), folder / "samples.pt")
         return
     drawn: Drawn = torch.load(folder / "samples.pt", weights_only=False)
-    description = {**drawn.description, "scheduler": arguments["scheduler_cls"].split(".")[-1]}
-    measured = compare(trial, drawn.traces, arguments["dtype"])
-    Outcome(description, arguments["dtype"], drawn.kept_by_a_shut_gate, measured).write(folder)
+    scheduler, dtype = arguments["scheduler_cls"].split(".")[-1], arguments["dtype"]
+    measured = compare(trial, drawn.traces, dtype)
+    Outcome(drawn.description, scheduler, dtype, drawn.kept_by_a_shut_gate, measured).write(folder)
 
 
 if __name__ == "__main__":

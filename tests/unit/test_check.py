@@ -301,9 +301,9 @@ def test_sampling_in_words():
 
 
 def test_parts_that_are_not_ours():
-    parts = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "draft_len": 5, "scheduler": "SKDScheduler"}
-    assert check_parts(parts).level == "ok"
-    found = check_parts(parts | {"sampler": "RejectionSampler"})
+    parts = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "draft_len": 5}
+    assert check_parts(parts, "SKDScheduler").level == "ok"
+    found = check_parts(parts | {"sampler": "RejectionSampler"}, "SKDScheduler")
     assert found.level == "failed" and "RejectionSampler" in found.found
 
 
