@@ -106,6 +106,23 @@ def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:
     return prompts // batch_size * episodes
 
 
+def check_number(prompts: int, options: HostOptions, where: str = "") -> None:
+    """Raises RecipeError where a run would come to its end without a single step.
+
+    Args:
+        prompts: how many there are.
+        where: they are, for the error.
+    """
+    used = min(prompts, options["data.max_samples"])
+    if not planned_steps(used, options["rollout.batch_size"], options["train.num_episodes"]):
+        limit = f", and openrlhf.data.max_samples leaves {used} of them" if used < prompts else ""
+        raise RecipeError(
+            f"{where}there are {prompts} prompts{limit}, but a step needs openrlhf.rollout.batch_size = "
+            f"{options['rollout.batch_size']}: nothing would be trained in {options['train.num_episodes']} episodes "
+            "(openrlhf.train.num_episodes); give more prompts or make the batch smaller"
+        )
+
+
 def _check_batches(options: HostOptions) -> None:
     if options["train.batch_size"] % options["train.micro_batch_size"]:
         raise RecipeError(

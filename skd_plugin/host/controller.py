@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from openrlhf.trainer.ppo_trainer import PPOTrainer
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from skd_plugin.config.host_rules import NO_REWARD, planned_steps
+from skd_plugin.config.host_rules import NO_REWARD, check_number, planned_steps
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.metrics import rollout_metrics
@@ -54,6 +55,8 @@ class SKDTrainer(HostTrainer):
         self.skd: SKDConfig = options.skd
         self.folder = RunFolder(Path(self.skd.run_dir))
         prompts = self.prompts_dataloader.dataset
+        names = ("data.max_samples", "rollout.batch_size", "train.num_episodes")
+        check_number(len(prompts), {name: attrgetter(name)(options) for name in names})  # now of any dataset
         self.planned_steps = planned_steps(len(prompts), options.rollout.batch_size, options.train.num_episodes)
         self.plan = RulePlan(self.skd.rollout, self.planned_steps, len(self.tokenizer))
         self.samples_generator = SKDSamplesGenerator(
@@ -99,6 +102,11 @@ class SKDTrainer(HostTrainer):
             self._measure_before_training()
         self.folder.status.stage("training", planned_steps=self.planned_steps)
         super().fit(global_step)
+        if not self._step:
+            raise RuntimeError(
+                "the run came to its end without a training step: openrlhf.algo.dynamic_filtering_range left too few "
+                "prompts for one; widen it, or give more prompts"
+            )
         if self.eval_dataloader is not None and self._evaluated_step != self._step:
             self.evaluate(self._step)
         self.folder.status.stage("saving")

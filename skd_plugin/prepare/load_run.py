@@ -168,7 +168,7 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         _check_dataset(models, complete)
         return Run(skd, host, models.cpu)
     data = draw_prompts(skd, complete, models.tokenizer, models.longest_prompt, models.given_limit)
-    _check_number(len(data["train"]), complete)
+    host_rules.check_number(len(data["train"]), complete)
     return Run(skd, host, models.cpu, data)
 
 
@@ -196,8 +196,8 @@ def _check_dataset(models: Models, options: HostOptions) -> None:
     if path.suffix not in (".json", ".jsonl"):
         return  # a hub name or another format: OpenRLHF loads it
     option, column = "openrlhf.data.prompt_dataset", options["data.input_key"]
-    rows = read_rows(path, option=option, column=column, limit=PROMPTS_CHECKED)
-    _check_number(len(rows), options, f"{path}: ")
+    rows = read_rows(path, option=option, column=column, limit=max(PROMPTS_CHECKED, options["rollout.batch_size"]))
+    host_rules.check_number(len(rows), options, f"{path}: ")
     if models.skd.rollout.needs_references:
         key = options["data.label_key"]
         for row in rows:
@@ -209,11 +209,3 @@ def _check_dataset(models: Models, options: HostOptions) -> None:
         check_references(references, f"in '{key}' (openrlhf.data.label_key)")
     prompts = render_prompts([row.values for row in rows], options, models.tokenizer)
     check_prompts(prompts, models.tokenizer, models.longest_prompt)
-
-
-def _check_number(prompts: int, options: HostOptions, where: str = "") -> None:
-    if prompts < options["rollout.batch_size"]:
-        raise RecipeError(
-            f"{where}there are {prompts} prompts, but a step needs openrlhf.rollout.batch_size = "
-            f"{options['rollout.batch_size']}; give more prompts or make the batch smaller"
-        )

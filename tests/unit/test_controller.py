@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.run_folder import RunFolder
 
 SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
 ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0, "teacher_top_k": 8}
@@ -53,3 +55,30 @@ def test_an_engine_with_another_part_stops_the_run(check, part: str, found) -> N
 def test_a_policy_actor_with_another_part_stops_the_run(check, part: str) -> None:
     with pytest.raises(RuntimeError, match=f"the {part} of one policy actor is Host, expected {POLICY[part]}"):
         check([ENGINE], [POLICY, {**POLICY, part: "Host"}])
+
+
+def test_a_run_that_ends_without_a_step_has_failed(check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where dynamic filtering leaves nothing."""
+    from skd_plugin.host import controller
+
+    trainer = object.__new__(controller.SKDTrainer)
+    trainer.skd, trainer.folder, trainer.planned_steps = SKD, RunFolder(tmp_path), 3
+    trainer.eval_dataloader = None
+    trainer.samples_generator, trainer.plan = (
+        SimpleNamespace(step=0),
+        SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None),
+    )
+    trainer._check_parts = lambda: None
+    trainer.init_checkpoint_states = lambda: {"global_step": 0}
+
+    def fit(done: int) -> None:
+        def run(self, global_step: int) -> None:
+            self.samples_generator.step = done
+
+        monkeypatch.setattr(controller.HostTrainer, "fit", run)
+        trainer.fit()
+
+    with pytest.raises(RuntimeError, match=r"without a training step: .*dynamic_filtering_range"):
+        fit(0)
+    fit(1)
+    assert RunFolder(tmp_path).status.read()["stage"] == "saving"

@@ -16,6 +16,7 @@ from skd_plugin.config.schema import (
     parse_skd,
 )
 from skd_plugin.errors import RecipeError
+from skd_plugin.prepare import load_run as prepare_run
 from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run
 from skd_plugin.tasks.label import Label
 from tests.recipes import PAIR, QUICKSTART, RECIPES
@@ -122,6 +123,25 @@ def test_fewer_prompts_than_a_step_needs(write, quickstart) -> None:
     own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n')
     with pytest.raises(RecipeError, match=r"p\.jsonl: there are 1 prompts"):
         quickstart("skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q")
+
+
+def test_a_run_without_a_step_is_refused(write, quickstart) -> None:
+    """Which OpenRLHF would end with success."""
+    own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n' * 4)
+    for data in ([], ["skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q"]):
+        with pytest.raises(RecipeError, match=r"max_samples leaves 1 of them, but a step needs .*batch_size = 2"):
+            quickstart(*data, "openrlhf.data.max_samples=1")
+        with pytest.raises(RecipeError, match=r"num_episodes"):
+            quickstart(*data, "openrlhf.train.num_episodes=0")
+        assert quickstart(*data, "openrlhf.data.max_samples=2")
+
+
+def test_a_batch_above_what_is_read_of_a_dataset(write, quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_run, "PROMPTS_CHECKED", 2)
+    own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n' * 4)
+    sizes = [f"openrlhf.{name}=4" for name in ("rollout.batch_size", "train.batch_size")]
+    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q"]
+    assert quickstart(*given, *sizes)
 
 
 def test_run_without_a_task_reads_the_users_prompts(write, quickstart) -> None:
