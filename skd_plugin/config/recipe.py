@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from skd_plugin.config import yaml_text
 from skd_plugin.errors import RecipeError, unknown_key
 
 SECTIONS = ("openrlhf", "skd")
+MOST_BASES = 20  # one the base of the other
 
 # Options that had another name -> their name, in the same section. The old one still works, and says so.
 RENAMED = {"skd.loss.top_k": "skd.loss.teacher_top_k"}
@@ -49,9 +49,10 @@ def override(recipe: dict[str, Any], overrides: Iterable[str], path: str | Path)
         if key != name:
             _tell(name)
         try:
-            set_dotted(recipe, key, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"'{given}': the value is not valid YAML") from error
+            parsed = yaml_text.parse(value)
+        except yaml_text.YamlError as error:
+            raise RecipeError(f"'{_shortened(given)}': the value is not valid YAML: {error}") from error
+        set_dotted(recipe, key, parsed)
         for old in use_new_names(recipe):  # in a whole section, such as skd.loss={top_k: 8}
             _tell(old)
     unknown = [name for name in recipe if name not in SECTIONS]
@@ -61,6 +62,10 @@ def override(recipe: dict[str, Any], overrides: Iterable[str], path: str | Path)
         if not isinstance(recipe.get(name) or {}, dict):
             raise RecipeError(f"{path}: '{name}' is {recipe[name]!r}, but must be a section with options")
     return recipe
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -112,15 +117,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise RecipeError(f"{path}: the recipe is its own base")
-    if not path.is_file():
-        raise RecipeError(f"there is no recipe at {path}")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        path = path.resolve()
+        if path in seen:
+            raise RecipeError(f"{path}: the recipe is its own base")
+        if len(seen) > MOST_BASES:
+            raise RecipeError(f"{path}: more than {MOST_BASES} recipes are each the base of another")
+        content = _read(path) or {}
+    except (OSError, RuntimeError) as error:  # not ours to read, a name that is too long, links in a circle
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise RecipeError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     try:
@@ -133,6 +139,24 @@ def _load_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is not None and not isinstance(base, str):
         raise RecipeError(f"{path}: 'base' is {base!r}, but must name one recipe file")
     return _merge(_load_with_bases(path.parent / base, (*seen, path)), content) if base else content
+
+
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name the recipe, a YAML file")
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe at {path}")
+    with path.open("rb") as file:
+        content = file.read(yaml_text.LARGEST + 1)
+    if len(content) > yaml_text.LARGEST:
+        size = path.stat().st_size
+        raise RecipeError(f"{path} has {size:,} bytes, but a recipe has at most {yaml_text.LARGEST:,}; is it one?")
+    try:
+        return yaml_text.parse(content.decode())
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text in UTF-8 (byte {error.start + 1}); a recipe is a YAML file") from error
+    except yaml_text.YamlError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
 
 
 def _resolve_paths(value: Any, folder: Path) -> Any:
