@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,15 @@ STEPS = 3
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What the host's own trainer and ours did, case by case."""
     folder = tmp_path_factory.mktemp("parity")
-    return {kind: _train(kind, folder) for kind in ("host", "skd")}
+    with socket.socket() as first, socket.socket() as second:
+        ports = [free.bind(("", 0)) or free.getsockname()[1] for free in (first, second)]
+    kinds = ("host", "skd")
+    with ThreadPoolExecutor() as both:
+        return dict(zip(kinds, both.map(_train, kinds, ports, repeat(folder)), strict=True))
 
 
-def _train(kind: str, folder: Path) -> dict:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        env = {**os.environ, "MASTER_PORT": str(free.getsockname()[1])}
+def _train(kind: str, port: int, folder: Path) -> dict:
+    env = {**os.environ, "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "tests.contract.parity_run", kind, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -91,9 +91,12 @@ def failing_server() -> Iterator[str]:
         found.shutdown()
 
 
-def test_a_server_that_fails_is_an_error(failing_server: str) -> None:
+def test_a_server_that_fails_is_an_error(failing_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openrlhf.utils.agent as host
+
     from skd_plugin.host.rewards import RewardError
 
+    monkeypatch.setattr(host, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": lambda _: asyncio.sleep(0)}))
     with pytest.raises(RewardError, match="Request error for 5 times"):
         execute(rewarded(failing_server))
 
