@@ -26,6 +26,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"openrlhf: {message}")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise RecipeError("openrlhf: a value among several that reads like a flag")
+
 
 def host_parser() -> argparse.ArgumentParser:
     """OpenRLHF's argument parser, built from its source: it stands under `if __name__ == "__main__"`, where it cannot
@@ -118,6 +121,23 @@ def host_arguments(section: HostOptions, parser: argparse.ArgumentParser) -> lis
     return arguments
 
 
+def host_values(section: HostOptions, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options with the types that OpenRLHF's parser gives them, whatever YAML made of them (1e-6 is a text there).
+    Unknown ones and switches stay as they are.
+
+    Raises:
+        RecipeError: a value that the parser refuses.
+    """
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.nargs != 0}
+    typed = {}
+    for key, value in flatten(section).items():
+        if key not in actions:
+            typed[key] = value
+        elif value is not None:  # null is OpenRLHF's own default
+            typed[key] = vars(parser.parse_args(_one_option(key, value, actions[key], parser)))[key]
+    return typed
+
+
 def _one_option(key: str, value: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
     if value is None:
         return []
@@ -125,8 +145,10 @@ def _one_option(key: str, value: Any, action: argparse.Action, parser: argparse.
         if not isinstance(value, bool):
             raise RecipeError(f"openrlhf: '{key}' is a switch; got {value!r}, expected true or false")
         return _switch(key, value, parser)
-    values = value if isinstance(value, list | tuple) else [value]
-    return [f"--{key}", *(str(item) for item in values)]
+    values = [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    if len(values) == 1 and values[0].startswith("-"):
+        return [f"--{key}={values[0]}"]  # else argparse takes it for a flag
+    return [f"--{key}", *values]
 
 
 def _switch(key: str, value: bool, parser: argparse.ArgumentParser) -> list[str]:

@@ -56,6 +56,8 @@ def _form(value: Any) -> str | None:
     kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", None)
     if kind is None:
         return "number"
+    if not isinstance(kind, str):
+        return None
     return "schedule" if kind in SHAPES else "controller" if kind == "target_acceptance" else None
 
 

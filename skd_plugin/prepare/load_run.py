@@ -15,12 +15,21 @@ from typing import Any
 import torch
 
 from skd_plugin.config import host_rules
-from skd_plugin.config.host_options import HostOptions, check_by_host, host_arguments, host_defaults, host_parser
+from skd_plugin.config.host_options import (
+    HostOptions,
+    check_by_host,
+    host_arguments,
+    host_defaults,
+    host_parser,
+    host_values,
+)
+from skd_plugin.config.host_ranges import check_ranges
 from skd_plugin.config.movable import extremes
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.config.run import Run
 from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.config.versions import check_versions
+from skd_plugin.config.vllm_options import check_vllm
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import render_prompts
 from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts
@@ -98,12 +107,16 @@ def read_models(content: dict[str, Any]) -> Models:
     """The two sections of a recipe, typed and completed.
 
     Raises:
-        RecipeError: an option of ours is wrong.
+        RecipeError: an option of ours is wrong, or a value of OpenRLHF's or vLLM's.
     """
     skd = parse_skd(content.get("skd") or {})
     skd = skd.model_copy(update={"run_dir": str(Path(skd.run_dir).resolve())})
     cpu = on_cpu(skd.device)
-    return Models(skd, host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_defaults(), cpu)
+    given = host_values(host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_parser())
+    models = Models(skd, given, host_defaults(), cpu)
+    check_ranges(given)
+    check_vllm(skd.vllm, max_len=models.max_len, draft_len=skd.rollout.draft_len)
+    return models
 
 
 def complete_models(content: dict[str, Any]) -> Models:

@@ -531,6 +531,19 @@ def test_an_unknown_key(check):
     assert status == 2 and "did you mean 'skd.rollout.top_k'" in output
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("openrlhf.train.micro_batch_size=0", "train.micro_batch_size is 0, but must be 1 or more"),
+        ("skd.vllm.max_num_seq=4", "did you mean 'max_num_seqs'"),
+        ("openrlhf.data.max_samples=1", "nothing would be trained"),
+    ],
+)
+def test_what_a_run_refuses_is_said_here(check, override, words):
+    status, output = check(override)
+    assert status == 2 and words in " ".join(output.split())
+
+
 def test_a_file_that_is_no_recipe(check, tmp_path):
     status, output = check(recipe=tmp_path / "none.yaml")
     assert status == 2 and "there is no recipe" in output
