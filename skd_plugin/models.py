@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,6 +48,31 @@ def generation_end_ids(name: str) -> frozenset[int]:
     except OSError:
         return frozenset()  # a model need not have one
     return frozenset([] if end is None else [end] if isinstance(end, int) else end)
+
+
+def check_saving(name: str, role: str) -> None:
+    """Writes the model's settings into a folder that is thrown away, as its last save will write them.
+
+    Raises:
+        RecipeError: transformers refuses them, as it does a generation_config.json that contradicts itself, which it
+            has read without a word.
+    """
+    from transformers import GenerationConfig
+
+    config = load_model_config(name, role)
+    try:
+        generation = GenerationConfig.from_pretrained(name, trust_remote_code=True)
+    except OSError:  # a model need not have one
+        generation = GenerationConfig()
+    with TemporaryDirectory(prefix="skd-save-") as folder:
+        for settings, file in ((config, "config.json"), (generation, "generation_config.json")):
+            try:
+                settings.save_pretrained(folder)
+            except (ValueError, TypeError) as error:
+                reason = " ".join(str(error).split())
+                raise RecipeError(
+                    f"the {role} '{name}' could not be saved at the end of the run; mend its {file}: {reason}"
+                ) from error
 
 
 def common_vocab_size(teacher: str, student: str) -> int:

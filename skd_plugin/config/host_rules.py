@@ -114,12 +114,11 @@ def check_number(prompts: int, options: HostOptions, where: str = "") -> None:
         where: they are, for the error.
     """
     used = min(prompts, options["data.max_samples"])
-    if not planned_steps(used, options["rollout.batch_size"], options["train.num_episodes"]):
-        limit = f", and openrlhf.data.max_samples leaves {used} of them" if used < prompts else ""
+    if used < options["rollout.batch_size"]:
+        limit = f" (openrlhf.data.max_samples leaves {used} of {prompts})" if used < prompts else ""
         raise RecipeError(
-            f"{where}there are {prompts} prompts{limit}, but a step needs openrlhf.rollout.batch_size = "
-            f"{options['rollout.batch_size']}: nothing would be trained in {options['train.num_episodes']} episodes "
-            "(openrlhf.train.num_episodes); give more prompts or make the batch smaller"
+            f"{where}there are {used} prompts, but a step needs openrlhf.rollout.batch_size = "
+            f"{options['rollout.batch_size']}; give more prompts or make the batch smaller{limit}"
         )
 
 

@@ -55,7 +55,7 @@ class SKDTrainer(HostTrainer):
         self.skd: SKDConfig = options.skd
         self.folder = RunFolder(Path(self.skd.run_dir))
         prompts = self.prompts_dataloader.dataset
-        names = ("data.max_samples", "rollout.batch_size", "train.num_episodes")
+        names = ("data.max_samples", "rollout.batch_size")
         check_number(len(prompts), {name: attrgetter(name)(options) for name in names})  # now of any dataset
         self.planned_steps = planned_steps(len(prompts), options.rollout.batch_size, options.train.num_episodes)
         self.plan = RulePlan(self.skd.rollout, self.planned_steps, len(self.tokenizer))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import os
 import runpy
 import signal
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 from skd_plugin import cpu
-from skd_plugin.config.host_options import HOST_MODULE
+from skd_plugin.config.host_options import HOST_MODULE, HostOptions
 from skd_plugin.config.run import Run
 from skd_plugin.host import on_cpu
 from skd_plugin.run_folder import RunFolder, Status
+from skd_plugin.tasks import reward
 
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], None]
 
@@ -39,6 +41,7 @@ def main(run_dir: str) -> None:
 
     from skd_plugin.host.bind import bind, ray_options
 
+    import_user_code(run.host)
     status.stage("starting Ray")
     ray.init(**ray_options(run))
     bind(run)
@@ -49,6 +52,24 @@ def main(run_dir: str) -> None:
         raise RuntimeError("OpenRLHF came to its end without SKD's trainer: it no longer uses the names we rebind")
     status.stage("done")
     ray.shutdown()
+
+
+def import_user_code(options: HostOptions) -> None:
+    """The reward function's and the agent's file are run once here, as OpenRLHF will, before minutes of starting.
+
+    Raises:
+        RuntimeError: one of them raises an error.
+    """
+    for option in ("reward.remote_url", "train.agent_func_path"):
+        path = str(options.get(option) or "").split(",")[0]
+        if path.endswith(".py") and path != reward.__file__:
+            try:
+                spec = importlib.util.spec_from_file_location("user_code", path)
+                assert spec is not None and spec.loader is not None
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            except Exception as error:  # whatever a file of the user's raises
+                reason = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"openrlhf.{option}: {path} cannot be imported: {reason}") from error
 
 
 def own_programs_first(path: str) -> str:

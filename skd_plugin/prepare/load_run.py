@@ -31,10 +31,11 @@ from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.config.versions import check_versions
 from skd_plugin.config.vllm_options import check_vllm
 from skd_plugin.errors import RecipeError
-from skd_plugin.host.prompts import render_prompts
+from skd_plugin.models import check_saving
 from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts
-from skd_plugin.prepare.rows import check_references, read_rows
+from skd_plugin.prepare.rows import Row, check_references, make_prompts, read_rows
 from skd_plugin.prepare.task_prompts import draw_prompts, longest_response, task_options
+from skd_plugin.prepare.user_code import check_user_code
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.label import Label
 
@@ -169,6 +170,8 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     complete = {**models.defaults, **host}
     host_rules.check(complete, skd)
     check_by_host(host_arguments(host, host_parser()))
+    check_user_code(complete)
+    check_saving(models.student, "student")
     if skd.loss.vocabulary == "full":
         check_output_head(skd.teacher.model_name_or_path, "teacher")
         check_output_head(models.student, "student")
@@ -204,12 +207,12 @@ def host_options_of(models: Models) -> dict[str, Any]:
 
 
 def _check_dataset(models: Models, options: HostOptions) -> None:
-    """Prompts of a local dataset, made the way OpenRLHF makes them: their number, lengths and references."""
-    path = Path(str(options["data.prompt_dataset"]))
-    if path.suffix not in (".json", ".jsonl"):
-        return  # a hub name or another format: OpenRLHF loads it
-    option, column = "openrlhf.data.prompt_dataset", options["data.input_key"]
-    rows = read_rows(path, option=option, column=column, limit=max(PROMPTS_CHECKED, options["rollout.batch_size"]))
+    """Prompts of local datasets, made the way OpenRLHF makes them: their number, columns, lengths and references."""
+    rows = _check_rows("data.prompt_dataset", models, options)
+    _check_rows("eval.dataset", models, options)
+    if rows is None:
+        return
+    path = options["data.prompt_dataset"]
     host_rules.check_number(len(rows), options, f"{path}: ")
     if models.skd.rollout.needs_references:
         key = options["data.label_key"]
@@ -220,5 +223,20 @@ def _check_dataset(models: Models, options: HostOptions) -> None:
                 )
         references = ((f"{path}, line {row.line}", Label.parse(row.values.get(key)).reference) for row in rows)
         check_references(references, f"in '{key}' (openrlhf.data.label_key)")
-    prompts = render_prompts([row.values for row in rows], options, models.tokenizer)
+
+
+def _check_rows(option: str, models: Models, options: HostOptions) -> list[Row] | None:
+    """The rows of a local dataset, after their columns and prompts have been found to fit; None where OpenRLHF loads
+    them: a hub name or another format."""
+    path = Path(str(options.get(option) or ""))
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    limit = max(PROMPTS_CHECKED, options["rollout.batch_size"])
+    rows = read_rows(path, option=f"openrlhf.{option}", column=options["data.input_key"], limit=limit)
+    label = options.get("data.label_key")
+    if label and rows and not models.skd.rollout.needs_references and not any(label in row.values for row in rows):
+        columns = ", ".join(rows[0].values)
+        raise RecipeError(f"{path} has no column '{label}' (openrlhf.data.label_key); it has {columns}")
+    prompts = make_prompts([row.values for row in rows], options, models.tokenizer, f"{path}: ")
     check_prompts(prompts, models.tokenizer, models.longest_prompt)
+    return rows

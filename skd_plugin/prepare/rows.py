@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
+from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
+from skd_plugin.host.prompts import render_prompts
+from skd_plugin.words import first_line
 
 
 class Row(NamedTuple):
@@ -32,6 +37,31 @@ def read_rows(path: Path, *, option: str, column: str | None = None, limit: int 
     with path.open(encoding="utf-8") as file:  # read by lines: a text may hold what str.splitlines takes for an end
         lines = list(enumerate(islice(file, limit), start=1))
     return [Row(number, _values(line, f"{path}, line {number}", column)) for number, line in lines if line.strip()]
+
+
+def make_prompts(
+    rows: Sequence[Mapping[str, Any]], options: HostOptions, tokenizer: Any, where: str = ""
+) -> list[str]:
+    """The prompts that OpenRLHF will make of the rows.
+
+    Args:
+        where: the rows are, for the error.
+
+    Raises:
+        RecipeError: OpenRLHF, or a chat template, would fail at a row.
+    """
+    prompts: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompts += render_prompts([row], options, tokenizer)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, TemplateError) as error:
+            form = "the chat template" if options["data.apply_chat_template"] else "openrlhf.data.input_template"
+            raise RecipeError(
+                f"{where}prompt {number} cannot be made by {form}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        if not isinstance(prompts[-1], str):
+            raise RecipeError(f"{where}prompt {number} is {prompts[-1]!r:.60}, but must be a text")
+    return prompts
 
 
 def _values(line: str, where: str, column: str | None) -> dict[str, Any]:

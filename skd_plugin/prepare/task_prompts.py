@@ -13,9 +13,8 @@ from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import PromptRow
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
-from skd_plugin.host.prompts import render_prompts
 from skd_plugin.prepare.model_checks import check_prompts
-from skd_plugin.prepare.rows import check_references
+from skd_plugin.prepare.rows import check_references, make_prompts
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.label import Label, Sampling
@@ -72,7 +71,7 @@ def draw_prompts(
         train += _rows(config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given))
     drawn = {"train": train, "test": held_out(skd, tokenizer, given)}
     for rows in drawn.values():
-        check_prompts(render_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
+        check_prompts(make_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
     if len(tasks) > 1:  # OpenRLHF may read only the first (data.max_samples), which should not be of one task
         random.Random("skd.tasks").shuffle(train)
     return drawn

@@ -536,7 +536,7 @@ def test_an_unknown_key(check):
     [
         ("openrlhf.train.micro_batch_size=0", "train.micro_batch_size is 0, but must be 1 or more"),
         ("skd.vllm.max_num_seq=4", "did you mean 'max_num_seqs'"),
-        ("openrlhf.data.max_samples=1", "nothing would be trained"),
+        ("openrlhf.data.max_samples=1", "max_samples leaves 1 of"),
     ],
 )
 def test_what_a_run_refuses_is_said_here(check, override, words):

@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from skd_plugin.host.launch import own_programs_first
+import pytest
+
+from skd_plugin.host.launch import import_user_code, own_programs_first
 
 
 def test_ninja_is_this_environments(tmp_path):
@@ -19,3 +21,16 @@ def test_ninja_is_this_environments(tmp_path):
     own = Path(sys.executable).parent
     assert shutil.which("ninja", path=path) == str(own / "ninja" if (own / "ninja").exists() else other)
     assert own_programs_first("") == str(own) and path.split(os.pathsep)[1:] == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("option", ["reward.remote_url", "train.agent_func_path"])
+def test_a_users_file_that_fails_is_named_before_anything_starts(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import no_such_package_of_mine")
+    with pytest.raises(
+        RuntimeError, match=rf"openrlhf\.{option}: {file} cannot be imported: ModuleNotFoundError: .*mine"
+    ):
+        import_user_code({option: str(file)})
+    file.write_text("reward_func = AgentExecutor = 1")
+    import_user_code({option: f"{file},http://other", "data.prompt_dataset": "x"})
+    import_user_code({option: "http://localhost:5000"})

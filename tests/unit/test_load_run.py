@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_run_without_a_step_is_refused(write, quickstart) -> None:
     """Which OpenRLHF would end with success."""
     own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n' * 4)
     for data in ([], ["skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q"]):
-        with pytest.raises(RecipeError, match=r"max_samples leaves 1 of them, but a step needs .*batch_size = 2"):
+        with pytest.raises(RecipeError, match=r"there are 1 prompts, but a step needs .*max_samples leaves 1 of \d"):
             quickstart(*data, "openrlhf.data.max_samples=1")
         with pytest.raises(RecipeError, match=r"num_episodes"):
             quickstart(*data, "openrlhf.train.num_episodes=0")
@@ -243,3 +244,67 @@ def test_run_from_before_an_option_was_renamed_is_the_same_run(quickstart, recwa
     run.folder.config.write_text(text.replace("teacher_top_k: 8", "top_k: 8"))
     assert Run.load(run.folder) == run
     assert not [warning for warning in recwarn.list if issubclass(warning.category, RenamedOption)]
+
+
+# --- what would end a run after it has begun ---
+
+
+def test_a_student_that_could_not_be_saved(quickstart, tmp_path: Path) -> None:
+    """transformers reads a generation_config.json that contradicts itself, and refuses to write it."""
+    student = tmp_path / "student"
+    shutil.copytree(PAIR / "student", student)
+    (student / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    with pytest.raises(
+        RecipeError, match=r"the student .* could not be saved .*`?temperature`?.*generation_config\.json"
+    ):
+        quickstart(f"openrlhf.actor.model_name_or_path={student}")
+    (student / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
+    quickstart(f"openrlhf.actor.model_name_or_path={student}")
+    (student / "generation_config.json").unlink()
+    quickstart(f"openrlhf.actor.model_name_or_path={student}")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("reward.remote_url", "reward_func"), ("train.agent_func_path", "AgentExecutor")]
+)
+def test_a_file_of_the_users_is_read_before_the_start(quickstart, write, option: str, name: str) -> None:
+    def load(text: str) -> Run:
+        return quickstart(f"openrlhf.{option}={write('own.py', text)}", "skd.objective.rl_coef=1")
+
+    for text, message in (
+        ("def f(:", "line 1 is no Python: invalid syntax"),
+        ("x = 1", f"defines no {name}"),
+        (f"class A:\n    x = '{name}'", f"defines no {name}"),
+    ):
+        with pytest.raises(RecipeError, match=rf"openrlhf\.{option}: .*own\.py.* {message}"):
+            load(text)
+    for text in (f"from os import path as {name}", f"{name} = print", f"class {name}: pass", "from os.path import *"):
+        load(text)
+    with pytest.raises(RecipeError, match=rf"openrlhf\.{option}: none\.py cannot be read: No such file"):
+        quickstart(f"openrlhf.{option}=none.py", "skd.objective.rl_coef=1")
+
+
+def test_columns_of_the_held_out_dataset(quickstart, write) -> None:
+    train = write("p.jsonl", '{"q": "tom has 3 coins .", "a": "3"}\n' * 2)
+    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={train}", "openrlhf.data.input_key=q"]
+
+    def load(text: str, *more: str) -> Run:
+        return quickstart(*given, f"openrlhf.eval.dataset={write('held.jsonl', text)}", *more)
+
+    load('{"q": "tom has 3 coins ."}')
+    with pytest.raises(RecipeError, match=r"held\.jsonl, line 1 has no column 'q'"):
+        load('{"other": "tom has 3 coins ."}')
+    with pytest.raises(RecipeError, match=r"held\.jsonl has no column 'a' \(openrlhf\.data\.label_key\); it has q"):
+        load('{"q": "tom has 3 coins ."}', "openrlhf.data.label_key=a")
+    with pytest.raises(RecipeError, match=r"p\.jsonl has no column 'b' \(openrlhf\.data\.label_key\); it has q, a"):
+        load('{"q": "tom has 3 coins ."}', "openrlhf.data.label_key=b")
+    with pytest.raises(RecipeError, match=r"held\.jsonl: prompt 2 is 5, but must be a text"):
+        load('{"q": "tom has 3 coins ."}\n{"q": 5}')
+    with pytest.raises(RecipeError, match=r"eval\.dataset: there is no file"):
+        quickstart(*given, f"openrlhf.eval.dataset={train}.jsonl")
+
+
+@pytest.mark.parametrize("template", ["{x}", "{", "{1}"])
+def test_a_template_that_makes_no_prompt(quickstart, template: str) -> None:
+    with pytest.raises(RecipeError, match=r"prompt 1 cannot be made by openrlhf\.data\.input_template: \w+Error: "):
+        quickstart(f"openrlhf.data.input_template='{template}'")

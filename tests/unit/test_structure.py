@@ -26,7 +26,7 @@ IMPORTS: dict[str, set[str]] = {
     "config": {"core", "errors", "run_folder"},
     "engine": {"config", "core", "cpu", "models", "seams"},
     "host": {"config", "core", "cpu", "engine", "errors", "models", "run_folder", "seams", "tasks"},
-    "prepare": {"config", "errors", "host", "models", "run_folder", "tasks"},
+    "prepare": {"config", "errors", "host", "models", "run_folder", "tasks", "words"},
     "run": {"config", "errors", "run_folder", "terminal", "words"},
     "report": {"config", "core", "errors", "run_folder", "words"},
     "rollout_command": {"config", "engine", "errors", "prepare", "run_folder"},
