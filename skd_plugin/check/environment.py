@@ -90,7 +90,7 @@ def _need_in_words(options: HostOptions) -> str:
     trainer, engines, others = gpus_needed(options)
     if options["train.colocate_all"]:
         return f"the recipe needs {trainer}, which trainer and engines share"
-    rest = f", {others} for the host's other models" if others else ""
+    rest = f", {others} for OpenRLHF's other models" if others else ""
     return f"the recipe needs {trainer + engines + others}: {trainer} to train, {engines} to sample{rest}"
 
 

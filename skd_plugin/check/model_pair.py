@@ -120,7 +120,7 @@ def check_first_prompt(prompt: str, tokenizer: Any) -> Finding:
             "first prompt",
             repr(shown),
             "warning",
-            f"it does not begin with {tokenizer.bos_token!r}, which this tokenizer puts first by itself and the host "
+            f"it does not begin with {tokenizer.bos_token!r}, which this tokenizer puts first by itself and OpenRLHF "
             f"does not; begin data.input_template or the prompts with it",
         )
     return Finding("first prompt", repr(shown))
@@ -154,7 +154,7 @@ def check_padding(student: Model) -> Finding:
     (openrlhf.utils.utils.get_tokenizer, openrlhf.trainer.ppo_utils.experience), so that pad = EOS does no harm."""
     tokenizer = student.tokenizer
     if tokenizer.pad_token_id is None:
-        return Finding("padding", "no pad token; the host takes the end token and masks by length, so none is lost")
+        return Finding("padding", "no pad token; OpenRLHF takes the end token and masks by length, so none is lost")
     if tokenizer.pad_token_id >= student.rows:
         return Finding(
             "padding",
@@ -162,7 +162,7 @@ def check_padding(student: Model) -> Finding:
             "failed",
             "name a pad token inside the vocabulary in the student's tokenizer_config.json (its end token will do)",
         )
-    same = ", which is its end token too: harmless here, the host masks by length"
+    same = ", which is its end token too: harmless here, OpenRLHF masks by length"
     found = f"{tokenizer.pad_token!r}{same if tokenizer.pad_token_id in _end(student) else ''}"
     return Finding("padding", found)
 

@@ -89,7 +89,7 @@ class OptimizerStepBatches:
         accumulated_gradient: int,
         mask_of: Callable[[Any], torch.Tensor],
     ) -> Iterator[tuple[Any, Totals]]:
-        """Yields (experience, OpenRLHF's totals) as the host's function does; each experience has a `batch`."""
+        """Yields (experience, OpenRLHF's totals) as OpenRLHF's function does; each experience has a `batch`."""
         experiences = iter(experiences)
         while window := list(islice(experiences, max(int(accumulated_gradient), 1))):
             for experience in window:

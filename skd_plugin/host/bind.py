@@ -1,7 +1,7 @@
 """The one place where names of OpenRLHF are rebound, so that its own `train_ppo_ray` builds SKD's parts.
 
-The host's `train()` names what is rebound here: its strategy factory, its engine, policy and critic actors and its
-trainer. Everything else of the host stays as it is.
+OpenRLHF's `train()` names what is rebound here: its strategy factory, its engine, policy and critic actors and its
+trainer. Everything else of OpenRLHF stays as it is.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def bind(run: Run) -> None:
     get_strategy = host_utils.get_strategy
 
     def strategy_with_skd(args: Any) -> Any:
-        """The first call of the host's train(): from here on `args.skd` is everywhere that the host's args are."""
+        """The first call of OpenRLHF's train(): from here on `args.skd` is everywhere that OpenRLHF's args are."""
         args.skd = run.skd
         if run.cpu:
-            args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to the host: plain float32, 3x faster on a CPU
+            args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to OpenRLHF: plain float32, 3x faster on a CPU
         return get_strategy(args)
 
     rebind(host_utils, "get_strategy", strategy_with_skd)
@@ -52,7 +52,7 @@ def bind(run: Run) -> None:
 
 
 def _on_cpu(host_actor: Any) -> type:
-    """The host's actor of a frozen model, in float32 on a CPU."""
+    """OpenRLHF's actor of a frozen model, in float32 on a CPU."""
 
     class OnCpu(plain_class(host_actor)):
         def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
 
 
 def ray_options(run: Run) -> dict[str, Any]:
-    """Arguments of ray.init: the host's own environment, and what a CPU needs in every worker."""
+    """Arguments of ray.init: OpenRLHF's own environment, and what a CPU needs in every worker."""
     env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}

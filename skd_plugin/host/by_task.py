@@ -10,12 +10,12 @@ from skd_plugin.core.trace import Trace
 from skd_plugin.tasks.base import HELD_OUT, further_metrics
 from skd_plugin.tasks.label import Label
 
-UNNAMED = "default"  # what the host calls their source
+UNNAMED = "default"  # what OpenRLHF calls their source
 PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # metrics that a run of several tasks has for each
 
 
 def sources(*datasets: Any) -> dict[str, str]:
-    """Prompt -> name of its task, of the host's prompt datasets; None among them is left out."""
+    """Prompt -> name of its task, of OpenRLHF's prompt datasets; None among them is left out."""
     return {
         prompt: HELD_OUT if source == UNNAMED else source
         for dataset in datasets

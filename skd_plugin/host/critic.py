@@ -1,4 +1,4 @@
-"""OpenRLHF's critic actor, which trains on the host's tensors alone."""
+"""OpenRLHF's critic actor, which trains on OpenRLHF's tensors alone."""
 
 from __future__ import annotations
 

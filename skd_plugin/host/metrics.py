@@ -10,7 +10,7 @@ import torch
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Trace
 
-POLICY_METRICS = {  # name in the host's status -> ours
+POLICY_METRICS = {  # name in OpenRLHF's status -> ours
     "rl_loss": "rl/loss",
     "rl_clip_ratio": "rl/clip_ratio",
     "rl_kl": "rl/kl_to_old",
@@ -28,7 +28,7 @@ def objective_metrics(
     """Metrics of the two losses; those of the policy only where it takes part or rewards are measured.
 
     Args:
-        status: what the host's training step returned.
+        status: what OpenRLHF's training step returned.
     """
     metrics = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients.kd}
     reward = status.get("rollout/reward_mean")

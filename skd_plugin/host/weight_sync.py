@@ -43,7 +43,7 @@ class StudentWeights(WorkerWrap):
         super().init_process_group(*args, **kwargs)
 
     def update_weight(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("a weight came by the host's one-parameter path, which would overwrite the teacher")
+        raise RuntimeError("a weight came by OpenRLHF's one-parameter path, which would overwrite the teacher")
 
     update_weight_cuda_ipc = update_weight
 
