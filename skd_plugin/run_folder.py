@@ -22,6 +22,35 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+class LeftOut:
+    """What a reader leaves out of a file of lines, and why: whoever sees the rest is told."""
+
+    REASONS = 12  # that are told one by one
+    LINES = 5  # of each
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.unread = ""  # why the file could not be read to its end
+        self._lines: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, thing: str, why: str, line: int) -> None:
+        """Args: thing: what is left out of line number `line`, one word."""
+        self._lines.setdefault((thing, why), []).append(line)
+
+    def notes(self) -> list[str]:
+        """A sentence a reason, with how many things and the first of their lines."""
+        told = list(self._lines.items())
+        notes = [f"{self.file} cannot be read: {self.unread}."] if self.unread else []
+        for (thing, why), lines in told[: self.REASONS]:
+            more = ", ..." if len(lines) > self.LINES else ""
+            number = f"{len(lines):,} {thing}{'' if len(lines) == 1 else 's'}"
+            places = ", ".join(map(str, lines[: self.LINES])) + more
+            notes.append(f"{self.file}: {number} left out: {why} (line {places}).")
+        if rest := sum(len(lines) for _, lines in told[self.REASONS :]):
+            notes.append(f"{self.file}: {rest:,} more left out, for {len(told) - self.REASONS:,} other reasons.")
+        return notes
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """A file to which whole lines are appended. Its last line may be half written: of a run that goes on or was cut
@@ -53,29 +82,27 @@ class JsonLines:
         whole = new[: new.rfind(b"\n") + 1]
         return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
 
-    def scan(self, notes: list[str]) -> Iterator[Record]:
-        """The records one after the other, of a file that may have been cut or edited: a line that is no record is
-        left out, and what was left out is added to `notes` at the end. None where there is no file."""
+    def scan(self, left_out: LeftOut) -> Iterator[tuple[int, Record]]:
+        """(line number, record) one after the other, of a file that may have been cut or edited: a line that is no
+        record goes to `left_out`. Nothing where there is no file."""
         if not self.path.is_file():
             return
-        bad, cut = [], False
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    record = json.loads(line)
-                except ValueError:  # of JSON or of UTF-8
-                    cut = not line.endswith(b"\n")
-                    bad += [] if cut or not line.strip() else [number]
-                    continue
-                if isinstance(record, dict):
-                    yield record
-                else:
-                    bad.append(number)
-        if cut:
-            notes.append(f"The last line of {self.path.name} is half written and was left out.")
-        if bad:
-            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-            notes.append(f"{self.path.name}: {len(bad)} unreadable line(s) were left out (line {shown}).")
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    try:
+                        record = json.loads(line)
+                    except (ValueError, RecursionError):  # of JSON, of UTF-8, of a number; nested too deep
+                        if line.strip():
+                            whole = line.endswith(b"\n")
+                            left_out.add("line", "no record of JSON" if whole else "half written", number)
+                        continue
+                    if isinstance(record, dict):
+                        yield number, record
+                    else:
+                        left_out.add("line", "no record of JSON", number)
+        except OSError as error:
+            left_out.unread = error.strerror or type(error).__name__
 
     def count(self) -> int:
         """Lines of the file, whole or not."""

@@ -41,6 +41,8 @@ def parse(text: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError) as error:  # of characters; of a number that Python does not take
         raise YamlError(" ".join(str(error).split())) from error
+    except LookupError as error:  # PyYAML's own of "!!int" and "!!bool" before something else
+        raise YamlError("a value is not of the kind that its tag (!!int, !!float or !!bool) says") from error
     finally:
         if loader is not None:
             loader.dispose()

@@ -46,5 +46,8 @@ def _write_page(runs: list[RunRecord], target: Path, max_traces: int) -> None:
     if len(kinds_of_loss(runs)) > 1:
         notes.append("The runs have different losses (skd.loss.kind): compare KL and accuracy, not the loss.")
     page = render(runs, pack_traces(runs, pieces, max_traces), notes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--out: {target} cannot be written: {error.strerror}") from error

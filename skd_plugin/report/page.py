@@ -28,15 +28,15 @@ MOST_FREQUENT = 12
 def render(runs: list[RunRecord], traces: PackedTraces, notes: list[str]) -> str:
     """The whole page. Args: notes: what holds for the runs together."""
     metrics = metrics_of(runs)
-    scripts = [(ASSETS / name).read_text() for name in SCRIPTS]
+    scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"short": short_name, "number": tables.number, "piece": visible}
-    page = environment.from_string((ASSETS / "page.html").read_text())
+    page = environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
     return page.render(
         title=", ".join(run.name for run in runs),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         policy=_policy(scripts),
-        styles=[Markup((ASSETS / name).read_text()) for name in STYLES],
+        styles=[Markup((ASSETS / name).read_text(encoding="utf-8")) for name in STYLES],
         scripts=[Markup(script) for script in scripts],
         runs=runs,
         notes=notes,
@@ -101,6 +101,6 @@ def _seconds(run: RunRecord) -> list[list[float]]:
     steps, values = run.curves.get("time/step", ([], []))
     total, sums = 0.0, []
     for value in values:
-        total += value
+        total += max(value, 0.0)  # a step takes no less than no time, whatever a file says
         sums.append(round(total, 2))
     return [[0, *steps], [0.0, *sums]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,16 @@ def load_pieces(run: RunRecord) -> Pieces:
     """From the tokenizer of the run's student: its folder, else the run's own model/, else its Hugging Face name."""
     from transformers import AutoTokenizer
 
-    student = run.option("openrlhf.actor.model_name_or_path")
-    places = [place for place in (student, str(run.folder.model)) if place and Path(place).is_dir()]
+    student = run.text("openrlhf.actor.model_name_or_path")
+    places = [place for place in (student, str(run.folder.model)) if place and os.path.isdir(place)]
     if student and not Path(student).is_absolute():
         places.append(student)
     for place in places:
         try:
             return Pieces(AutoTokenizer.from_pretrained(place))
-        except (OSError, ValueError):  # no tokenizer there, or none that transformers can read
+        # No tokenizer there, or a damaged one: for that tokenizers raises Exception itself, and transformers a
+        # KeyError, TypeError or AttributeError.
+        except Exception:
             continue
     run.notes.append(
         f"The student's tokenizer was found neither at {student or 'a path named in config.yaml'} nor in model/: "

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#c44e00", "#00795c", "#a0418a", "#6b6b00", "#4a4a4a")  # those of style.css, in its order
+LONGEST_NAME = 100  # of a file, without its ending
 DASHES = ("-", "--", ":", "-.")
 
 
 def write_plots(runs: list[RunRecord], folder: Path) -> list[Path]:
     """Raises RecipeError: matplotlib is not installed, or `folder` is a file."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise RecipeError(
@@ -35,10 +37,13 @@ def write_plots(runs: list[RunRecord], folder: Path) -> list[Path]:
     for metric in metrics:
         if metric.name in teachers:
             continue
-        canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
-        _draw(canvas.subplots(), metric, runs)
-        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)}.png"
-        canvas.savefig(path, dpi=150)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)[:LONGEST_NAME]}.png"
+        if path in written:  # names that differ in what a file's name does not take
+            path = path.with_stem(f"{path.stem}_{len(written)}")
+        with rc_context({"text.parse_math": False}):  # a name with "$" in it is no formula
+            canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
+            _draw(canvas.subplots(), metric, runs)
+            canvas.savefig(path, dpi=150)
         written.append(path)
     return written
 

@@ -16,6 +16,7 @@ from skd_plugin.words import duration
 SECRET = re.compile(r"(^|\.)key$|(^|[._])(api_key|token|secret|password)$")
 HIDDEN = "(not shown)"
 ABSENT = "-"
+MOST_WRITTEN_OUT = 1e15  # a larger number is shown as a power of ten, as in page.js
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _coefficient(run: RunRecord, name: str) -> Any:
 
 
 def state(run: RunRecord) -> str:
-    stage, planned = run.status.get("stage"), run.status.get("planned_steps")
+    stage, planned = run.stage, run.planned_steps
     steps = f"{run.steps} of {planned}" if planned and planned != run.steps else str(run.steps)
     return f"{steps} steps" + ("" if stage == "done" else f", unfinished ({stage or 'stage unknown'})")
 
@@ -93,7 +94,7 @@ def tiles(run: RunRecord) -> list[Tile]:
             values = run.curves[metric.name][1]
             found.append(Tile(metric.title, number(values[-1], metric), f"from {number(values[0], metric)}"))
     seconds, tokens = spent(run)
-    if seconds:
+    if seconds > 0:
         found.append(Tile("Training time", duration(seconds), f"{tokens / seconds:,.0f} response tokens/s"))
     return found
 
@@ -154,7 +155,7 @@ def differing_settings(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def settings(run: RunRecord) -> dict[str, str]:
     """Every option as text, keys and tokens hidden, the run folder written as RUN."""
-    folder = run.option("skd.run_dir")
+    folder = run.text("skd.run_dir")
     shown = {}
     for name, value in run.config.items():
         text = ABSENT if value is None else str(value)
@@ -165,9 +166,9 @@ def settings(run: RunRecord) -> dict[str, str]:
 
 
 def number(value: float, metric: Metric | None = None) -> str:
-    if metric and metric.percent:
+    if metric and metric.percent and abs(value) < MOST_WRITTEN_OUT:
         return f"{100 * value + 1e-9:.1f}\u00a0%"  # a half goes up, as in charts.js; no line ends at this space
-    if value == 0 or abs(value) >= 1000:
+    if value == 0 or 1000 <= abs(value) < MOST_WRITTEN_OUT:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 

@@ -17,20 +17,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.report.pieces import Piece, Pieces
+from skd_plugin.report.response import TOP, Response, read_response
 from skd_plugin.report.run_record import RunRecord
-from skd_plugin.run_folder import Record
+from skd_plugin.run_folder import LeftOut, Record
 
-TOP = 5
-SOURCES = {source.letter: source for source in Source}
 NONE = 65535
-PER_TOKEN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
-             "student_entropy", "teacher_topk_ids", "teacher_topk_logp")  # fmt: skip
 
 
 @dataclass
@@ -43,39 +39,36 @@ class PackedTraces:
     columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
     per_trace: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, run: int, record: Record, place: Callable[[int], int]) -> None:
+    def add(self, run: int, response: Response, place: Callable[[int], int]) -> None:
         """Args: place: token id -> its place in the table of pieces, of the run's tokenizer."""
-        ids, rejected = record["response_ids"], record["rejected_ids"]
-        sources = [SOURCES[letter] for letter in record["source"]]
-        kl = np.array([np.nan if value is None else value for value in record["kl"]], dtype=float)
-        top_ids = [_padded([place(id_) for id_ in row[:TOP]], 0) for row in record["teacher_topk_ids"]]
-        top_logp = [_padded(row[:TOP], None) for row in record["teacher_topk_logp"]]
+        known = [value for value in response.kl if value is not None]
+        top_ids = [_padded([place(id_) for id_ in row], 0) for row in response.top_ids]
+        top_logp = [_padded(row, None) for row in response.top_logp]
         columns = {
-            "token": [place(id_) for id_ in ids],
-            "source": sources,
-            "rejected": [0 if id_ == NOTHING else place(id_) for id_ in rejected],
-            "rank": [rank + 1 for rank in record["draft_rank"]],  # 0: nothing was proposed
-            "student": _milli(record["student_logp"], -1),
-            "teacher": _milli(record["teacher_logp"], -1),
-            "kl": _milli(record["kl"], 1),
-            "entropy": _milli(record["student_entropy"], 1),
+            "token": [place(id_) for id_ in response.ids],
+            "source": response.sources,
+            "rejected": [0 if id_ == NOTHING else place(id_) for id_ in response.rejected],
+            "rank": [rank + 1 for rank in response.draft_rank],  # 0: nothing was proposed
+            "student": _milli(response.student_logp, -1),
+            "teacher": _milli(response.teacher_logp, -1),
+            "kl": _milli(response.kl, 1),
+            "entropy": _milli(response.student_entropy, 1),
             "topToken": np.ravel(top_ids),
             "topLogp": _milli([value for row in top_logp for value in row], -1),
         }
         for name, values in columns.items():
             self.columns.setdefault(name, []).append(np.asarray(values, dtype=np.int64))
-        known = kl[~np.isnan(kl)]
         self.per_trace.append(
             {
                 "run": run,
-                "step": record.get("step", 0),
-                "length": len(ids),
-                "meanKl": float(known.mean()) if len(known) else 0.0,
-                "maxKl": float(known.max()) if len(known) else 0.0,
-                "replaced": sources.count(Source.REPLACED) / max(len(ids), 1),
-                "cutOff": record.get("finish") == "length",
-                "prompt": self._string(record.get("prompt", "")),
-                "response": self._string(record.get("response", "")),
+                "step": response.step,
+                "length": len(response.ids),
+                "meanKl": sum(known) / len(known) if known else 0.0,
+                "maxKl": max(known, default=0.0),
+                "replaced": response.sources.count(Source.REPLACED) / max(len(response.ids), 1),
+                "cutOff": response.cut_off,
+                "prompt": self._string(response.prompt),
+                "response": self._string(response.text),
             }
         )
 
@@ -121,14 +114,12 @@ def pack_traces(runs: list[RunRecord], pieces: list[Pieces], limit: int) -> Pack
                 known[token_id] = packed.place(token_id, pieces[token_id], pieces.is_special(token_id))
             return known[token_id]
 
-        broken = 0
-        for record in _spread(run, limit):
-            if _is_whole(record):
-                packed.add(number, record, place)
-            else:
-                broken += 1
-        if broken:
-            run.notes.append(f"traces.jsonl: {broken} trace(s) lack a field, or fields differ in length: left out.")
+        left_out = LeftOut(run.folder.traces.path.name)
+        for line, record in _spread(run, limit, left_out):
+            response = read_response(record, line, left_out)
+            if response is not None:
+                packed.add(number, response, place)
+        run.notes += left_out.notes()
     return packed
 
 
@@ -146,23 +137,16 @@ def corrections(packed: PackedTraces, run: int, count: int) -> list[tuple[Piece,
     return [(texts[was - 1], texts[now - 1], times) for (was, now), times in pairs.most_common(count)]
 
 
-def _spread(run: RunRecord, limit: int) -> Iterable[Record]:
+def _spread(run: RunRecord, limit: int, left_out: LeftOut) -> Iterable[tuple[int, Record]]:
     total = run.folder.traces.count()
     if total > limit:
         run.notes.append(f"{limit:,} of the {total:,} traces are here, evenly spread (--traces).")
-    for index, record in enumerate(run.folder.traces.scan(run.notes)):
+    for index, (line, record) in enumerate(run.folder.traces.scan(left_out)):
         if total <= limit or index * limit // total != (index - 1) * limit // total:
-            yield record
+            yield line, record
 
 
-def _is_whole(record: Record) -> bool:
-    values = [value for name in PER_TOKEN if isinstance(value := record.get(name), list | str)]
-    if len(values) < len(PER_TOKEN):
-        return False
-    return len({len(value) for value in values}) == 1 and set(record["source"]) <= SOURCES.keys()
-
-
-def _padded(values: list, filler: Any) -> list:
+def _padded(values: list, filler: int | None) -> list:
     return values + [filler] * (TOP - len(values))
 
 

@@ -79,6 +79,8 @@ LEVELS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in ran
         (b"skd: {run_dir: !!python/name:os.system x}", r"could not determine a constructor"),
         (b"skd: {run_dir: !!binary aGk=}", r"could not determine a constructor"),
         (b'skd: {run_dir: "a\\0b"}', r"holds a null character"),
+        (b"skd: {cpu: !!bool 1}", r"a value is not of the kind that its tag"),
+        (b"skd: {cpu: !!int ''}", r"a value is not of the kind that its tag"),
         (b'skd: {run_dir: "\\ud800"}', r"half a character"),
         (b"skd: {traces_per_step: " + b"1" * 5000 + b"}", r"is not valid YAML: Exceeds the limit"),
         (b"a: 1\n---\nb: 2", r"line 2, column 1: but found another document"),

@@ -15,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from skd_plugin.cli import main
 from skd_plugin.core.methods import METHODS
 from skd_plugin.report import tables
 from skd_plugin.report.curves import metrics_of, shown_first
-from skd_plugin.report.page import ASSETS
+from skd_plugin.report.page import ASSETS, render
 from skd_plugin.report.pieces import Pieces, load_pieces
 from skd_plugin.report.run_record import read_runs
 from skd_plugin.report.traces import corrections, pack_traces
 from tests.run_folder import (
     COINS,
     FOUR,
+    HAS,
     LOST,
     NEWLINE,
     SEVEN,
@@ -118,8 +121,9 @@ def test_a_half_written_last_line_is_left_out_and_said(tmp_path, name):
     run = write_run(tmp_path / "run")
     with (run / name).open("a") as file:
         file.write('{"step": 4, "skd/lo')
+    last = (run / name).read_text().count("\n") + 1
     page = report(tmp_path, run)
-    assert f"The last line of {name} is half written and was left out." in page.text
+    assert f"{name}: 1 line left out: half written (line {last})." in page.text
     assert "3 steps" in page.text and "2 sampled responses" in page.text
 
 
@@ -128,7 +132,7 @@ def test_unreadable_lines_in_the_middle_are_counted(tmp_path):
     text = (run / "traces.jsonl").read_text()
     (run / "traces.jsonl").write_bytes(b"{oops}\n\n[1]\n\xff\n" + text.encode())
     page = report(tmp_path, run)
-    assert "traces.jsonl: 3 unreadable line(s) were left out (line 1, 3, 4)." in page.text
+    assert "traces.jsonl: 3 lines left out: no record of JSON (line 1, 3, 4)." in page.text
     assert "2 sampled responses" in page.text
 
 
@@ -137,7 +141,11 @@ def test_traces_with_missing_or_uneven_fields_are_left_out(tmp_path):
     lacking = trace([TOM])
     del lacking["kl"]
     page = report(tmp_path, write_run(tmp_path / "run", traces=[short, lacking, letter, trace([THE])]))
-    assert "3 trace(s) lack a field" in page.text and "1 sampled responses" in page.text
+    assert "1 sampled responses" in page.text
+    for line, fault in enumerate(
+        ["kl is not as long as response_ids", "kl is missing", "source has unknown letters such as 'x'"], start=1
+    ):
+        assert f"traces.jsonl: 1 response left out: {fault} (line {line})." in page.text
 
 
 @pytest.mark.parametrize(
@@ -190,6 +198,250 @@ def test_names_tell_folders_apart(tmp_path):
         write_run(tmp_path / place)
     assert [run.name for run in read_runs([tmp_path / "a/run", tmp_path / "other"])] == ["run", "other"]
     assert [run.name for run in read_runs([tmp_path / "a/run", tmp_path / "b/run"])] == ["a/run", "b/run"]
+
+
+# ---- damaged folders: what can be shown is shown, the rest is said
+
+
+def metrics_of_step(step: object = 4, **values: object) -> str:
+    return json.dumps({"step": step, "my/own": 8.0} | values)
+
+
+def a_trace(**fields: object) -> str:
+    return json.dumps(trace([TOM, HAS]) | fields)
+
+
+# What a third line of traces.jsonl may be -> what a note says of it, and responses that are shown.
+RESPONSES = [
+    (a_trace(prompt=5), "1 prompt left out: it is no text; its tokens are here (line 3)", 3),
+    (a_trace(prompt=[{"role": "user", "content": "x"}]), "1 prompt left out: it is no text", 3),
+    (a_trace(response=None), "1 response left out: it is no text; its tokens are here (line 3)", 3),
+    (a_trace(kl=[float("inf"), float("nan")]), "1 number left out: infinite, NaN or too large", 3),
+    (a_trace(kl=[10**30, 10**40]), "1 number left out: infinite, NaN or too large", 3),
+    (a_trace(kl="1e400").replace('"1e400"', "[1e400, 1.0]"), "1 number left out: infinite, NaN or too large", 3),
+    (a_trace(kl=["a", 1.0]), "1 response left out: kl holds something that is neither a number nor null", 2),
+    (a_trace(kl=[True, 1.0]), "kl holds something that is neither a number nor null", 2),
+    (a_trace(student_logp=None), "student_logp is no list", 2),
+    (a_trace(teacher_logp={"0": 1}), "teacher_logp is no list", 2),
+    (a_trace(student_entropy=[0.1]), "student_entropy is not as long as response_ids", 2),
+    (a_trace(response_ids=None), "response_ids is no list", 2),
+    (a_trace(response_ids=["1", "2"]), "response_ids holds something that is no whole number from 0 on", 2),
+    (a_trace(response_ids=[1.5, 2]), "response_ids holds something that is no whole number from 0 on", 2),
+    (a_trace(response_ids=[True, 2]), "response_ids holds something that is no whole number from 0 on", 2),
+    (a_trace(response_ids=[-5, 2]), "response_ids holds something that is no whole number from 0 on", 2),
+    (a_trace(response_ids=[10**30, 2]), "response_ids holds something that is no whole number from 0 on", 2),
+    (a_trace(rejected_ids=[-2, 2]), "rejected_ids holds something that is no whole number from -1 on", 2),
+    (a_trace(draft_rank=[None, 2]), "draft_rank holds something that is no whole number from -1 on", 2),
+    (a_trace(source="s"), "source is not as long as response_ids", 2),
+    (a_trace(source=["s", "s"]), "source is no text", 2),
+    (a_trace(source="s\u2028"), "source has unknown letters such as '\\u2028'", 2),
+    (a_trace(teacher_topk_ids=None), "teacher_topk_ids is no list", 2),
+    (a_trace(teacher_topk_ids=[None, None]), "teacher_topk_ids holds something that is no list", 2),
+    (a_trace(teacher_topk_ids=[[None] * 3] * 2), "teacher_topk_ids holds something that is no whole number", 2),
+    (a_trace(teacher_topk_logp=[[0.0] * 2] * 2), "teacher_topk_ids and teacher_topk_logp differ in length", 2),
+    (a_trace(teacher_topk_logp=[[0.0, "x", 0.0]] * 2), "teacher_topk_logp holds something that is neither", 2),
+    (a_trace(step=None), "step is no whole number from 0 on", 2),
+    (a_trace(step=-1), "step is no whole number from 0 on", 2),
+    (a_trace(step=10**30), "step is no whole number from 0 on", 2),
+    ("{}", "1 response left out: response_ids is missing", 2),
+    ("[" * 5000, "1 line left out: no record of JSON", 2),
+    ("9" * 5000, "1 line left out: no record of JSON", 2),
+    ("null", "1 line left out: no record of JSON", 2),
+]
+
+
+@pytest.mark.parametrize(("line", "note", "shown"), RESPONSES)
+def test_a_damaged_response(tmp_path, line, note, shown):
+    run = write_run(tmp_path / "run")
+    with (run / "traces.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    page = report(tmp_path, run)
+    assert f"traces.jsonl: 1 {note}" in page.text or f": {note}" in page.text
+    assert "(line 3)" in page.text
+    blob = Blob(page.data("trace-data"))
+    assert f"{shown} sampled responses" in page.text and len(blob["trace.length"]) == shown
+    assert blob["trace.length"][:2] == [6, 3]
+    assert all(map(math.isfinite, [*blob["trace.meanKl"], *blob["trace.maxKl"]]))
+
+
+def test_texts_and_numbers_at_the_edge_of_what_a_page_takes(tmp_path):
+    half = "\ud83d"
+    last = dict(step=2**32 - 1, draft_rank=[2**31 - 1, -1], response_ids=[2**31 - 1, 0], kl=[1e30, -1e30])
+    records = [trace([TOM, HAS], prompt=half, response="\U0001f600", **last), trace([])]
+    page = report(tmp_path, write_run(tmp_path / "run", traces=records))
+    blob = Blob(page.data("trace-data"))
+    assert blob["trace.step"] == [2**32 - 1, 1] and blob["trace.length"] == [2, 0]
+    assert blob["rank"] == [2**31, 0] and blob.texts("token") == ["<2147483647>", "</s>"]
+    assert blob["trace.maxKl"] == pytest.approx([1e30, 0])
+    assert [blob.header["strings"][place] for place in blob["trace.prompt"]] == ["\ufffd", "how many"]
+    assert [blob.header["strings"][place] for place in blob["trace.response"]] == ["\U0001f600", ""]
+    assert "left out" not in page.text
+
+
+# What a line of metrics.jsonl may be -> what a note says of it.
+METRICS = [
+    *[
+        (metrics_of_step(**{"skd/loss": value}), "value left out: 'skd/loss' is not a number that can be drawn")
+        for value in (
+            "0.5",
+            [0.5],
+            {"mean": 0.5},
+            True,
+            float("nan"),
+            float("inf"),
+            -float("inf"),
+            10**31,
+            -(10**400),
+            1e300,
+        )
+    ],
+    ('{"step": 4, "my/own": 8.0, "skd/loss": 1e400}', "value left out: 'skd/loss' is not a number that can be drawn"),
+    *[
+        (metrics_of_step(step), "record left out: step is no whole number from 0 on")
+        for step in (None, "4", 4.5, True, [4], -4, 10**30, float("nan"))
+    ],
+    ('{"my/own": 8.0}', "record left out: step is no whole number from 0 on"),
+    ("[1, 2]", "line left out: no record of JSON"),
+    ('{"step": 4, "my/own": 8.0', "line left out: no record of JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "note"), METRICS)
+def test_a_damaged_metric(tmp_path, line, note):
+    run = write_run(tmp_path / "run", metrics=three_steps())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    page = report(tmp_path, run)
+    assert f"metrics.jsonl: 1 {note} (line 7)." in page.text
+    series = json.loads(page.data("curve-data"))["runs"][0]["series"]
+    assert series["skd/loss"] == [[1, 2, 3], [0.3, 0.15, 0.1]]
+    own = [[1, 2, 3, 4], [7.0, 7.0, 7.0, 8.0]] if note.startswith("value") else [[1, 2, 3], [7.0] * 3]
+    assert series["my/own"] == own
+
+
+def test_steps_that_do_not_rise_and_times_that_are_negative(tmp_path):
+    records = [{"step": step, "time/step": -1.0, "tokens_per_s": 1e30, "skd/loss": 1e30} for step in (3, 1, 2)]
+    page = report(tmp_path, write_run(tmp_path / "run", metrics=records))
+    (run,) = json.loads(page.data("curve-data"))["runs"]
+    assert run["series"]["skd/loss"] == [[1, 2, 3], [1e30] * 3] and run["seconds"] == [[0, 1, 2, 3], [0.0] * 4]
+    assert "1e+30" in page.text and "Training time" not in page.text
+
+
+def test_names_of_metrics_may_be_any_text(tmp_path):
+    names = ["", "\ud800", "__proto__", "constructor", "eval/", "eval//", "a\0b", "$\\frac{$", "</script><!--"]
+    page = report(tmp_path, write_run(tmp_path / "run", metrics=[{"step": 1} | dict.fromkeys(names, 1.0)]))
+    series = json.loads(page.data("curve-data"))["runs"][0]["series"]
+    assert set(series) == {*names} - {"\ud800"} | {"\ufffd"}
+
+
+# A file of the run folder, what is in it (None: it is a folder) -> what the page says.
+FILES = [
+    ("config.yaml", b"[a, b]", "config.yaml cannot be read: it is no mapping of options."),
+    ("config.yaml", b"skd: {1: 2}", "config.yaml cannot be read: line 1, column 7: the key '1' is no text"),
+    ("config.yaml", b"skd: {a: \xff}", "config.yaml cannot be read: it is not text in UTF-8 (byte 10)"),
+    ("config.yaml", b"skd: &a {b: *a}", "config.yaml cannot be read: line 1: an alias stands for what it is in"),
+    ("config.yaml", b'skd: {a: "\\ud800"}', "holds half a character (a surrogate)"),
+    ("config.yaml", b"skd: {a: !!int x}", "config.yaml cannot be read: "),
+    ("config.yaml", b"", "config.yaml cannot be read: it is no mapping of options."),
+    ("config.yaml", b"{}", "3 steps"),
+    ("config.yaml", b"skd: {rollout: {method: [skd], gate: [top_k]}, teacher: 5, run_dir: 7}", "3 steps"),
+    ("config.yaml", b"openrlhf: {actor: {model_name_or_path: [1]}}\nskd: {teacher: {model_name_or_path: 3}}", "[1]"),
+    ("config.yaml", None, "config.yaml is no file: models and settings are unknown."),
+    ("status.json", '{"stage": "\U0001f600"}'.encode(), "unfinished (\U0001f600)"),
+    ("status.json", rb'{"stage": "\ud83d\ude00"}', "unfinished (\U0001f600)"),
+    ("status.json", rb'{"stage": "\ud83d"}', "unfinished (\ufffd)"),
+    ("status.json", b'{"stage": "\xff"}', "status.json cannot be read: how far the run is, is unknown."),
+    ("status.json", b"[1]", "status.json cannot be read"),
+    ("status.json", b"[" * 100_000, "status.json cannot be read"),
+    ("status.json", b"", "status.json cannot be read"),
+    ("status.json", None, "status.json cannot be read"),
+    ("status.json", b'{"stage": ["done"]}', "status.json: the stage is no text, and left out."),
+    ("status.json", b'{"planned_steps": 1e400}', "status.json: planned_steps is no number of steps, and left out."),
+    ("metrics.jsonl", None, "metrics.jsonl is no file: no curves."),
+    ("metrics.jsonl", b"\xff\n", "metrics.jsonl holds nothing that can be shown: no curves."),
+    ("traces.jsonl", None, "traces.jsonl is no file: no responses to look at"),
+    ("traces.jsonl", b"\0" * 100, "traces.jsonl: 1 line left out: half written (line 1)."),
+    ("model/tokenizer.json", b"{}", "tokens are shown as their numbers"),
+    ("model/tokenizer.json", b'{"model": 1, "added_tokens": []}', "tokens are shown as their numbers"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), FILES)
+def test_a_damaged_file(tmp_path, name, content, said):
+    run = write_run(tmp_path / "run")
+    file = run / name
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
+    page = report(tmp_path, run)
+    assert said in page.text
+    curves = json.loads(page.data("curve-data"))["runs"][0]["series"]
+    assert ("skd/loss" in curves) == (name != "metrics.jsonl")
+    assert ("2 sampled responses" in page.text) == (name != "traces.jsonl")
+
+
+def test_a_folder_whose_only_file_is_a_folder_is_no_run(tmp_path, capsys):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert main(["report", "x" * 300]) == 2
+    (tmp_path / "file").touch()
+    assert main(["report", str(write_run(tmp_path / "good")), "--out", str(tmp_path / "file" / "x.html")]) == 2
+    said = capsys.readouterr().err
+    assert "is not a run folder" in said and "there is no run folder" in said and "cannot be written" in said
+
+
+def test_a_folder_of_a_name_that_is_no_text(tmp_path):
+    page = report(tmp_path, write_run(tmp_path / "run\udcff", student=write_tokenizer(tmp_path / "student")))
+    assert "run\ufffd" in page.text
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**30, -(10**400), 2**31, 2**32, 2**53])
+    | st.floats()
+    | st.text(st.characters(), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON: a browser stops at it")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_in_the_place_of_any_other(tmp_path, data):
+    """Reading, packing and rendering raise nothing, and what is not touched is there."""
+
+    def spoilt(value: object) -> object:
+        """With one of its parts, or all of it, replaced."""
+        parts = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+        if not parts or data.draw(st.integers(0, 3)) == 0:
+            return data.draw(json_values)
+        part = data.draw(st.sampled_from(parts))
+        copy = value.copy()
+        copy[part] = spoilt(value[part])
+        return copy
+
+    config = {"openrlhf": {"actor": {"model_name_or_path": "/x"}}, "skd": {"rollout": {"method": "skd", "top_k": 3}}}
+    files = {
+        "metrics.jsonl": [*map(json.dumps, three_steps()), json.dumps(spoilt(three_steps()[2]))],
+        "traces.jsonl": [*map(json.dumps, two_traces()), json.dumps(spoilt(two_traces()[0]))],
+        "status.json": [json.dumps(spoilt({"stage": "done", "planned_steps": 3}))],
+        "config.yaml": [json.dumps(spoilt(config))],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text("\n".join(content) + "\n")
+    runs = read_runs([tmp_path])
+    packed = pack_traces(runs, [Pieces(None)], 100)
+    page = tmp_path / "page.html"
+    page.write_text(render(runs, packed, []))
+    (curves,) = json.loads(Page(page).data("curve-data"), parse_constant=no_constant)["runs"]
+    assert {1, 2, 3} <= set(curves["series"]["skd/kl"][0])
+    blob = Blob(packed.blob())
+    assert len(blob["trace.length"]) in (2, 3) and blob["trace.length"][:2] == [6, 3]
 
 
 # ---- tokens
@@ -539,6 +791,14 @@ def test_png_files(tmp_path):
     assert {"skd_loss.png", "eval_sums_accuracy.png", "my_own.png"} <= set(files)
     assert "eval_sums_teacher_accuracy.png" not in files  # a line in the chart of the student's
     assert set(files.values()) == {b"\x89PNG\r\n\x1a\n"}
+
+
+def test_a_png_of_a_metric_of_any_name(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "png"
+    metrics = [{"step": 1} | dict.fromkeys(["$\\frac{$", "a/b", "a b", "x" * 300], 1.0)]
+    report(tmp_path, write_run(tmp_path / "run", metrics=metrics), options=("--png", str(folder)))
+    assert {path.name for path in folder.iterdir()} == {"_frac_.png", "a_b.png", "a_b_2.png", "x" * 100 + ".png"}
 
 
 def test_png_without_matplotlib_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.run_folder import JsonLines, RunFolder, Status
+from skd_plugin.run_folder import JsonLines, LeftOut, RunFolder, Status
 from skd_plugin.seams import rebind
 
 NAN = float("nan")
@@ -59,14 +59,38 @@ def test_lines_are_cut_after_a_step(tmp_path: Path) -> None:
 
 
 def test_scan_leaves_out_what_is_no_record(tmp_path: Path) -> None:
-    lines, notes = JsonLines(tmp_path / "traces.jsonl"), []
-    assert list(lines.scan(notes)) == [] and lines.count() == 0 and not notes  # there is no file
-    lines.path.write_bytes(b'{"a": 1}\n[2]\n\n\xff\n{"a": 3}\n{"a": 4')
-    assert list(lines.scan(notes)) == [{"a": 1}, {"a": 3}] and lines.count() == 6
-    assert notes == [
-        "The last line of traces.jsonl is half written and was left out.",
-        "traces.jsonl: 2 unreadable line(s) were left out (line 2, 4).",
+    lines, left_out = JsonLines(tmp_path / "traces.jsonl"), LeftOut("traces.jsonl")
+    assert list(lines.scan(left_out)) == [] and lines.count() == 0 and not left_out.notes()  # there is no file
+    deep = b"[" * 100_000
+    lines.path.write_bytes(b'{"a": 1}\n[2]\n\n\xff\n{"a": 3}\n' + deep + b"\n" + b"9" * 5000 + b'\n{"a": 4')
+    assert list(lines.scan(left_out)) == [(1, {"a": 1}), (5, {"a": 3})] and lines.count() == 8
+    assert left_out.notes() == [
+        "traces.jsonl: 4 lines left out: no record of JSON (line 2, 4, 6, 7).",
+        "traces.jsonl: 1 line left out: half written (line 8).",
     ]
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    lines, left_out = JsonLines(tmp_path / "metrics.jsonl"), LeftOut("metrics.jsonl")
+    lines.path.touch()
+    monkeypatch.setattr(Path, "open", refused)
+    assert list(lines.scan(left_out)) == []
+    assert left_out.notes() == ["metrics.jsonl cannot be read: Permission denied."]
+
+
+def test_of_many_reasons_and_lines_the_first_are_told() -> None:
+    left_out = LeftOut("metrics.jsonl")
+    for line in range(1, 9):
+        left_out.add("value", "no number", line)
+    for reason in range(14):
+        left_out.add("record", f"reason {reason}", 9)
+    notes = left_out.notes()
+    assert notes[0] == "metrics.jsonl: 8 values left out: no number (line 1, 2, 3, 4, 5, ...)."
+    assert notes[1] == "metrics.jsonl: 1 record left out: reason 0 (line 9)."
+    assert notes[12:] == ["metrics.jsonl: 3 more left out, for 3 other reasons."]
 
 
 def test_config_makes_its_folder(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ ONLY = {
     ("prepare", "host"): {"prompts"},  # OpenRLHF's own form of a prompt
     ("check", "host"): {"prompts"},
     ("evaluate", "host"): {"prompts"},
-    ("report", "config"): {"recipe"},  # a report needs no schema: it shows what a run folder says
+    ("report", "config"): {"recipe", "yaml_text"},  # a report needs no schema: it shows what a run folder says
 }
 # Library -> the parts that may import it.
 LIBRARIES = {

@@ -14,6 +14,7 @@ const Report = {
   byId: (id) => document.getElementById(id),
   colour: (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim(),
   percent: (share) => {
+    if (Math.abs(share) >= 1e15) return Report.number(share);
     const value = 100 * share;
     if (value >= 99.95 || value === 0) return `${Math.round(value)}\u00a0%`;
     if (value < 1e-4) return "<\u00a00.0001\u00a0%";
@@ -22,6 +23,7 @@ const Report = {
   number: (value) => {
     if (value === 0) return "0";
     const size = Math.abs(value);
+    if (size >= 1e15) return value.toPrecision(4);
     if (size >= 1000) return Math.round(value).toLocaleString("en");
     return size >= 1e-3 ? String(Number(value.toPrecision(4))) : value.toExponential(1);
   },
