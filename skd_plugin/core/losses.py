@@ -8,10 +8,15 @@ Each divergence is written once, over any categories: the C of a rollout, or the
 cannot raise a divergence (data-processing inequality), so the value on C categories is a lower bound of the value on
 the vocabulary, never negative, and zero iff the C probabilities agree. (`adaptive_kl` is not negative and zero iff
 they agree, but no such bound: its weight depends on the categories.)
+
+A category that is empty (-inf) where the other distribution's mass does not ask for it adds 0. Where a divergence is
+infinite by definition, it is +inf, and its gradient is finite: a clamp or a weight of 0 makes it harmless. Nothing
+but logits of NaN or +inf gives a NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -64,15 +69,25 @@ ADAPTIVE_HEAD_MASS = 0.5  # mu of the adaptive KL, as in its paper
 
 
 def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p||q) = sum p (log p - log q). The loss of SKD (arXiv 2410.11325, section 3) and of Hinton et al. 2015."""
+    """KL(p||q) = sum p (log p - log q). The loss of SKD (arXiv 2410.11325, section 3) and of Hinton et al. 2015.
+
+    +inf where q is 0 and p is not.
+    """
     p = log_p.exp()
     # A category without mass adds 0, whatever the other distribution says.
     return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(q||p) = sum q (log q - log p). MiniLLM (arXiv 2306.08543)."""
-    return forward_kl(log_q, log_p)
+    """KL(q||p) = sum q (log q - log p). MiniLLM (arXiv 2306.08543).
+
+    +inf, without a gradient, where p is 0 and q is not.
+    """
+    q = log_q.exp()
+    has_mass, nowhere = q > 0, log_p == -torch.inf
+    # An infinite ratio is also q's gradient, and 0 (of a clamp) x inf is NaN; so it stays out and inf is put last.
+    value = (q * torch.where(has_mass & ~nowhere, log_q - log_p, 0.0)).sum(-1)
+    return value.masked_fill((has_mass & nowhere).any(-1), torch.inf)
 
 
 def symmetric_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -86,18 +101,28 @@ def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
     At most the entropy of (beta, 1 - beta); divided by beta it tends to KL(p||q) for beta -> 0, divided by 1 - beta to
     KL(q||p) for beta -> 1.
     """
-    log_m = _log_mixture(log_p, log_q, beta)
+    log_m = _log_mixture(log_p, log_q, beta, 1 - beta)
     return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
 def skew_forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
-    """KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1; alpha = 0 is the forward KL. DistiLLM (arXiv 2402.03898)."""
-    return forward_kl(log_p, _log_mixture(log_p, log_q, alpha))
+    """KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1; alpha = 0 is the forward KL. DistiLLM (arXiv 2402.03898).
+
+    At most -log alpha.
+    """
+    if alpha == 0:
+        return forward_kl(log_p, log_q)
+    return forward_kl(log_p, _log_mixture(log_p, log_q, alpha, 1 - alpha))
 
 
 def skew_reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
-    """KL(q || alpha q + (1 - alpha) p), 0 <= alpha < 1; alpha = 0 is the reverse KL. DistiLLM (arXiv 2402.03898)."""
-    return forward_kl(log_q, _log_mixture(log_q, log_p, alpha))
+    """KL(q || alpha q + (1 - alpha) p), 0 <= alpha < 1; alpha = 0 is the reverse KL. DistiLLM (arXiv 2402.03898).
+
+    At most -log alpha.
+    """
+    if alpha == 0:
+        return reverse_kl(log_p, log_q)
+    return forward_kl(log_q, _log_mixture(log_p, log_q, 1 - alpha, alpha))
 
 
 def total_variation(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -115,20 +140,23 @@ def adaptive_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     head = torch.zeros_like(p).scatter(-1, order, (sorted_p.cumsum(-1) - sorted_p < ADAPTIVE_HEAD_MASS).to(p.dtype))
     gap = (p - q).abs().detach()
     head_share = (gap * head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return head_share * forward_kl(log_p, log_q) + (1 - head_share) * reverse_kl(log_p, log_q)
+    head_share = head_share.clamp_max(1.0)  # rounding
+    forward, reverse = head_share * forward_kl(log_p, log_q), (1 - head_share) * reverse_kl(log_p, log_q)
+    # An infinite KL without a share adds 0.
+    return torch.where(head_share == 0, 0.0, forward) + torch.where(head_share == 1, 0.0, reverse)
 
 
-def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight_a: float) -> torch.Tensor:
-    """log(w a + (1 - w) b) without leaving log space."""
-    if weight_a == 0:
-        return log_b
-    log_weights = torch.tensor([weight_a, 1 - weight_a], dtype=torch.float64).log().tolist()
-    return torch.logaddexp(log_a + log_weights[0], log_b + log_weights[1])
+def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, p_share: float, q_share: float) -> torch.Tensor:
+    """log of the mixture without leaving log space."""
+    scaled_log_p = (log_p + math.log(p_share)).clamp_min_(torch.finfo(log_p.dtype).min)
+    # Where both are empty, -inf on both sides has a gradient that is NaN; with a finite number on the side that needs
+    # none (p), q's is 0. It changes no sum with anything else.
+    return torch.logaddexp(scaled_log_p, log_q + math.log(q_share))
 
 
 def cross_entropy(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
     """-log q(emitted token): SFT, and SeqKD (arXiv 1606.07947, eq. 5) on the teacher's text. A hard label has no
-    temperature, so q is at temperature 1.
+    temperature, so q is at temperature 1. +inf where q is 0 there.
     """
     logits_NV = _divided(student_logits_NV, 1.0)
     return logits_NV.logsumexp(-1) - logits_NV.gather(1, targets.token_N[:, None]).squeeze(1)
@@ -215,7 +243,9 @@ def _student_categories(logits_NV: torch.Tensor, ids_NK: torch.Tensor, token_N: 
     the student has next to no mass there.
     """
     named_NC = torch.cat([ids_NK, token_N[:, None]], 1)
-    rest_N1 = logits_NV.scatter(1, named_NC, float("-inf")).logsumexp(-1, keepdim=True)
+    lowest = torch.finfo(logits_NV.dtype).min  # not -inf: a sum of nothing but -inf has a gradient that is NaN
+    rest_N1 = logits_NV.scatter(1, named_NC, lowest).logsumexp(-1, keepdim=True)
+    rest_N1 = rest_N1.masked_fill(rest_N1 < lowest / 2, -torch.inf)
     return torch.cat([logits_NV.gather(1, named_NC), rest_N1], 1) - logits_NV.logsumexp(-1, keepdim=True)
 
 
@@ -278,7 +308,8 @@ def weighted(inner: TokenLoss, accepted_weight: float, replaced_weight: float) -
 
     def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
         values_N = inner(student_logits_NV, targets)
-        return values_N * torch.where(targets.replaced_N, replaced_weight, accepted_weight).to(values_N.dtype)
+        weights_N = torch.where(targets.replaced_N, replaced_weight, accepted_weight).to(values_N.dtype)
+        return torch.where(weights_N == 0, 0.0, values_N * weights_N)  # 0 of an infinite one, too
 
     return loss
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -122,6 +124,31 @@ def test_bfloat16_gradient_of_the_head_is_summed_in_float32(expected: bool) -> N
     for gradient, exact in zip(found, right, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient.float() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("name", ["student at 1e4", "teacher at 1e4", "both at 1e4", "teacher masked"])
+@pytest.mark.parametrize("kind", [kind for kind, loss in LOSSES.items() if loss.divergence])
+def test_extreme_logits_and_an_empty_place_of_the_teacher(kind: str, name: str, expected: bool) -> None:
+    """Right and finite; where the divergence is infinite by definition, it is inf, and without a gradient."""
+    case = Case()
+    if name in ("student at 1e4", "both at 1e4"):
+        case.student[0] = (case.student[0].detach() * 2000).requires_grad_()
+    if name in ("teacher at 1e4", "both at 1e4"):
+        case.teacher[0] = case.teacher[0] * 2000
+    if name == "teacher masked":
+        case.teacher[0][:, 0], case.teacher[1][3:9] = 1.0, 0.0
+        case.teacher[1][3:9, 0] = -math.inf
+    found = case.scores(kind, expected_N=torch.ones(N) if expected else None)
+    gradients = case.gradients(found.loss.sum())
+    exact, wanted = reference(case, kind)
+    infinite = name == "teacher masked" and kind in ("reverse_kl", "symmetric_kl", "adaptive_kl")
+    assert wanted.loss.isinf().all() if infinite else wanted.loss.isfinite().all()
+    coarse = 1e-4 if name == "teacher masked" else 1e-2  # float32 knows numbers of 1e4 to 1e-3
+    torch.testing.assert_close(found.loss.double(), wanted.loss, rtol=coarse, atol=coarse)
+    torch.testing.assert_close(found.entropy.double(), wanted.entropy, rtol=coarse, atol=coarse)
+    for gradient, right in zip(gradients, exact.gradients(wanted.loss.sum()), strict=True):
+        assert gradient.isfinite().all() and (gradient.double() - right).norm() <= coarse * right.norm().clamp_min(1.0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, N, 1000])

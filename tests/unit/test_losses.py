@@ -1,6 +1,7 @@
 """The losses against an independent float64 reference that adds probabilities, not logarithms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from skd_plugin.core.losses import (
     make_divergence,
     make_token_loss,
     top_k_loss,
+    whole_vocabulary_loss,
 )
 from skd_plugin.core.trace import Source
 
@@ -545,6 +547,173 @@ def test_no_token_at_all(kind):
     assert value.shape == (0,)
     value.sum().backward()
     assert student.grad.shape == (0, 20)
+
+
+# --- distributions with empty places, and extreme ones ---
+
+V = 8
+MASKED = [2, 5]
+
+
+def hostile(name: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits of student and teacher float64 [4, V], and the emitted tokens."""
+    student, teacher = (x.double() for x in make_logits(4, V, seed=3))
+    tokens = [0, 1, 3, 7]
+    for which, x in (("student", student), ("teacher", teacher)):
+        if name in (f"{which} masked", "both masked"):
+            x[:, MASKED] = -math.inf
+        if name in (f"{which} sure", "both sure", "sure of different tokens"):
+            best = [(n + (which == "student" and name.startswith("sure"))) % V for n in range(4)]
+            x.fill_(-math.inf).scatter_(1, torch.tensor(best)[:, None], 0.0)
+        if name in (f"{which} at 1e4", "both at 1e4"):
+            x.copy_((x + x.sign() * 1e4).roll(int(which == "teacher"), 1).float())
+    if name == "masked, then equal":
+        student[:, MASKED] = -math.inf
+        teacher = student + 2.0
+    if name == "equal":
+        teacher = student.clone()
+    if name == "label masked":
+        student[:, MASKED], tokens = -math.inf, [2, 5, 2, 5]
+    return student, teacher, tokens
+
+
+HOSTILE = [
+    "both masked", "teacher masked", "student masked", "label masked", "teacher sure", "student sure", "both sure",
+    "sure of different tokens", "teacher at 1e4", "student at 1e4", "both at 1e4", "masked, then equal", "equal",
+]  # fmt: skip
+
+
+def groups(ids: list[int], token: int) -> list[list[int]]:
+    named = ids if token in ids else [*ids, token]
+    return [[v] for v in named] + [[v for v in range(V) if v not in named]]
+
+
+def closed_form(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Value, and q_c x (its derivative to q_c), of one row of categories: no autograd. A place without mass adds 0."""
+    p, q = log_p.exp(), log_q.exp()
+
+    def mean_ratio(mass: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+        return torch.where(mass > 0, mass * (log_a - log_b), 0.0)
+
+    def mixture(share: float) -> torch.Tensor:
+        return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
+
+    def share_of_mass(log_m: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        return torch.where(mass > 0, (log_q - log_m).exp(), 0.0)
+
+    forward = mean_ratio(p, log_p, log_q).sum(), -p
+    reverse = mean_ratio(q, log_q, log_p).sum(), mean_ratio(q, log_q, log_p) + q
+    if kind == "forward_kl":
+        return forward
+    if kind == "reverse_kl":
+        return reverse
+    if kind == "total_variation":
+        return 0.5 * (p - q).abs().sum(), 0.5 * (q - p).sign() * q
+    if kind == "jsd":
+        m = mixture(BETA)
+        value = BETA * mean_ratio(p, log_p, m).sum() + (1 - BETA) * mean_ratio(q, log_q, m).sum()
+        return value, (1 - BETA) * mean_ratio(q, log_q, m)
+    if kind == "skew_forward_kl":
+        m = mixture(ALPHA)
+        return mean_ratio(p, log_p, m).sum(), -(1 - ALPHA) * p * share_of_mass(m, p)
+    if kind == "skew_reverse_kl":
+        m = mixture(1 - ALPHA)
+        return mean_ratio(q, log_q, m).sum(), mean_ratio(q, log_q, m) + q * (1 - ALPHA * share_of_mass(m, q))
+    share = {"symmetric_kl": 0.5}.get(kind) or slow_head_share(p, q)
+    parts = [(w, kl) for w, kl in ((share, forward), (1 - share, reverse)) if w > 0]
+    return sum(w * value for w, (value, _) in parts), sum(w * slope for w, (_, slope) in parts)
+
+
+def closed_form_row(kind: str, student, teacher, ids: list[int], token: int, tau: float):
+    """(value, gradient to the V logits) of one position, float64."""
+    if kind == "cross_entropy":
+        log_q = student.log_softmax(-1)
+        return -log_q[token], log_q.exp() - torch.nn.functional.one_hot(torch.tensor(token), V)
+    log_q, log_p = (student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1)
+    parts = [part for part in groups(ids, token) if part]
+    joined = [torch.stack([x[part].logsumexp(0) for part in parts]) for x in (log_p, log_q)]
+    value, slope = closed_form(kind, *joined)
+    gradient = -log_q.exp() * slope.sum()
+    for part, log_mass, own in zip(parts, joined[1], slope, strict=True):
+        inside = (log_q[part] - log_mass).exp() if log_mass > -math.inf else torch.zeros(len(part)).double()
+        gradient[part] += inside * own
+    return value, gradient / tau
+
+
+BOUNDED = ["jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
+every_hostile = pytest.mark.parametrize("name", HOSTILE)
+
+
+@every_loss
+@every_hostile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_empty_places_and_extreme_logits(kind, name, dtype):
+    """Value and gradient are right and finite; a value that is infinite by definition is inf, and its gradient is
+    finite.
+    """
+    student, teacher, tokens = hostile(name)
+    student = student.to(dtype)
+    for tau in (1.0, 2.0):
+        for top_k in (1, 3, V - 1, V):
+            targets = record(teacher.float(), top_k, tau, tokens)
+            logits = torch.nn.functional.pad(student, (0, 3), value=math.nan).requires_grad_()
+            value = token_loss(kind, temperature=tau, vocab=V)(logits, targets)
+            value.sum().backward()
+            rows = zip(student.double(), teacher, targets.teacher_ids_NK.tolist(), tokens, strict=True)
+            expected, gradients = zip(*(closed_form_row(kind, *row, tau) for row in rows), strict=True)
+            expected, gradients = torch.stack(expected), torch.stack(gradients)
+            assert logits.grad.isfinite().all()
+            # float32 knows numbers of 1e4 to 1e-3, and bfloat16 gradients have three digits
+            coarse = 5e-3 if "1e4" in name and dtype != torch.float64 else 2e-5
+            torch.testing.assert_close(value.detach().double(), expected, atol=coarse, rtol=max(coarse, 2e-4))
+            known = expected.isfinite()
+            assert known.all() or kind not in BOUNDED
+            if kind == "total_variation":  # it has a kink at 0
+                known &= expected > 1e-6
+            if known.any():
+                error = 2e-2 if dtype == torch.bfloat16 else coarse
+                largest = gradients[known].abs().max().clamp_min(1.0)
+                assert (logits.grad[known, :V] - gradients[known]).abs().max() <= error * largest
+
+
+@every_loss
+@every_hostile
+def test_everything_composed_is_finite(kind, name):
+    """A clamp makes an infinite loss a bounded one without a gradient, and a weight of 0 makes it 0."""
+    student, teacher, tokens = hostile(name)
+    for divergence_of in ("top_k", "vocabulary"):
+        for options in (dict(), dict(replaced_kind="reverse_kl"), dict(replaced_kind="cross_entropy")):
+            targets = with_sources(record(teacher.float(), 3, 2.0, tokens), [0, 1, 0, 5])
+            logits = student.float().requires_grad_()
+            chosen = LossSettings(kind, BETA, ALPHA, temperature=2.0, clamp=9.0, replaced_weight=2.0, **options)
+            if divergence_of == "top_k":
+                value = make_token_loss(chosen, vocab=V)(logits, targets)
+            else:
+                targets = replace(targets, teacher_logp_NK=teacher.float().log_softmax(-1))
+                value = make_token_loss(chosen, against=whole_vocabulary_loss)(logits.log_softmax(-1), targets)
+            value.sum().backward()
+            assert value.isfinite().all() and logits.grad.isfinite().all()
+            assert (logits.grad[value >= torch.tensor([9.0, 18.0, 9.0, 18.0])] == 0).all()
+
+
+@every_loss
+@every_hostile
+def test_weight_zero_of_an_infinite_loss(kind, name):
+    student, teacher, tokens = hostile(name)
+    targets = with_sources(record(teacher.float(), 3, tokens=tokens), [0, 0, 0, 0])
+    logits = student.float().requires_grad_()
+    value = token_loss(kind, accepted_weight=0.0)(logits, targets)
+    value.sum().backward()
+    assert (value == 0).all() and (logits.grad == 0).all()
+
+
+@every_divergence
+def test_a_student_that_is_nan_is_not_hidden(kind):
+    """What lets empty places pass lets no fault pass."""
+    student, teacher, tokens = hostile("both masked")
+    student[1, 0] = math.nan
+    value = token_loss(kind)(student.float(), record(teacher.float(), 3, tokens=tokens))
+    assert value.isnan().tolist() == [False, True, False, False]
 
 
 def test_unknown_loss():
