@@ -167,7 +167,7 @@ class SKDTrainer(HostTrainer):
         progress = min(global_step / max(self.planned_steps, 1), 1.0)
         coefficients = self.skd.objective.coefficients(progress)
         seed = derive_seed(self.args.train.seed, global_step) % 2**63
-        ray.get(self.actor_model_group.async_run_method("begin_step", coefficients, seed))
+        ray.get(self.actor_model_group.async_run_method("begin_step", global_step + 1, coefficients, seed))
         return coefficients
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:

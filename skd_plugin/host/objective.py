@@ -86,6 +86,37 @@ class Objective:
                 hook.remove()
 
 
+@contextmanager
+def finite_gradients(embeddings: torch.nn.Module, step: int) -> Iterator[None]:
+    """While it is open, a backward pass in which a gradient is not finite ends before anything is updated.
+
+    Looked at is the gradient [B, T, H] that arrives at the output of the input embeddings. It is the last one of a
+    backward pass, so that a NaN of any loss or layer is in it, at 1 / V of what the logits' would cost and whatever
+    ZeRO does with parameters. DeepSpeed's norm is no help: it has none in float32, and elsewhere skips such a step or
+    turns its norm into 1, without a word. Frozen embeddings have no gradient, and are not looked at.
+
+    Raises:
+        FloatingPointError: in the backward pass.
+    """
+
+    def check(gradient_BTH: torch.Tensor) -> None:
+        if not gradient_BTH.sum(dtype=torch.float32).isfinite():  # one pass, no copy; NaN and inf stay in a sum
+            raise FloatingPointError(
+                f"the gradient of step {step} is not finite, though its loss is; nothing was updated by it. Lower "
+                "openrlhf.actor.adam.lr or try another skd.loss.kind, and start again from the last checkpoint"
+            )
+
+    def watch(module: torch.nn.Module, args: Any, output_BTH: torch.Tensor) -> None:
+        if output_BTH.requires_grad:
+            output_BTH.register_hook(check)
+
+    hook = embeddings.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class StepLoss:
     """The loss of one micro-batch: targets and forward, token losses, reduction. Stands where OpenRLHF has its
     PolicyLoss: same arguments, same five results.

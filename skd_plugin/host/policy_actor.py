@@ -15,7 +15,7 @@ from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu
 from skd_plugin.host.batch import OptimizerStepBatches
 from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyDistillation
-from skd_plugin.host.objective import Distillation, Objective, TopKDistillation
+from skd_plugin.host.objective import Distillation, Objective, TopKDistillation, finite_gradients
 from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head
 from skd_plugin.seams import plain_class, rebind
@@ -29,6 +29,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         skd = self.args.skd
         vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
+        self.step = 0  # the training step that is running, counted from 1
         make = {"top_k": _top_k, "full": _full_vocabulary}[skd.loss.vocabulary]
         distillation = make(self.actor, skd, vocab, token_level_loss)
         self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss)
@@ -38,7 +39,11 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         rebind(host, "iter_grad_accum_global_norm", batches)
 
     def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with self.objective.step(self.actor, experience) as self.actor_loss_fn:
+        embeddings = self.actor.model.get_input_embeddings()
+        with (
+            finite_gradients(embeddings, self.step),
+            self.objective.step(self.actor, experience) as self.actor_loss_fn,
+        ):
             return super().training_step(experience, *args, **kwargs)
 
     def broadcast_to_vllm(self) -> None:
@@ -71,8 +76,9 @@ class SKDPolicy(HostPolicy):
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
 
-    def begin_step(self, coefficients: Coefficients, seed: int) -> None:
-        """Before each `fit`. The seed makes OpenRLHF's shuffling the same in a run that was interrupted."""
+    def begin_step(self, step: int, coefficients: Coefficients, seed: int) -> None:
+        """Before each `fit`; `step` counts from 1. The seed makes OpenRLHF's shuffling the same in a resumed run."""
+        self.trainer.step = step
         self.trainer.objective.weigh(coefficients)
         torch.manual_seed(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,78 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts) -> None:
     step.batch.logits.data[0, 3, 2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"the loss is nan .*lower openrlhf\.actor\.adam\.lr"):
         step.gradient(kd=1.0, rl=0.0)
+
+
+class _PoisonedBackward(torch.autograd.Function):
+    """Its value is its input; one element of its gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, poison: float) -> torch.Tensor:
+        ctx.poison = poison
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = ctx.poison
+        return gradient, None
+
+
+class _Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embeddings, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embeddings
+
+    def loss(self, poison: float = 0.0) -> torch.Tensor:
+        logits = self.head(self.embeddings(torch.tensor([[1, 2, 3]])).tanh())
+        return _PoisonedBackward.apply(logits, poison).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(parts, monkeypatch, poison: float) -> None:
+    """In the training step of the policy's own trainer, whose host's part is a forward, a backward and an update."""
+    from skd_plugin.host import policy_actor
+
+    model = _Model()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def host_step(trainer, experience) -> dict:
+        loss = model.loss(experience.poison)
+        assert loss.isfinite()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad
+        return {}
+
+    monkeypatch.setattr(policy_actor.host.ActorPPOTrainer, "training_step", host_step)
+    trainer = object.__new__(policy_actor.SKDActorTrainer)
+    trainer.actor = SimpleNamespace(model=model)
+    trainer.objective = SimpleNamespace(step=lambda student, experience: nullcontext())
+    trainer.step = 7
+    with pytest.raises(FloatingPointError, match=r"the gradient of step 7 is not finite.*Lower openrlhf\.actor"):
+        trainer.training_step(SimpleNamespace(poison=poison))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for p in model.parameters():
+        p.grad = None
+    trainer.training_step(SimpleNamespace(poison=0.5))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_look_at_gradients_changes_none_and_leaves_nothing_behind(parts) -> None:
+    model = _Model()
+    plain = torch.autograd.grad(model.loss(0.5), list(model.parameters()))
+    with parts.objective.finite_gradients(model.embeddings, 1):
+        watched = torch.autograd.grad(model.loss(0.5), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert not model.embeddings._forward_hooks
+    model.embeddings.requires_grad_(False)
+    with parts.objective.finite_gradients(model.embeddings, 1):
+        model.loss(0.5).backward()
 
 
 def test_nothing_to_learn_is_an_error(parts) -> None:
