@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,92 @@ def test_a_run_without_metrics_and_one_without_responses(browser, tmp_path):
         browser.open(tmp_path / f"{name}.html")
         assert browser.problems == []
         assert (len(texts(browser, ".trace")) > 0, len(texts(browser, ".chart")) > 0) == (name == "a", name == "b")
+
+
+# ---- a folder with everything damaged that can be
+
+
+def damaged_run(folder: Path) -> Path:
+    """Whole are steps 1 to 3 and the first two responses; every other line of every file is not."""
+    run = write_run(folder, student=write_tokenizer(folder.with_name("words"), [*WORDS[:8], "</script><!--<script>"]))
+    whole = trace([TOM, HAS])
+    spoilt: list[dict] = [
+        {"prompt": 5},
+        {"prompt": "</script><!--<script>\ud83d\u2028", "response": "\ud83d\ude00"},
+        {"kl": [float("inf"), 10**400]},
+        {"kl": [1e30, -1e30], "step": 2**32 - 1, "draft_rank": [2**31 - 1, 0]},
+        {"student_logp": [float("nan"), -(10.0**300)], "teacher_topk_logp": [[None] * 3] * 2},
+        {"response_ids": [2**31 - 1, 0], "rejected_ids": [2**31 - 1, -1]},
+        {"teacher_topk_ids": [[]] * 2, "teacher_topk_logp": [[]] * 2},
+        *({"response_ids": ids} for ids in (None, ["1", "2"], [-5, 1], [10**30, 1], [1.5, 2], [1])),
+        *({"teacher_topk_ids": rows} for rows in (None, [None] * 2, [[None] * 3] * 2, [[1]] * 2)),
+        *({"step": step} for step in (None, -1, "1", 10**30)),
+        {"source": "xy"},
+        {"kl": ["a", None]},
+    ]
+    lines = [json.dumps(whole | fields) for fields in [*spoilt, {name: [] for name in whole if name[-3:] == "ids"}]]
+    del whole["draft_rank"]
+    empty = trace([], step=2)
+    odd = [json.dumps(whole), json.dumps(empty), "null", "{}", "[" * 5000, "9" * 5000, '{"step": 3, "resp']
+    with (run / "traces.jsonl").open("a") as file:
+        file.write("\n".join([*lines, *odd]))
+    names = [
+        "__proto__",
+        "constructor",
+        "toString",
+        "",
+        "</script><!--<script>",
+        "\ud800",
+        "eval//",
+        "eval/</script>/x",
+    ]
+    values = ["1", [1], {}, True, None, float("nan"), float("inf"), -float("inf"), 10**400, 10**30, -1e30, 1e-300]
+    records = [
+        *({"step": 3, name: 1.0} for name in names),
+        *({"step": step, "skd/response_len": value} for step, value in enumerate(values, start=4)),
+        *({"step": step, "skd/student_entropy": 1.0} for step in (None, "4", 4.5, True, -1, 10**30)),
+        *({"step": step, "time/step": -1e30, "tokens_per_s": 1e30} for step in (2**32 - 1, 20, 19)),
+        *({"step": step, "huge": value} for step, value in ((1, 1e30), (2, -1e30), (3, 1e16), (4, 1e16 + 2))),
+        *({"step": 2**32 - 2 + step, "late": value} for step, value in ((0, 1e16), (1, 1e16 + 2))),
+    ]
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n" + "\n".join(json.dumps(record) for record in records).encode() + b'\n{"step": 3')
+    (run / "status.json").write_bytes(b'{"stage": "\\ud83d", "planned_steps": 1e400}')
+    return run
+
+
+@pytest.mark.parametrize("config", [None, "[a, list]", "skd: {1: 2}"])
+def test_of_a_damaged_folder_the_whole_parts_are_shown_and_no_script_stops(browser, tmp_path, config):
+    runs = [damaged_run(tmp_path / "damaged"), write_run(tmp_path / "whole", traces=[trace([TOM])])]
+    if config is not None:
+        (runs[0] / "config.yaml").write_text(config)
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "report.html")]) == 0
+    browser.open(tmp_path / "report.html")
+    assert browser.problems == []
+    notes = " ".join(texts(browser, ".run .note"))
+    for part in (
+        "metrics.jsonl: 1 line left out: half written",
+        "metrics.jsonl: 6 records left out: step is no whole number from 0 on",
+        "metrics.jsonl: 8 values left out: 'skd/response_len' is not a number that can be drawn",
+        "traces.jsonl: 1 prompt left out: it is no text; its tokens are here (line 3).",
+        "traces.jsonl: 4 responses left out: step is no whole number from 0 on",
+        "status.json: planned_steps is no number of steps",
+    ):
+        assert part in notes, part
+    assert ("config.yaml cannot be read" in notes) == (config is not None)
+    change(browser, "trace-run", "0")
+    shown = [text for text in texts(browser, ".trace .facts span") if text.endswith(" tokens")]
+    assert shown.count("6 tokens") == shown.count("3 tokens") == shown.count("0 tokens") == 1
+    assert shown.count("2 tokens") == 7
+    browser.run("document.querySelectorAll('#chooser button[aria-pressed=false]').forEach((e) => e.click())")
+    charts = texts(browser, ".chart strong")
+    assert {"Loss", "__proto__", "constructor", "huge", "late", "</script><!--<script>"} <= set(charts)
+    assert len(charts) == browser.run("document.querySelectorAll('#charts canvas').length")
+    for axis in ("seconds", "step"):
+        change(browser, "x-axis", axis)
+        change(browser, "smoothing", "0.5", "input")
+    for order in ("maxKl", "replaced", "length", "step", "meanKl"):
+        change(browser, "sort", order)
+    browser.hover(".tokens .token")
+    browser.wait("!document.getElementById('inspector').hidden")
+    assert browser.problems == [] and browser.run("window.hacked") is None
