@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.rows import check_references, read_rows
+from skd_plugin.run_folder import out_file
 
 
 class Prompt(NamedTuple):
@@ -20,6 +21,7 @@ class Prompt(NamedTuple):
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
+    path = out_file(out)
     from skd_plugin.engine.set_up import set_up_offline
 
     set_up_offline()
@@ -50,8 +52,6 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         texts=[prompt.reference for prompt in repeated],
         progress=True,
     )
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for sample in finished:
             texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": sample.text}

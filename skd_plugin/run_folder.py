@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from skd_plugin.errors import RecipeError
+
 Record = dict[str, Any]  # a line of JSON
 
 
@@ -49,6 +51,24 @@ class LeftOut:
         if rest := sum(len(lines) for _, lines in told[self.REASONS :]):
             notes.append(f"{self.file}: {rest:,} more left out, for {len(told) - self.REASONS:,} other reasons.")
         return notes
+
+
+def out_file(name: str) -> Path:
+    """The file that --out names, with its folder made: asked for before the work, whose result would be lost.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            raise RecipeError(f"--out {name} is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--out {name} cannot be written: {error.strerror}") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RecipeError(f"--out {name} cannot be written: it is not yours to write")
+    return path
 
 
 @dataclass(frozen=True)

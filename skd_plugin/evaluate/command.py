@@ -14,13 +14,12 @@ from pathlib import Path
 from rich.console import Console
 
 from skd_plugin.engine.arguments import engine_for
-from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Answers, Job, read_answers
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
 from skd_plugin.evaluate.result import summarise
 from skd_plugin.evaluate.result_table import WIDTH, tables
 from skd_plugin.run.process import run_quietly
-from skd_plugin.run_folder import Status, replace_text
+from skd_plugin.run_folder import Status, out_file, replace_text
 from skd_plugin.terminal import plain_console, waiting
 from skd_plugin.words import duration
 
@@ -32,9 +31,7 @@ class EvalError(Exception):
 def run_eval(plan: Plan, where: str, out: str) -> int:
     """Returns 0, 1 (an engine failed; the error is printed) or 130 (Ctrl-C)."""
     console = plain_console(width=max(plain_console().width, WIDTH))
-    path = Path(out)
-    if path.is_dir():
-        raise RecipeError(f"--out {out} is a folder; name a file")
+    path = out_file(out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for note in filter(None, (*plan.notes, plan.models.skd.rollout.notice)):
         console.print(f"Not measured: {note}" if note in plan.notes else note)
@@ -50,7 +47,6 @@ def run_eval(plan: Plan, where: str, out: str) -> int:
         return 130
     shutil.rmtree(folder)
     result = summarise(plan, where, answers)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(asdict(result), indent=1) + "\n")
     for table in tables(result):
         console.print(table)

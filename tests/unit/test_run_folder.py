@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.run_folder import JsonLines, LeftOut, RunFolder, Status
+from skd_plugin import cli
+from skd_plugin.errors import RecipeError
+from skd_plugin.run_folder import JsonLines, LeftOut, RunFolder, Status, out_file
 from skd_plugin.seams import rebind
+from tests.recipes import QUICKSTART
 
 NAN = float("nan")
 
@@ -109,3 +112,25 @@ def test_rebinding_takes_a_name_that_is_there() -> None:
         rebind(module, "other", 2, needed_by="the sampler")
     with pytest.raises(RuntimeError, match=r"test_run_folder\..*Library has no 'method' any more.* of tests is"):
         rebind(type("Library", (), {}), "method", None)
+
+
+def test_the_file_of_out_is_known_to_be_writable(tmp_path: Path) -> None:
+    """Before the work that it is to hold."""
+    assert out_file(str(tmp_path / "deep" / "out.json")).parent.is_dir()
+    assert not (tmp_path / "deep" / "out.json").exists()
+    (tmp_path / "file").write_text("kept")
+    assert out_file(str(tmp_path / "file")).read_text() == "kept"
+    for name, message in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "file" / "out.json", "cannot be written"),
+        (tmp_path / ("x" * 5000), "cannot be written: File name too long"),
+    ):
+        with pytest.raises(RecipeError, match=f"--out .*{message}"):
+            out_file(str(name))
+
+
+@pytest.mark.parametrize("command", [["rollout", "--prompts", "p.jsonl"], ["eval"]])
+def test_a_command_asks_for_its_file_first(command: list[str], tmp_path: Path, capsys) -> None:
+    name, *options = command
+    assert cli.main([name, str(QUICKSTART), *options, "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} is a folder" in capsys.readouterr().err

@@ -18,7 +18,7 @@ IMPORTS: dict[str, set[str]] = {
     "seams": set(),
     "words": set(),
     "terminal": set(),
-    "run_folder": set(),
+    "run_folder": {"errors"},
     "cpu": {"seams"},
     "core": set(),
     "tasks": {"errors", "words"},
