@@ -32,3 +32,11 @@ def test_full_vocabulary_steps_are_the_hosts(cases: list[dict], stage: int) -> N
     for case in own:
         assert case["ours"] == pytest.approx(case["host"], rel=1e-5), case
         assert case["host"][0] != pytest.approx(case["host"][-1], rel=1e-3), "nothing was learnt"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_seen(cases: list[dict], stage: int) -> None:
+    """host/objective.py's `finite_gradients`, in the backward pass of every stage, and not one step too early."""
+    for case in cases:
+        if case["stage"] == stage:
+            assert all(text.startswith("nan: the gradient of step 5 is not finite") for text in case["stopped"]), case

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from skd_plugin.core.chunked import Scores, chunked_loss  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
 from skd_plugin.host.full_vocabulary import FullVocabularyActor  # noqa: E402
+from skd_plugin.host.objective import finite_gradients  # noqa: E402
 
 VOCAB, WIDTH, STEPS = 64, 12, 3
 
@@ -56,7 +57,7 @@ class Task:
         return divergence / self.count + (0 if self.foreseen else 0.1 * log_probs.sum())
 
 
-def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
+def make_actor(stage: int, tied: bool, full: bool) -> Actor:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
@@ -69,6 +70,11 @@ def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
     actor.model = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     if stage == 3:
         assert model.lm_head.weight.numel() == 0, "ZeRO-3 has not partitioned the head"
+    return actor
+
+
+def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
+    actor = make_actor(stage, tied, full)
     task, found = Task(foreseen), []
     for _ in range(STEPS):
         loss = task.loss(actor, full)
@@ -76,6 +82,21 @@ def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
         actor.model.step()
         found.append(loss.item())
     return found
+
+
+def stopped(stage: int, tied: bool, full: bool, foreseen: bool) -> str:
+    """The error of a step whose gradient alone is not finite, after one that is."""
+    actor, task = make_actor(stage, tied, full), Task(foreseen)
+    try:
+        for poison in (1.0, float("nan")):
+            with finite_gradients(actor.model.get_input_embeddings(), 5):
+                loss = task.loss(actor, full)
+                loss.register_hook(lambda gradient, poison=poison: gradient * poison)
+                actor.model.backward(loss)
+                actor.model.step()
+    except FloatingPointError as error:
+        return f"{poison}: {error}"
+    return ""
 
 
 def main() -> None:
@@ -87,7 +108,8 @@ def main() -> None:
     )
     cases = [
         {"stage": stage, "tied": tied, "foreseen": foreseen,
-         **{name: losses(stage, tied, name == "ours", foreseen) for name in ("host", "ours")}}
+         **{name: losses(stage, tied, name == "ours", foreseen) for name in ("host", "ours")},
+         "stopped": [stopped(stage, tied, full, foreseen) for full in (False, True)]}
         for stage in map(int, sys.argv[1:]) for tied in (False, True) for foreseen in (True, False)
     ]  # fmt: skip
     print(json.dumps(cases))
