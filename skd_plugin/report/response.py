@@ -53,7 +53,7 @@ def read_response(record: Record, line: int, left_out: LeftOut) -> Response | No
 def _read(record: Record, line: int, left_out: LeftOut) -> Response:
     step = record.get("step", 0)  # those of `skd rollout` have none
     if not is_whole(step, 0, LAST_STEP):
-        raise _Wrong("step is no whole number from 0 on")
+        raise _Wrong(f"step is no whole number from 0 to {LAST_STEP:,}")
     ids = _ids(record, "response_ids", 0)
     size = len(ids)
     source = _field(record, "source", str, size)
@@ -99,7 +99,7 @@ def _ids(record: Record, name: str, least: int, size: int | None = None) -> list
 
 def _whole_numbers(values: list, name: str, least: int) -> list[int]:
     if not all(is_whole(value, least, LAST_ID) for value in values):
-        raise _Wrong(f"{name} holds something that is no whole number from {least} on")
+        raise _Wrong(f"{name} holds something that is no whole number from {least} to {LAST_ID:,}")
     return values
 
 

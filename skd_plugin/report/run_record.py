@@ -149,7 +149,7 @@ def _curves(records: Iterable[tuple[int, Record]], left_out: LeftOut) -> dict[st
     for line, record in records:
         step = record.pop("step", None)
         if not is_whole(step, 0, LAST_STEP):
-            left_out.add("record", "step is no whole number from 0 on", line)
+            left_out.add("record", f"step is no whole number from 0 to {LAST_STEP:,}", line)
             continue
         for name, value in record.items():
             if value is None:  # a value that did not exist at this step

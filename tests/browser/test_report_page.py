@@ -284,10 +284,10 @@ def test_of_a_damaged_folder_the_whole_parts_are_shown_and_no_script_stops(brows
     notes = " ".join(texts(browser, ".run .note"))
     for part in (
         "metrics.jsonl: 1 line left out: half written",
-        "metrics.jsonl: 6 records left out: step is no whole number from 0 on",
+        "metrics.jsonl: 6 records left out: step is no whole number from 0 to 4,294,967,295",
         "metrics.jsonl: 8 values left out: 'skd/response_len' is not a number that can be drawn",
         "traces.jsonl: 1 prompt left out: it is no text; its tokens are here (line 3).",
-        "traces.jsonl: 4 responses left out: step is no whole number from 0 on",
+        "traces.jsonl: 4 responses left out: step is no whole number from 0 to 4,294,967,295",
         "status.json: planned_steps is no number of steps",
     ):
         assert part in notes, part

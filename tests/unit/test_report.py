@@ -225,13 +225,33 @@ RESPONSES = [
     (a_trace(teacher_logp={"0": 1}), "teacher_logp is no list", 2),
     (a_trace(student_entropy=[0.1]), "student_entropy is not as long as response_ids", 2),
     (a_trace(response_ids=None), "response_ids is no list", 2),
-    (a_trace(response_ids=["1", "2"]), "response_ids holds something that is no whole number from 0 on", 2),
-    (a_trace(response_ids=[1.5, 2]), "response_ids holds something that is no whole number from 0 on", 2),
-    (a_trace(response_ids=[True, 2]), "response_ids holds something that is no whole number from 0 on", 2),
-    (a_trace(response_ids=[-5, 2]), "response_ids holds something that is no whole number from 0 on", 2),
-    (a_trace(response_ids=[10**30, 2]), "response_ids holds something that is no whole number from 0 on", 2),
-    (a_trace(rejected_ids=[-2, 2]), "rejected_ids holds something that is no whole number from -1 on", 2),
-    (a_trace(draft_rank=[None, 2]), "draft_rank holds something that is no whole number from -1 on", 2),
+    (
+        a_trace(response_ids=["1", "2"]),
+        "response_ids holds something that is no whole number from 0 to 2,147,483,647",
+        2,
+    ),
+    (
+        a_trace(response_ids=[1.5, 2]),
+        "response_ids holds something that is no whole number from 0 to 2,147,483,647",
+        2,
+    ),
+    (
+        a_trace(response_ids=[True, 2]),
+        "response_ids holds something that is no whole number from 0 to 2,147,483,647",
+        2,
+    ),
+    (a_trace(response_ids=[-5, 2]), "response_ids holds something that is no whole number from 0 to 2,147,483,647", 2),
+    (
+        a_trace(response_ids=[10**30, 2]),
+        "response_ids holds something that is no whole number from 0 to 2,147,483,647",
+        2,
+    ),
+    (
+        a_trace(rejected_ids=[-2, 2]),
+        "rejected_ids holds something that is no whole number from -1 to 2,147,483,647",
+        2,
+    ),
+    (a_trace(draft_rank=[None, 2]), "draft_rank holds something that is no whole number from -1 to 2,147,483,647", 2),
     (a_trace(source="s"), "source is not as long as response_ids", 2),
     (a_trace(source=["s", "s"]), "source is no text", 2),
     (a_trace(source="s\u2028"), "source has unknown letters such as '\\u2028'", 2),
@@ -240,9 +260,9 @@ RESPONSES = [
     (a_trace(teacher_topk_ids=[[None] * 3] * 2), "teacher_topk_ids holds something that is no whole number", 2),
     (a_trace(teacher_topk_logp=[[0.0] * 2] * 2), "teacher_topk_ids and teacher_topk_logp differ in length", 2),
     (a_trace(teacher_topk_logp=[[0.0, "x", 0.0]] * 2), "teacher_topk_logp holds something that is neither", 2),
-    (a_trace(step=None), "step is no whole number from 0 on", 2),
-    (a_trace(step=-1), "step is no whole number from 0 on", 2),
-    (a_trace(step=10**30), "step is no whole number from 0 on", 2),
+    (a_trace(step=None), "step is no whole number from 0 to 4,294,967,295", 2),
+    (a_trace(step=-1), "step is no whole number from 0 to 4,294,967,295", 2),
+    (a_trace(step=10**30), "step is no whole number from 0 to 4,294,967,295", 2),
     ("{}", "1 response left out: response_ids is missing", 2),
     ("[" * 5000, "1 line left out: no record of JSON", 2),
     ("9" * 5000, "1 line left out: no record of JSON", 2),
@@ -297,10 +317,10 @@ METRICS = [
     ],
     ('{"step": 4, "my/own": 8.0, "skd/loss": 1e400}', "value left out: 'skd/loss' is not a number that can be drawn"),
     *[
-        (metrics_of_step(step), "record left out: step is no whole number from 0 on")
+        (metrics_of_step(step), "record left out: step is no whole number from 0 to 4,294,967,295")
         for step in (None, "4", 4.5, True, [4], -4, 10**30, float("nan"))
     ],
-    ('{"my/own": 8.0}', "record left out: step is no whole number from 0 on"),
+    ('{"my/own": 8.0}', "record left out: step is no whole number from 0 to 4,294,967,295"),
     ("[1, 2]", "line left out: no record of JSON"),
     ('{"step": 4, "my/own": 8.0', "line left out: no record of JSON"),
 ]
