@@ -27,8 +27,16 @@ SMALL = [
 ]
 UNMEASURED = ["skd.eval.teacher=false", "skd.eval.at_start=false"]
 # Two episodes of six steps, a checkpoint at every other step, evaluations at every fourth, every response recorded.
+# All is on that can be on at once: two tasks, references beside samples, a gate that is steered, the whole vocabulary.
+ARITHMETIC = "{name: arithmetic, train_prompts: 32, eval_prompts: 6, top_k: 1}"
+COUNT = f"{{name: {Path(__file__).with_name('count_task.py')}, train_prompts: 16, eval_prompts: 4, max_new_tokens: 5}}"
 LONGER = [
-    "skd.task.train_prompts=48",
+    "skd.task=null",
+    f"skd.tasks=[{ARITHMETIC}, {COUNT}]",
+    "skd.rollout.method=mixed_skd",
+    "skd.rollout.top_k={kind: target_acceptance, rate: 0.5, start: 4, gain: 2}",
+    "skd.rollout.reference_compat=true",
+    "skd.loss.vocabulary=full",
     "openrlhf.train.num_episodes=2",
     "openrlhf.ckpt.save_steps=2",
     "openrlhf.eval.steps=4",

@@ -1,4 +1,4 @@
-"""A run of text from two sources, under a gate that follows the rate of acceptance, with the whole vocabulary."""
+"""Text from two sources, under a gate that follows the rate of acceptance, with the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import UNMEASURED, finish, steps, traces
+from tests.e2e.running import NUM_STEPS, steps, traces
 
 pytestmark = pytest.mark.e2e
 
 
-def test_references_and_samples_in_one_run(tmp_path: Path) -> None:
-    printed = finish(
-        tmp_path / "run",
-        *UNMEASURED,
-        "skd.rollout.method=mixed_skd",
-        "skd.rollout.top_k={kind: target_acceptance, rate: 0.5, start: 4, gain: 2}",
-        "skd.rollout.reference_compat=true",
-        "skd.loss.vocabulary=full",
-        "skd.traces_per_step=8",
-    )
+def test_references_and_samples_in_one_run(finished_run: tuple[Path, str]) -> None:
+    folder, printed = finished_run
     assert printed.count("skd.rollout.reference_compat: as in SKD's released code") == 1
-    records, lines = steps(tmp_path / "run"), traces(tmp_path / "run")
-    assert len(records) == 3 and len(lines) == 24
+    records, lines = steps(folder), traces(folder)
+    assert len(records) == NUM_STEPS and len(lines) == 8 * NUM_STEPS
     assert {frozenset(line["source"]) & {"r"} for line in lines} == {frozenset("r"), frozenset()}
     assert all(set(line["source"]) <= set("st") or set(line["source"]) == {"r"} for line in lines)
     assert all(record["skd/loss"] == pytest.approx(record["skd/kl"], rel=1e-3) for record in records)

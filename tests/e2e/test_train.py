@@ -51,7 +51,7 @@ def test_traces_are_what_was_trained_on(finished_run):
     folder, _ = finished_run
     assert {trace["step"] for trace in traces(folder)} == set(range(1, NUM_STEPS + 1))
     for trace in traces(folder):
-        assert set(trace["source"]) <= {"s", "t"}
+        assert set(trace["source"]) <= {"s", "t", "r"}
         assert len(trace["source"]) == len(trace["response_ids"]) == len(trace["teacher_topk_ids"])
     for record in steps(folder):
         assert record["skd/loss"] == pytest.approx(record["skd/kl"], rel=0.02)
