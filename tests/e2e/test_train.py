@@ -82,5 +82,5 @@ def test_a_killed_skd_takes_its_processes_with_it(tmp_path):
     process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
     wait_for_step(tmp_path, 1, process)
     process.kill()
-    process.wait()
+    process.communicate()
     wait_until_gone(tmp_path)
