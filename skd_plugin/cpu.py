@@ -41,7 +41,6 @@ def install() -> None:
         return real("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
     rebind(device_mesh, "init_device_mesh", init_device_mesh)
-    rebind(torch.distributed, "init_device_mesh", init_device_mesh)
 
 
 def _make_noop() -> Callable[..., None]:

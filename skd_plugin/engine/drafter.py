@@ -61,7 +61,7 @@ class SKDDrafter(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self._table, self._runner = table, runner
 
-    def _get_model(self) -> torch.nn.Module:
+    def _get_model(self) -> torch.nn.Module:  # of load_model
         with loadable_weights():
             return super()._get_model()
 
@@ -85,11 +85,12 @@ class SKDDrafter(DraftModelProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         **others: Any,
     ) -> torch.Tensor:
-        """Drafted tokens [B, L]."""
+        """Drafted tokens [B, L]; the runner's `propose_draft_token_ids` asks for those of every request."""
         request_ids = self._runner.input_batch.req_ids
         read_B = common_attn_metadata.seq_lens.to(torch.int64)  # tokens of each request that the teacher has read
+        # prepare_inputs_padded leaves the rejected drafts in these lengths
         kept_B = read_B if num_rejected_tokens_gpu is None else read_B - num_rejected_tokens_gpu
-        drafting = Drafting(self._table.rows(request_ids), kept_B + 1)  # after the one that was just sampled
+        drafting = Drafting(self._table.rows(request_ids), kept_B + 1)  # set_inputs_first_pass adds the sampled one
         tokens_BL = super().propose(
             common_attn_metadata=common_attn_metadata,
             sampling_metadata=drafting,

@@ -22,11 +22,13 @@ from skd_plugin.engine.request_table import RequestRows, RequestTable
 
 
 class SKDSampler:
-    """Takes the place of the model runner's `_sample`, the one call through which every token of the engine goes.
+    """Takes the place of the model runner's `_sample`, the one call (in its `sample_tokens`) through which every token
+    of the engine goes.
 
-    It returns the token ids in the runner's own form, [B, L + 1] with -1 for "no token". A fully kept block is
-    returned without a bonus token; to the scheduler it looks as if the last draft had been rejected and replaced by
-    itself, so its bookkeeping of computed tokens stays right.
+    It returns the token ids in the runner's own form, [B, L + 1] with -1 for "no token", as `_bookkeeping_sync` and
+    the rejection sampler's `parse_output` read them. A fully kept block is returned without a bonus token; to the
+    scheduler's `update_from_output` it looks as if the last draft had been rejected and replaced by itself, so its
+    bookkeeping of computed tokens stays right.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class SKDSampler:
         self, batch: RequestRows, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]
     ) -> torch.Tensor:
         """Tokens [B, L + 1] of the requests with drafts; rows without stay empty."""
-        real = metadata.draft_token_ids >= 0
+        real = metadata.draft_token_ids >= 0  # one entry a draft, request by request: _calc_spec_decode_metadata
         counts_B = torch.tensor(counts, device=logits.device)
         logits_rows_N = metadata.target_logits_indices[real]
         draft_N = metadata.draft_token_ids[real].long()

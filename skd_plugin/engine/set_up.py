@@ -16,5 +16,5 @@ def set_up_skd() -> None:
     """For an engine with teacher and student: vLLM's first model runner, and models of different padding."""
     from skd_plugin.engine.vocabulary import allow_padding
 
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # read when a runner is chosen, in whichever process that happens
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # of use_v2_model_runner, in whichever process that is asked
     allow_padding()

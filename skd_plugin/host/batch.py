@@ -31,7 +31,9 @@ def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:
 
 
 class Totals(TypedDict, total=False):
-    """What OpenRLHF's losses divide by: of an optimizer step, over all ranks, by the number of its micro-batches."""
+    """What OpenRLHF's losses divide by: of an optimizer step, over all ranks, by the number of its micro-batches
+    (`_optimizer_step_loss_norm`).
+    """
 
     dp_size: int
     batch_num_tokens: torch.Tensor

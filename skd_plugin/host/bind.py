@@ -42,7 +42,7 @@ def bind(run: Run) -> None:
         return get_strategy(args)
 
     rebind(host_utils, "get_strategy", strategy_with_skd)
-    rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))
+    rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))  # create_vllm_engines names it
     rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
@@ -63,7 +63,7 @@ def _on_cpu(host_actor: Any) -> type:
 
 
 def _rollout_class(run: Run) -> type[SKDRollout]:
-    """SKDRollout with the recipe in it: OpenRLHF creates the actor with arguments of its own only."""
+    """SKDRollout with the recipe in it: `create_vllm_engines` creates the actor with OpenRLHF's arguments only."""
     options = {**host_defaults(), **run.host}
     spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
     reward_timeout_s = run.skd.objective.reward_timeout_s

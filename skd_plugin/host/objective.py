@@ -119,7 +119,7 @@ def finite_gradients(embeddings: torch.nn.Module, step: int) -> Iterator[None]:
 
 class StepLoss:
     """The loss of one micro-batch: targets and forward, token losses, reduction. Stands where OpenRLHF has its
-    PolicyLoss: same arguments, same five results.
+    PolicyLoss: same arguments, same five results, which its `training_step` unpacks.
     """
 
     def __init__(self, objective: Objective, coefficients: Coefficients, experience: Any) -> None:

@@ -35,6 +35,7 @@ class SKDRollout(HostRollout):
     async def __init__(
         self, *args: Any, spec: EngineSpec, reward_timeout_s: float, remote_rm_url: Any = None, **kwargs: Any
     ) -> None:
+        """`args` and `kwargs` are what OpenRLHF's `create_vllm_engines` gives."""
         for unread in ("logprobs_mode", "max_logprobs"):  # the traces say more
             kwargs.pop(unread, None)
         set_up_skd()
@@ -141,6 +142,7 @@ class _TracingExecutor(AgentExecutorBase):
         self._inner = inner
 
     async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
+        """Called by keywords, in the actor's `generate_responses`."""
         turns = _TurnRecorder(llm_engine, Label.parse(label))
         response = await self._inner.execute(prompt=prompt, label=label, llm_engine=turns, **kwargs)
         response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])

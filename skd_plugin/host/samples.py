@@ -147,6 +147,6 @@ class RewardFreeExperienceMaker(RemoteExperienceMaker):
     def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
         batches = self.split_rollout_samples(rollout_samples)
         for batch in batches:
-            if batch.rewards is None:  # OpenRLHF prints and averages a reward; there is none
+            if batch.rewards is None:  # _compute_rollout_stats averages a reward; there is none
                 batch.info["reward"] = torch.full((len(batch.sequences),), float("nan"))
         return batches

@@ -88,7 +88,8 @@ class StudentWeights(WorkerWrap):
 
 class StudentSender:
     """The trainer's end: the student's weights to every engine's draft model, few large messages and not one call a
-    parameter. OpenRLHF's trainer has made the process group, or shares its GPU with the engines (CUDA IPC).
+    parameter, as in OpenRLHF's `broadcast_to_vllm`. OpenRLHF's trainer has made the process group
+    (`_init_vllm_sync_group`), or shares its GPU with the engines (CUDA IPC).
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -6,7 +6,7 @@ from skd_plugin.tasks.label import Label
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, float]:
-    """Score of one response; OpenRLHF asks for one at a time.
+    """Score of one response; OpenRLHF's `SingleTurnAgentExecutor.execute` asks for one at a time.
 
     Args:
         queries: prompt and response as text, special tokens included.

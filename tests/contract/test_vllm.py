@@ -74,6 +74,13 @@ SIGNATURES = [
     (f"{DRAFTER}.__init__", "vllm_config device runner", "engine/drafter.py"),
     (f"{DRAFTER}._get_model", "", "engine/drafter.py"),
     (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "engine/drafter.py"),
+    (f"{DRAFTER}.propose",
+     "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
+     "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu "
+     "slot_mappings", "engine/drafter.py"),
+    (f"{SCHEDULER}._update_request_with_output", "request new_token_ids is_stale", "engine/scheduler.py"),
+    ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "engine/worker.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.init_device", "", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.execute_model", "scheduler_output", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "engine/worker.py"),
     ("vllm:LLM.collective_rpc", "method timeout args kwargs", "engine/offline.py"),
@@ -179,21 +186,22 @@ def test_scheduler_samples_one_token_a_step() -> None:
     assert "num_sampled_tokens_per_step" in default, "revisit the bonus token in skd_plugin/engine/sampler.py"
 
 
-@pytest.mark.parametrize(
-    ("path", "names", "ours"),
-    [
-        ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
-         "draft_token_ids num_draft_tokens target_logits_indices bonus_logits_indices", "engine/sampler.py"),
-        ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
-        ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params output_token_ids",
-         "engine/request_table.py and engine/sampler.py"),
-        ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids", "engine/worker.py"),
-        ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "engine/request.py"),
-        ("vllm.config:VllmConfig", "additional_config speculative_config scheduler_config", "engine/worker.py"),
-        ("vllm.config:SpeculativeConfig", "method model num_speculative_tokens draft_sample_method draft_model_config",
-         "engine/arguments.py"),
-    ],
-)  # fmt: skip
+FIELDS = [
+    ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+     "draft_token_ids num_draft_tokens target_logits_indices", "engine/sampler.py"),
+    ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
+    ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params", "engine/request_table.py"),
+    ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "output_token_ids", "engine/sampler.py"),
+    ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids", "engine/worker.py"),
+    ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "engine/request.py"),
+    ("vllm.config:VllmConfig", "additional_config speculative_config", "engine/worker.py"),
+    ("vllm.config:SpeculativeConfig", "method model num_speculative_tokens draft_sample_method",
+     "engine/arguments.py"),
+    ("vllm.config:SpeculativeConfig", "draft_model_config", "engine/worker.py and engine/vocabulary.py"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "names", "ours"), FIELDS, ids=[row[0].partition(":")[2] for row in FIELDS])
 def test_fields(path: str, names: str, ours: str) -> None:
     missing = set(names.split()) - {f.name for f in dataclasses.fields(find(path))}
     assert not missing, f"{path} has no {', '.join(sorted(missing))}; revisit skd_plugin/{ours}"
