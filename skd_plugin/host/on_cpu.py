@@ -16,6 +16,8 @@ import torch
 from skd_plugin import cpu
 from skd_plugin.seams import rebind
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
 
 def install() -> None:
     """Before OpenRLHF is imported, in the driver and in each Ray worker (as Ray's worker_process_setup_hook).
@@ -54,6 +56,7 @@ def adapt_trainer() -> None:
     """
     if torch.cuda.is_available():
         return
+    import deepspeed.ops
     import openrlhf.trainer.ppo_utils.replay_buffer as replay_buffer
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     import openrlhf.utils.deepspeed.deepspeed as host_strategy
@@ -66,6 +69,8 @@ def adapt_trainer() -> None:
     adapt_weight_sync()
     rebind(ppo_actor, "stateless_init_process_group", gloo_process_group)
     rebind(host_strategy, "get_train_ds_config", _with_torch_adam)
+    # An operator of inference over several ranks, which DeepSpeed would compile first; without it gloo does that.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
 
 
 def adapt_weight_sync() -> None:

@@ -797,6 +797,18 @@ def test_actor_is_loaded_in_float32(adapted: None) -> None:
 
 
 @without_cuda
+def test_deepspeed_asks_its_module_for_the_operator_that_we_leave_out(adapted: None) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from skd_plugin.host.on_cpu import SHARED_MEMORY_OP
+
+    module = importlib.import_module("deepspeed.comm.torch")  # `import ... as` would find torch itself
+    assert get_accelerator().create_op_builder("ShareMemCommBuilder").NAME == SHARED_MEMORY_OP
+    assert "build_shm_op" in module.TorchBackend.__init__.__code__.co_names, "revisit skd_plugin/host/on_cpu.py"
+    assert module.build_shm_op() is None
+    assert "shm_comm_op != None" in inspect.getsource(module.TorchBackend), "None is no longer an answer"
+
+
 def test_nothing_is_compiled_for_the_optimizer(adapted: None) -> None:
     """DeepSpeed takes torch's AdamW where the configuration says so; the strategy asks its module for that."""
     import openrlhf.utils.deepspeed.deepspeed as strategy
