@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import openrlhf.trainer.ray.ppo_actor as host
+import ray
 import torch
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
@@ -45,6 +46,13 @@ class SKDActorTrainer(host.ActorPPOTrainer):
             self.objective.step(self.actor, experience) as self.actor_loss_fn,
         ):
             return super().training_step(experience, *args, **kwargs)
+
+    def _init_vllm_sync_group(self, backend: str) -> None:
+        """An engine that did not start would never join the group, and this process would wait for it in the
+        rendezvous. Asked first, it answers with the error that ended it.
+        """
+        ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
+        super()._init_vllm_sync_group(backend)
 
     def broadcast_to_vllm(self) -> None:
         StudentSender(self).send()

@@ -16,8 +16,11 @@ import psutil
 POLL_S = 0.5
 GRACE_S = 10.0  # for the process to end by itself after a signal
 RUN_ID = "SKD_RUN_ID"  # environment variable by which everything that a process has started is found again
-# vLLM puts "(EngineCore pid=7)" in front.
-ERROR = re.compile(r"^(?:\(.*?\)\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
+# vLLM puts "(EngineCore pid=7)" in front, and Ray a coloured "(SKDRollout pid=5)" before that.
+PREFIX = r"^((?:\x1b\[\d*m|\([^()]*\)|\s)*)"
+ERROR = re.compile(PREFIX + r"([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
+ENGINE = "EngineCore"  # vLLM's process of an engine
+ELSEWHERE = "See root cause above"  # in vLLM's error where that process has failed
 
 
 def _nothing() -> None:
@@ -64,12 +67,18 @@ def run_quietly(module_and_arguments: Sequence[str], log: Path, look: Callable[[
 
 def last_error(log: Path) -> str | None:
     """The last line of the log that reads like an exception, with the indented line below it, which in a validation
-    error holds the reason; else the last line that says anything."""
+    error holds the reason; else the last line that says anything. Where it is vLLM's word that an engine has not
+    started, the last one of that engine's own process.
+    """
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    process = ""
     for number in reversed(range(len(lines))):
-        if match := ERROR.match(lines[number].strip()):
+        match = ERROR.match(lines[number].strip())
+        if match and ELSEWHERE in match[2]:
+            process = ENGINE
+        elif match and process in match[1]:
             below = lines[number + 1 : number + 2]
-            return " ".join([match[1], *(line.strip() for line in below if line.startswith("  "))])
+            return " ".join([match[2], *(line.strip() for line in below if line.startswith("  "))])
     return lines[-1].strip() if lines else None
 
 

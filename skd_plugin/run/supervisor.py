@@ -12,7 +12,7 @@ from rich.text import Text
 from skd_plugin.config.run import Run
 from skd_plugin.run import resume
 from skd_plugin.run.lock import owned
-from skd_plugin.run.process import run_module
+from skd_plugin.run.process import ELSEWHERE, last_error, run_module
 from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.terminal import plain_console, waiting
@@ -45,6 +45,8 @@ def _supervise(run: Run, console: Console) -> int:
         return 130
     if status != 0:
         error = folder.status.read().get("error") or f"OpenRLHF's process ended with status {status}"
+        if ELSEWHERE in error:
+            error = f"the engine did not start: {last_error(folder.log)}"
         console.print(Text.assemble(("The run failed:", "red"), f" {error}"))
         console.print(f"The whole story is in {folder.log}. {_how_to_go_on(run)}")
         return 1

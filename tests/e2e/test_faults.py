@@ -43,3 +43,11 @@ def test_a_full_disk_ends_the_run_with_advice(tmp_path: Path) -> None:
     assert process.returncode == 1, output
     assert "No space left on device. Make room, or point skd.run_dir at another disk" in output
     assert not processes_with(folder)
+
+
+def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *UNMEASURED, "skd.vllm={kv_cache_memory_bytes: 1000}")
+    output, _ = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 1, output
+    assert "The run failed: the engine did not start: ValueError: No available memory for the cache blocks." in output
+    assert not processes_with(tmp_path / "run")

@@ -13,6 +13,15 @@ from skd_plugin.run.process import last_error, run_module, run_quietly
 from tests.waiting import wait_for
 
 SLEEP = "import subprocess, sys\nsleep = [sys.executable, '-c', 'import time; time.sleep(3600)']\n"
+# As it comes through Ray: the engine's own process, then the actor that waited for it, then who waited for the actor.
+ENGINE_THAT_DID_NOT_START = """
+\x1b[36m(ConfiguredRollout pid=5)\x1b[0m (EngineCore pid=6)     raise ValueError(
+\x1b[36m(ConfiguredRollout pid=5)\x1b[0m (EngineCore pid=6) ValueError: No available memory for the cache blocks.
+\x1b[36m(ConfiguredRollout pid=5)\x1b[0m (EngineCore pid=6) ERROR 11-27 [core.py:1374] ValueError: No available memory
+ray.exceptions.ActorDiedError: The actor died because of an error raised in its creation task, ray::Rollout.__init__()
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+\x1b[36m(ConfiguredRollout pid=5)\x1b[0m RuntimeError: Engine core initialization failed. See root cause above.
+"""
 
 
 @pytest.fixture
@@ -48,6 +57,8 @@ def test_the_error_is_found_in_the_chatter(tmp_path: Path, module) -> None:
     assert last_error(log) == "RuntimeError: dead"
     log.write_text("x.ValidationError: 1 error for A\n  unknown option [b=1]\n    read more\n")
     assert last_error(log) == "x.ValidationError: 1 error for A unknown option [b=1]"
+    log.write_text(ENGINE_THAT_DID_NOT_START)
+    assert last_error(log) == "ValueError: No available memory for the cache blocks."
     log.write_text("one\ntwo\n\n")
     assert last_error(log) == "two"
 
