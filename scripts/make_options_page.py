@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from skd_plugin.config.host_options import host_defaults
+from skd_plugin.config.host_support import default_of, support_of
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import SKDConfig, TaskConfig, field_docs
 from skd_plugin.config.section import OneOf
@@ -29,6 +31,13 @@ options are the section `openrlhf:`; `skd train --help` lists both, and
 *Moves* marks a value that may also be a mapping: `linear` or `cosine` is a
 [schedule](rollout.md#values-that-move-over-training); `target_acceptance`, of `top_k` and `threshold` only, follows
 the rate of acceptance.
+"""
+
+HOST_HEAD = """
+## OpenRLHF's options
+
+What OpenRLHF's parser takes, and what a distillation run makes of it (`skd_plugin/config/host_support.py`). *Honoured*
+is as in OpenRLHF's own runs where nothing else is said; *refused* is an error that gives the reason.
 """
 
 # Heading -> prefix of the options below it, and the page that explains them.
@@ -61,7 +70,20 @@ def page() -> str:
         rows = [_row(name, left.pop(name)) for name in names]
         table = ["| option | default | values | what it is |", "|---|---|---|---|", *rows]
         parts.append("\n".join([f"\n## {heading}\n", *([more, ""] if more else []), *table]) + "\n")
-    return "".join(parts)
+    return "".join([*parts, host_page()])
+
+
+def host_page() -> str:
+    rows = []
+    for name, default in sorted(host_defaults().items()):
+        kind, words = support_of(name)
+        if name == "logger.wandb.run_name":
+            default = "`ppo_` and the time"
+        else:
+            default = "none" if default in (None, "") else f"`{_text(default)}`"
+        cells = (f"`{name}`", default, default_of(name), kind, words)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([HOST_HEAD, "| option | OpenRLHF's default | ours | | |", "|---|---|---|---|---|", *rows]) + "\n"
 
 
 def _row(name: str, default: Any) -> str:
@@ -85,7 +107,11 @@ def _default(field: FieldInfo, default: Any) -> str:
         return "required"
     if default is None:
         return "none"
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`".replace("`()`", "none")
+    return f"`{_text(default)}`".replace("`()`", "none")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(kind: Any, limits: list[Any]) -> str:

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "algo.advantage.estimator": "reinforce",
     "rollout.n_samples_per_prompt": 1,
     "vllm.num_engines": 1,
+    "vllm.enable_prefix_caching": True,
     "eval.temperature": 0,
     "eval.n_samples_per_prompt": 1,
     "ckpt.best_metric_key": "none",
@@ -42,11 +43,12 @@ FIXED: dict[str, tuple[Any, str]] = {
     "ds.ring_attn_size": (1, "ring attention packs samples, and the loss needs unpacked logits"),
     "ds.tensor_parallel_size": (1, "logits sharded over ranks are not supported"),
     "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
+    "data.image_key": ("images", "the student drafts from token ids only"),
+    "actor.freeze_visual_encoder": (False, "the student drafts from token ids only"),
     "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
     "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
     "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),
     "vllm.enable_sleep": (False, "sleeping frees the teacher's weights, which the weight sync does not bring back"),
-    "ds.use_liger_kernel": (False, "Liger's fused loss returns no logits"),
     "use_ms": (False, "models and datasets come from Hugging Face or from disk"),
 }
 # Likewise, of a run whose skd.objective.rl_coef is 0: nothing would read them.
@@ -84,6 +86,11 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
         raise RecipeError(
             f"openrlhf.ckpt.max_num is {options['ckpt.max_num']}, but must be 2 or more: OpenRLHF deletes the oldest "
             "checkpoint before it writes the next, and a run that dies in between would have none"
+        )
+    if options["ds.enable_sleep"] and not options["ds.zero_stage"]:
+        raise RecipeError(
+            "openrlhf.ds.enable_sleep is on, but at openrlhf.ds.zero_stage = 0 DeepSpeed cannot move the optimizer "
+            "off the GPU; set zero_stage to 1 or more"
         )
     _check_batches(options)
     if skd.objective.uses_rewards:
@@ -133,6 +140,12 @@ def _check_batches(options: HostOptions) -> None:
         raise RecipeError(
             f"openrlhf.rollout.batch_size x n_samples_per_prompt is {per_rollout}, not a multiple of "
             f"openrlhf.train.batch_size = {options['train.batch_size']}: the rest of a rollout would go to waste"
+        )
+    asked = options["rollout.vllm_generate_batch_size"]
+    if asked is not None and asked != options["rollout.batch_size"]:
+        raise RecipeError(
+            f"openrlhf.rollout.vllm_generate_batch_size is {asked}, but a step takes rollout.batch_size = "
+            f"{options['rollout.batch_size']} prompts, all of which are sent to the engines at once; leave it out"
         )
 
 

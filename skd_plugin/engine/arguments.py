@@ -76,10 +76,9 @@ class EngineSpec:
 
     def _of_device(self) -> dict[str, Any]:
         if not self.cpu:
-            return {"dtype": "bfloat16", "enable_prefix_caching": True}
+            return {"dtype": "bfloat16"}
         return {
             "dtype": "float32",
-            "enable_prefix_caching": True,
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_CACHE_BYTES,
         }
@@ -118,6 +117,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         openrlhf={
             "tensor_parallel_size": options["vllm.tensor_parallel_size"],
             "enforce_eager": options["vllm.enforce_eager"],
+            "enable_prefix_caching": options["vllm.enable_prefix_caching"],
             "gpu_memory_utilization": options["vllm.gpu_memory_utilization"],
             "seed": options["train.seed"],
             "trust_remote_code": True,

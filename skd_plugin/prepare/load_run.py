@@ -191,12 +191,15 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
 def host_options_of(models: Models) -> dict[str, Any]:
     """Those of the recipe with all that follows from the other options of the run."""
     folder = RunFolder(Path(models.skd.run_dir))
+    places = {
+        "ckpt.output_dir": folder.model,
+        "ckpt.path": folder.checkpoints,
+        "logger.tensorboard_dir": folder.events,
+    }
     host = {
+        "logger.wandb.run_name": folder.path.name,  # of its events too, which OpenRLHF keeps in a folder of this name
         **models.given,
-        "ckpt.output_dir": str(folder.model),
-        "ckpt.path": str(folder.checkpoints),
-        "logger.tensorboard_dir": str(folder.events.parent),
-        "logger.wandb.run_name": folder.events.name,  # so OpenRLHF names the folder of its events
+        **{option: str(Path(models.given.get(option, place)).resolve()) for option, place in places.items()},
         "rollout.max_new_tokens": models.max_new_tokens,
     }
     if models.skd.all_tasks:

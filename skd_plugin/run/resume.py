@@ -50,7 +50,7 @@ def _why_not(run: Run) -> str:
     reasons = []
     before, now = Run.load(folder).flat_options(), run.flat_options()
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-    changed.discard("openrlhf.ckpt.load_enable")
+    changed = {key for key in changed if not key.startswith("openrlhf.logger.")} - {"openrlhf.ckpt.load_enable"}
     if changed:
         reasons.append(f"its recipe was another one ({', '.join(sorted(changed))})")
     data = run.data_digest()

@@ -12,6 +12,7 @@ from rich.text import Text
 from skd_plugin.config.run import Run
 from skd_plugin.run import resume
 from skd_plugin.run.lock import owned
+from skd_plugin.run.places import link_places
 from skd_plugin.run.process import ELSEWHERE, last_error, run_module
 from skd_plugin.run.progress import Follower, summary_table
 from skd_plugin.run_folder import RunFolder
@@ -30,6 +31,7 @@ def supervise(run: Run) -> int:
 
 def _supervise(run: Run, console: Console) -> int:
     run = after_the_earlier_run(run, console)
+    link_places(run)
     run.save()
     folder = run.folder
     console.print(f"Run folder {folder.path}; OpenRLHF's own output goes to {folder.log.name} there")

@@ -333,8 +333,8 @@ def _engine_keywords() -> set[str]:
 
 def test_engine_gets_the_arguments_that_we_replace() -> None:
     """SKDRollout pops these; one that the host renames would go to vLLM beside ours."""
-    replaced = {"model", "max_model_len", "worker_extension_cls", "dtype", "enable_prefix_caching", "logprobs_mode",
-                "max_logprobs", "gpu_memory_utilization", "remote_rm_url"}  # fmt: skip
+    replaced = {"model", "max_model_len", "worker_extension_cls", "dtype", "logprobs_mode", "max_logprobs",
+                "gpu_memory_utilization", "remote_rm_url"}  # fmt: skip
     missing = replaced - _engine_keywords()
     assert not missing, f"the host no longer passes {missing}; revisit skd_plugin/host/rollout_actor.py"
 

@@ -42,7 +42,7 @@ def test_run_folder_is_complete(finished_run: tuple[Path, str]):
     assert evaluations.count("eval/arithmetic/teacher_accuracy") == 1
     for name in ("config.yaml", "host.log", "traces.jsonl", "model/config.json"):
         assert (folder / name).exists(), name
-    assert list(folder.glob("tensorboard/events.out.tfevents.*"))
+    assert list(folder.glob(f"tensorboard/{folder.name}/events.out.tfevents.*"))
     assert "acceptance" in output and "KL to teacher" in output
 
 

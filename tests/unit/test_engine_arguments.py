@@ -168,6 +168,12 @@ def test_arguments_of_a_recipe(overrides, monkeypatch) -> None:
         assert first["gpu_memory_utilization"] == 0.3 and "kv_cache_memory_bytes" not in first
 
 
+def test_the_prefix_cache_can_be_turned_off(overrides, monkeypatch) -> None:
+    assert all(engine["enable_prefix_caching"] for engine in trained(overrides, monkeypatch))
+    off = [*overrides, "openrlhf.vllm.enable_prefix_caching=false"]
+    assert not any(engine["enable_prefix_caching"] for engine in trained(off, monkeypatch))
+
+
 @pytest.mark.parametrize("cpu", [True, False])
 def test_options_of_the_user_win_over_all_others(cpu: bool) -> None:
     own = {"dtype": "float16", "seed": 1, "gpu_memory_utilization": 0.5, "max_num_batched_tokens": 64}

@@ -56,6 +56,7 @@ WRONG = {
     "algo.kl.init_coef": 0.01, "algo.advantage.estimator": "group_norm", "rollout.temperature": 0.7,
     "rollout.top_p": 0.9,
     "ds.ring_attn_size": 2, "ds.tensor_parallel_size": 2, "data.max_images_per_prompt": 1,
+    "data.image_key": "pictures",
 }  # fmt: skip
 
 
@@ -77,6 +78,21 @@ def test_rollouts_that_do_not_divide_into_training_batches() -> None:
     host_rules.check(_complete(**sizes, **{"train.batch_size": 4}), REWARD_FREE)
     with pytest.raises(RecipeError, match=r"is 12, not a multiple of openrlhf\.train\.batch_size = 8"):
         host_rules.check(_complete(**sizes, **{"train.batch_size": 8}), REWARD_FREE)
+
+
+@pytest.mark.parametrize("asked", [4, 16])
+def test_a_step_sends_all_its_prompts_at_once(asked: int) -> None:
+    """OpenRLHF would take what a smaller number brings for the end of the data, and never train."""
+    options = {"rollout.batch_size": 8, "train.batch_size": 8}
+    host_rules.check(_complete(**options, **{"rollout.vllm_generate_batch_size": 8}), REWARD_FREE)
+    with pytest.raises(RecipeError, match=rf"vllm_generate_batch_size is {asked}, but a step takes .* = 8 prompts"):
+        host_rules.check(_complete(**options, **{"rollout.vllm_generate_batch_size": asked}), REWARD_FREE)
+
+
+def test_an_optimizer_that_cannot_sleep() -> None:
+    host_rules.check(_complete(**{"ds.enable_sleep": True, "ds.zero_stage": 2}), REWARD_FREE)
+    with pytest.raises(RecipeError, match=r"ds\.enable_sleep is on, but .* set zero_stage to 1 or more"):
+        host_rules.check(_complete(**{"ds.enable_sleep": True, "ds.zero_stage": 0}), REWARD_FREE)
 
 
 def test_steps_are_rollouts_and_not_updates() -> None:

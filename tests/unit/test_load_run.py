@@ -110,6 +110,24 @@ def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
         assert parsed["data.input_key"] == "input" and parsed["data.label_key"] == "label"
 
 
+def test_names_and_places_of_the_user_are_kept(quickstart, tmp_path: Path) -> None:
+    parsed = vars(host_parser().parse_args(quickstart().host_argv()))
+    assert parsed["logger.wandb.run_name"] == "run" and parsed["logger.tensorboard_dir"] == str(
+        tmp_path / "run/tensorboard"
+    )
+    own = {
+        "ckpt.path": "saved",
+        "ckpt.output_dir": "out",
+        "logger.tensorboard_dir": "tb",
+        "logger.wandb.run_name": "mine",
+    }
+    run = quickstart(*(f"openrlhf.{key}={value}" for key, value in own.items()))
+    parsed = vars(host_parser().parse_args(run.host_argv()))
+    assert parsed["logger.wandb.run_name"] == "mine"
+    for key in ("ckpt.path", "ckpt.output_dir", "logger.tensorboard_dir"):
+        assert parsed[key] == str(Path(own[key]).resolve())
+
+
 def test_run_survives_its_file(quickstart) -> None:
     run = quickstart("skd.vllm={gpu_memory_utilization: 0.3}")
     assert run.skd.vllm == {"gpu_memory_utilization": 0.3}

@@ -131,6 +131,11 @@ def test_another_recipe_is_another_run(run: Run) -> None:
     assert resume.look_at(forced).step == 4
 
 
+def test_another_name_for_the_logger_is_the_same_run(run: Run) -> None:
+    checkpoint(run, 4)
+    assert resume.look_at(replace(run, host={**run.host, "logger.wandb.run_name": "another"})).step == 4
+
+
 def test_resume_can_be_turned_off(run: Run) -> None:
     checkpoint(run, 4)
     off = replace(run, skd=run.skd.model_copy(update={"resume": False}))
