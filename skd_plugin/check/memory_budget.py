@@ -8,6 +8,7 @@ from typing import Any
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import (
+    RUNTIME,
     EngineMemory,
     ModelSize,
     TrainerMemory,
@@ -96,7 +97,7 @@ def check_memory(
     if cpu:
         return [parameters, _cpu(budget, skd, options, device or 0)]
     findings = [parameters, _engine(budget, skd, options, device), _trainer(budget, options, device)]
-    return [*findings, _offloaded(budget, options)] if budget.trainer.host else findings
+    return [*findings, *_ordinary_memory(budget, options)]
 
 
 def _engine(budget: Budget, skd: SKDConfig, options: HostOptions, device: int | None) -> Finding:
@@ -136,8 +137,8 @@ def _engine(budget: Budget, skd: SKDConfig, options: HostOptions, device: int | 
 
 def _trainer(budget: Budget, options: HostOptions, device: int | None) -> Finding:
     colocated = options["train.colocate_all"]
-    trainer, engine = budget.trainer, budget.engine
-    need = trainer.total + (engine.peak if colocated else 0)
+    trainer = budget.trainer
+    need = _colocated(budget, options) if colocated else trainer.total
     found = f"{_parts(trainer)}: {in_gib(trainer.total)} at ZeRO stage {options['ds.zero_stage']}"
     if gpus_needed(options)[2] or options["algo.kl.init_coef"] > 0:
         found += " (a reference, critic or reward model is not counted)"
@@ -152,10 +153,21 @@ def _trainer(budget: Budget, options: HostOptions, device: int | None) -> Findin
     return Finding(name, found, "failed" if need > 1.15 * device else "warning", "; ".join(_savings(options)))
 
 
+def _colocated(budget: Budget, options: HostOptions) -> int:
+    """Bytes of a GPU that trainer and engine take turns on: the larger of what training and sampling need there."""
+    trainer, engine = budget.trainer, budget.engine
+    training = trainer.total + (RUNTIME if options["vllm.enable_sleep"] else engine.peak)
+    sampling = engine.peak + (trainer.asleep if options["ds.enable_sleep"] else trainer.between_steps)
+    return max(training, sampling)
+
+
 def _savings(options: HostOptions) -> list[str]:
     """What would help, cheapest first."""
+    colocated = options["train.colocate_all"]
     ways = [
-        (options["train.colocate_all"], "lower openrlhf.vllm.gpu_memory_utilization"),
+        (colocated and not options["vllm.enable_sleep"], "openrlhf.vllm.enable_sleep=true"),
+        (colocated and not options["ds.enable_sleep"], "openrlhf.ds.enable_sleep=true"),
+        (colocated, "lower openrlhf.vllm.gpu_memory_utilization"),
         (options["train.micro_batch_size"] > 1, "lower openrlhf.train.micro_batch_size"),
         (not options["actor.gradient_checkpointing_enable"], "openrlhf.actor.gradient_checkpointing_enable=true"),
         (options["ds.zero_stage"] < 3, "openrlhf.ds.zero_stage=3"),
@@ -164,9 +176,20 @@ def _savings(options: HostOptions) -> list[str]:
     return [way for possible, way in ways if possible] or ["more GPUs for the trainer, or a shorter data.max_len"]
 
 
-def _offloaded(budget: Budget, options: HostOptions) -> Finding:
-    on_node = budget.trainer.host * options["actor.num_gpus_per_node"]
-    return Finding("offloaded (estimate)", f"the optimizer takes {in_gib(on_node)} of each node's ordinary memory")
+def _ordinary_memory(budget: Budget, options: HostOptions) -> list[Finding]:
+    """What waits in each node's ordinary memory, pinned, while another process has the GPU."""
+    trainer, engine = budget.trainer, budget.engine
+    parts = {"the optimizer": trainer.host}
+    if options["train.colocate_all"]:
+        if options["vllm.enable_sleep"]:
+            parts["sleeping engines"] = engine.teacher + engine.student
+        if options["ds.enable_sleep"]:
+            parts["sleeping trainers"] = trainer.gradients + trainer.optimizer
+    parts = {name: size * options["actor.num_gpus_per_node"] for name, size in parts.items() if size}
+    if not parts:
+        return []
+    words = ", ".join(f"{name} {in_gib(size)}" for name, size in parts.items())
+    return [Finding("ordinary memory (estimate)", f"of each node: {words}")]
 
 
 def _cpu(budget: Budget, skd: SKDConfig, options: HostOptions, device: int) -> Finding:

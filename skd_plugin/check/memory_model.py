@@ -147,7 +147,16 @@ class TrainerMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.logits + self.activations
+        return self.between_steps + self.logits + self.activations
+
+    @property
+    def between_steps(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def asleep(self) -> int:
+        """OpenRLHF moves gradients and optimizer to ordinary memory, and keeps the weights, which are to be sent."""
+        return self.weights + self.buffers
 
 
 def trainer_memory(

@@ -48,7 +48,6 @@ FIXED: dict[str, tuple[Any, str]] = {
     "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
     "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
     "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),
-    "vllm.enable_sleep": (False, "sleeping frees the teacher's weights, which the weight sync does not bring back"),
     "use_ms": (False, "models and datasets come from Hugging Face or from disk"),
 }
 # Likewise, of a run whose skd.objective.rl_coef is 0: nothing would read them.

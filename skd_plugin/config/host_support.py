@@ -41,8 +41,8 @@ HONOURED = frozenset(
     train.agent_func_path train.batch_size train.colocate_actor_ref train.colocate_all train.colocate_critic_reward
     train.ema_beta train.enable_ema train.full_determinism_enable train.max_epochs train.micro_batch_size
     train.num_episodes train.seed
-    vllm.enable_prefix_caching vllm.enforce_eager vllm.gpu_memory_utilization vllm.num_engines vllm.sync_backend
-    vllm.sync_with_ray vllm.tensor_parallel_size
+    vllm.enable_prefix_caching vllm.enable_sleep vllm.enforce_eager vllm.gpu_memory_utilization vllm.num_engines
+    vllm.sync_backend vllm.sync_with_ray vllm.tensor_parallel_size
     """.split()
 )
 # Honoured, but not quite as in OpenRLHF's own runs.

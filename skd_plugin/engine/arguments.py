@@ -72,6 +72,7 @@ class EngineSpec:
         arguments = {**self.openrlhf, **given}
         if self.cpu:
             arguments.pop("gpu_memory_utilization", None)  # there a share of all memory, and not of a GPU's
+            arguments.pop("enable_sleep_mode", None)  # there is nothing to free, and vLLM refuses it
         return arguments
 
     def _of_device(self) -> dict[str, Any]:

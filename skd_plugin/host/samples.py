@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,13 +55,25 @@ class SKDSamplesGenerator(SamplesGenerator):
         All at once: OpenRLHF would wait for each rollout batch of them to end before it sends the next.
         """
         self._sample_by(rule, derive_seed(self.seed, -1))
-        samples, _, _ = self._generate_vllm(
-            dataloader_iter=iter(self.eval_dataloader),
-            num_prompts=len(self.eval_dataloader),
-            dynamic_filtering=False,
-            **generate_kwargs,
-        )
+        with self._awake():
+            samples, _, _ = self._generate_vllm(
+                dataloader_iter=iter(self.eval_dataloader),
+                num_prompts=len(self.eval_dataloader),
+                dynamic_filtering=False,
+                **generate_kwargs,
+            )
         return samples
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """While it is open, engines that sleep beside the trainer (vllm.enable_sleep) are awake."""
+        if self.args.vllm.enable_sleep:
+            batch_vllm_engine_call(self.vllm_engines, "wake_up")
+        try:
+            yield
+        finally:
+            if self.args.vllm.enable_sleep:
+                batch_vllm_engine_call(self.vllm_engines, "sleep")
 
     def _sample_by(self, rule: SamplingRule, seed: int) -> None:
         batch_vllm_engine_call(self.vllm_engines, "set_rule", rule, seed)

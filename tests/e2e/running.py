@@ -45,13 +45,16 @@ LONGER = [
 NUM_STEPS = 12
 
 
-def start(folder: Path, *overrides: str, recipe: Path = RECIPE) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *overrides: str, recipe: Path = RECIPE, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "skd_plugin.cli", "train", str(recipe), *SMALL, f"skd.run_dir={folder}", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=_hear_ctrl_c,
+        env=env,
     )
 
 
@@ -60,9 +63,9 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def finish(folder: Path, *overrides: str, recipe: Path = RECIPE) -> str:
+def finish(folder: Path, *overrides: str, recipe: Path = RECIPE, env: dict[str, str] | None = None) -> str:
     """A run to its end; returns what it printed."""
-    process = start(folder, *overrides, recipe=recipe)
+    process = start(folder, *overrides, recipe=recipe, env=env)
     output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 0, output
     return output

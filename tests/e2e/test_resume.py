@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from skd_plugin.run_folder import RunFolder
+from tests.e2e import sleep_double
 from tests.e2e.running import (
     LONGER,
     NUM_STEPS,
@@ -28,6 +30,12 @@ from tests.e2e.running import (
 from tests.waiting import GUARD_S
 
 pytestmark = pytest.mark.e2e
+ASLEEP = [
+    "openrlhf.train.colocate_all=true",
+    "openrlhf.vllm.enable_sleep=true",
+    "openrlhf.ds.enable_sleep=true",
+    "openrlhf.ds.zero_stage=2",
+]
 
 
 def kill_one(folder: Path, process: subprocess.Popen[str], rng: random.Random, victim: str = "") -> bool:
@@ -65,13 +73,16 @@ def same_run(folder: Path, undisturbed: Path) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (mine["step"], name)
 
 
-def test_a_killed_run_goes_on(tmp_path, finished_run):
-    folder = tmp_path / "run"
-    process = start(folder, *LONGER)
+def test_a_killed_run_goes_on_and_engines_sleep_while_it_trains(tmp_path, finished_run):
+    """Trainer and engine share one GPU and take turns on it; its figures are those without sleep."""
+    folder, env = tmp_path / "run", sleep_double.install(tmp_path / "plugin")
+    process = start(folder, *LONGER, *ASLEEP, env=env)
     wait_for_checkpoint(folder, process)
     assert kill_one(folder, process, random.Random(0), "SKDPolicy")
-    assert "going on from its checkpoint of step" in finish(folder, *LONGER)
+    assert "going on from its checkpoint of step" in finish(folder, *LONGER, *ASLEEP, env=env)
     same_run(folder, finished_run[0])
+    naps = RunFolder(folder).log.read_text().count(f"{sleep_double.SLEPT} 1")
+    assert naps > 12, "after the start, each step and each evaluation"
 
 
 @pytest.mark.soak

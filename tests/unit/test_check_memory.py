@@ -319,7 +319,29 @@ def test_colocated_models_share_the_device():
     changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
     assert check(**changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"
     tight = check(**changes)[2]
-    assert tight.level == "failed" and tight.remedy.startswith("lower openrlhf.vllm.gpu_memory_utilization")
+    assert tight.level == "failed" and tight.remedy.startswith(
+        "openrlhf.vllm.enable_sleep=true; openrlhf.ds.enable_sleep"
+    )
+    assert "lower openrlhf.vllm.gpu_memory_utilization" in tight.remedy
+
+
+def test_models_that_sleep_take_turns_on_the_device(sizes):
+    """Of a sleeping engine CUDA's own memory stays, of a trainer the weights; the rest is pinned elsewhere."""
+    changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
+    asleep = {"vllm.enable_sleep": True, "ds.enable_sleep": True}
+    needs = [_need(check(**changes, **sleep)[2].found) for sleep in ({}, asleep)]
+    parts = make_budget(*sizes, skd(), options(**changes), cpu=False, device=GPU)
+    trainer, engine = parts.trainer, parts.engine
+    assert needs[0] == in_gib(trainer.total + engine.peak)
+    assert needs[1] == in_gib(max(trainer.total + GIB, engine.peak + trainer.weights + trainer.buffers))
+    (line,) = [f.found for f in check(**changes, **asleep) if f.name == "ordinary memory (estimate)"]
+    ranks = options()["actor.num_gpus_per_node"]
+    assert f"sleeping engines {in_gib(ranks * (engine.teacher + engine.student))}" in line
+    assert f"sleeping trainers {in_gib(ranks * (trainer.gradients + trainer.optimizer))}" in line
+
+
+def _need(found: str) -> str:
+    return found.split("on the same GPU ")[1].split(" of ")[0]
 
 
 def test_without_a_device_there_are_needs_and_no_verdict():
