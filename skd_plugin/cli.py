@@ -77,18 +77,24 @@ def _rollout(argv: list[str]) -> int:
 
     parser = _own_parser(
         "rollout",
-        "RECIPE.yaml [key=value ...] --prompts FILE --out FILE [--samples N]",
+        "RECIPE.yaml [key=value ...] --prompts FILE --out FILE [--samples N] [--raw]",
         "Sample interleaved responses and write their traces; no training.",
     )
     parser.add_argument(
         "--prompts",
         required=True,
-        help='JSON lines: {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}, and "reference" if the method needs it',
+        help="a dataset like openrlhf.data.prompt_dataset, whose prompts are made as skd train makes them; or lines "
+        'of {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}, and "reference" if the method needs it',
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="texts go in as they are, without the recipe's chat or input_template",
     )
     parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
     parser.add_argument("--out", required=True, help="trace file to write, one JSON line a response")
     own, rest = parser.parse_known_args(argv)
-    return run_rollout(*_recipe_and_overrides(rest), own.prompts, own.samples, own.out)
+    return run_rollout(*_recipe_and_overrides(rest), own.prompts, own.samples, own.out, raw=own.raw)
 
 
 def _check(argv: list[str]) -> int:

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare.rows import check_references, read_rows
+from skd_plugin.host.prompts import PromptError, PromptForm
+from skd_plugin.prepare.prompts import check_references
+from skd_plugin.prepare.rows import Source, read_dataset
 from skd_plugin.run_folder import out_file
+from skd_plugin.tasks.label import Label
+
+if TYPE_CHECKING:
+    from skd_plugin.prepare.load_run import Models
+
+TEXT, IDS = "prompt", "prompt_ids"  # columns of a file that was written for this command
 
 
 class Prompt(NamedTuple):
     ids: list[int]
     reference: str | None
     where: str  # file and line
+    form: str  # how it was made, in words
 
 
-def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str) -> int:
+def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str, *, raw: bool) -> int:
+    """
+    Args:
+        prompts: a dataset like data.prompt_dataset, or lines with a "prompt" or "prompt_ids".
+        raw: texts go in as they are; else as `skd train` would make prompts of them.
+    """
     path = out_file(out)
     from skd_plugin.engine.set_up import set_up_offline
 
@@ -34,7 +47,9 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
     models = load_models(recipe, overrides)
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
-    given = read_prompts(Path(prompts), models.tokenizer, models.longest_prompt)
+    given = read_prompts(prompts, models, raw=raw)
+    forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
+    print(f"{len(given)} prompts of {prompts}, made by this form: {forms}", file=sys.stderr)
     repeated = [prompt for prompt in given for _ in range(samples)]
     limits = [min(max_new_tokens or max_len, max_len - len(prompt.ids)) for prompt in repeated]
     if skd.rollout.notice:
@@ -53,40 +68,61 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         progress=True,
     )
     with path.open("w") as file:
-        for sample in finished:
+        for prompt, sample in zip(repeated, finished, strict=True):
             texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": sample.text}
-            file.write(json.dumps({**sample.trace.to_json(sample.prompt_ids, sample.finish), **texts}) + "\n")
+            trace = sample.trace.to_json(sample.prompt_ids, sample.finish)
+            file.write(json.dumps({**trace, **texts, "prompt_form": prompt.form}) + "\n")
     print(f"{len(finished)} responses are in {path}", file=sys.stderr)
     return 0
 
 
-def read_prompts(path: Path, tokenizer: Any, longest: int) -> list[Prompt]:
-    """The prompt of each line, of at most `longest` tokens, and its reference if it has one.
+def read_prompts(names: str, models: Models, *, raw: bool) -> list[Prompt]:
+    """The prompt of each row, and its reference if it has one.
 
     Raises:
-        RecipeError: no such file, a line that is neither form, a prompt too short or too long; names the line.
+        RecipeError: a dataset cannot be read, or a row makes no prompt that fits; names its line.
     """
-    prompts = []
-    for number, record in read_rows(path, option="--prompts"):
-        where = f"{path}, line {number}"
-        ids = _prompt_ids(record, where, tokenizer)
-        if not 2 <= len(ids) <= longest:
-            raise RecipeError(f"{where}: the prompt has {len(ids)} tokens; 2 to {longest} fit")
-        reference = record.get("reference")
-        if reference is not None and not (isinstance(reference, str) and reference):
-            raise RecipeError(f'{where}: "reference" is {reference!r}, but must be a text')
-        prompts.append(Prompt(ids, reference, where))
-    if not prompts:
-        raise RecipeError(f"{path} holds no prompt")
-    return prompts
+    options = models.row_options
+    how = {"split": options["data.prompt_split"], "limit": options["data.max_samples"]}
+    found: list[Prompt] = []
+    for source in read_dataset(names, option="--prompts", **how).sources:
+        form = _form(source, options, models.tokenizer, raw=raw)
+        for index, row in enumerate(source.rows):
+            try:
+                found.append(_prompt(row, form, options["data.label_key"], models, source.where(index)))
+            except PromptError as error:
+                raise RecipeError(f"{source.where(index)}: {error}") from error
+    return found
 
 
-def _prompt_ids(record: dict[str, Any], where: str, tokenizer: Any) -> list[int]:
-    if isinstance(record.get("prompt"), str):
-        return tokenizer(record["prompt"], add_special_tokens=False).input_ids
-    ids = record.get("prompt_ids")
-    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+def _form(source: Source, options: Mapping[str, Any], tokenizer: Any, *, raw: bool) -> PromptForm:
+    """How the source's rows become prompts. The column is that of training, or else "prompt"."""
+    key, columns = options["data.input_key"], source.rows.column_names
+    key = key if key in columns else TEXT
+    if key not in columns and IDS not in columns:
         raise RecipeError(
-            f'{where}: a line is {{"prompt": "..."}} or {{"prompt_ids": [1, 2, 3]}} with ids below {len(tokenizer)}'
+            f"{source.name} has no column '{options['data.input_key']}' (openrlhf.data.input_key), nor '{TEXT}' or "
+            f"'{IDS}'; it has {', '.join(columns)}"
         )
+    return PromptForm(key) if raw else PromptForm.of({**options, "data.input_key": key}, tokenizer)
+
+
+def _prompt(row: Mapping[str, Any], form: PromptForm, label: str | None, models: Models, where: str) -> Prompt:
+    if row.get(IDS) is not None:
+        ids, how = _checked_ids(row[IDS], len(models.tokenizer)), "token ids as they are"
+    else:
+        ids, how = models.tokenizer(form.prompt(row), add_special_tokens=False).input_ids, form.words
+    if not 2 <= len(ids) <= models.longest_prompt:
+        raise PromptError(f"the prompt has {len(ids)} tokens; 2 to {models.longest_prompt} fit")
+    reference = row.get("reference")
+    if reference is None:
+        return Prompt(ids, Label.parse(row.get(label) if label else None).reference, where, how)
+    if not (isinstance(reference, str) and reference):
+        raise PromptError(f'"reference" is {reference!r}, but must be a text')
+    return Prompt(ids, reference, where, how)
+
+
+def _checked_ids(ids: Any, vocabulary: int) -> list[int]:
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        raise PromptError(f"'{IDS}' is {ids!r:.60}, but must be a list of token ids below {vocabulary}")
     return ids

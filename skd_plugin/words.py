@@ -24,3 +24,11 @@ def first_line(error: BaseException) -> str:
     """Of the error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def root_cause(error: BaseException, longest: int = 300) -> str:
+    """What the error was raised from, in one line: libraries put general words around what says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= longest else f"{words[:longest]}..."

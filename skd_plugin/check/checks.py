@@ -16,7 +16,7 @@ from skd_plugin.check.model_pair import Model, check_models, load_pair
 from skd_plugin.check.rollout_words import check_rule
 from skd_plugin.check.self_test import NUM_PROMPTS, make_trial, run_self_test
 from skd_plugin.check.steps import check_steps
-from skd_plugin.check.subject import PromptError, Subject, read_prompts, read_subject
+from skd_plugin.check.subject import Subject, read_subject
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import Run
 from skd_plugin.words import short_name
@@ -42,13 +42,9 @@ def run_checks(
     progress("reading the models and the prompts")
     teacher, student, missing = load_pair(subject.teacher, subject.student)
     yield from (finding for finding in missing if finding.remedy != subject.error)  # the recipe's line says it
-    prompts: list[str] = []
+    prompts = subject.run.prompts if subject.run is not None else ()
     if subject.run is not None and student is not None:
-        try:
-            prompts = read_prompts(subject.run, subject.options, student.tokenizer)
-            yield check_steps(subject.options, prompts, student.tokenizer)
-        except PromptError as error:
-            yield Finding("prompts", str(error), "failed", "see openrlhf.data in the recipe")
+        yield check_steps(subject.options, subject.run.num_prompts, prompts, student.tokenizer)
     if teacher is not None and student is not None:
         yield from check_models(teacher, student, subject.options, prompts, refused=subject.run is None)
     if subject.models is not None:
@@ -62,7 +58,7 @@ def run_checks(
         yield from (Finding(name, "there is no run to test", "not run") for name, on in wanted.items() if on)
         return
     if self_test:
-        ids = student.tokenizer(prompts[:NUM_PROMPTS], add_special_tokens=False).input_ids
+        ids = student.tokenizer(list(prompts[:NUM_PROMPTS]), add_special_tokens=False).input_ids
         yield from _self_test(subject.run, subject.options, teacher, ids, folder, progress)
     else:
         yield asked_for(subject.run.skd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_pair(teacher: str | None, student: str | None) -> tuple[Model | None, M
 
 
 def check_models(
-    teacher: Model, student: Model, options: HostOptions, prompts: list[str], *, refused: bool
+    teacher: Model, student: Model, options: HostOptions, prompts: Sequence[str], *, refused: bool
 ) -> Iterator[Finding]:
     """All that follow. `refused`: the recipe does not load."""
     yield check_vocabulary(teacher, student, refused=refused)
@@ -78,7 +78,7 @@ def check_vocabulary(teacher: Model, student: Model, *, refused: bool) -> Findin
     return Finding("vocabulary", padding)
 
 
-def check_template(teacher: Model, student: Model, options: HostOptions, prompts: list[str]) -> Finding:
+def check_template(teacher: Model, student: Model, options: HostOptions, prompts: Sequence[str]) -> Finding:
     """OpenRLHF renders prompts with the student's tokenizer, and both models read the same tokens."""
     theirs, ours = teacher.tokenizer.chat_template, student.tokenizer.chat_template
     if options["data.apply_chat_template"]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from skd_plugin.config.host_options import HostOptions, host_parser
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
-from skd_plugin.host.prompts import load_rows, render_prompts
 from skd_plugin.prepare.load_run import Models, load_run, on_cpu, read_models
-from skd_plugin.prepare.rows import read_rows
-from skd_plugin.words import first_line
 
 
 @dataclass(frozen=True)
@@ -53,30 +47,3 @@ def read_subject(recipe: str, overrides: Sequence[str]) -> Subject:
         return Subject(models, load_run(recipe, overrides), None)
     except RecipeError as error:
         return Subject(models, None, str(error))
-
-
-class PromptError(Exception):
-    """The prompts cannot be had; the message says why."""
-
-
-def read_prompts(run: Run, options: HostOptions, tokenizer: Any) -> list[str]:
-    """Every prompt of the run, as OpenRLHF makes them.
-
-    Raises:
-        PromptError: the dataset does not load, or its rows do not make prompts.
-    """
-    try:
-        return render_prompts(islice(_rows(run, options), options["data.max_samples"]), options, tokenizer)
-    except KeyError as error:
-        raise PromptError(f"a row has no column {error} (openrlhf.data.input_key)") from error
-    except (OSError, ValueError, ImportError) as error:  # what `datasets` and a chat template raise
-        raise PromptError(first_line(error)) from error
-
-
-def _rows(run: Run, options: HostOptions) -> Iterable[Mapping[str, Any]]:
-    if run.data:
-        return run.data["train"]
-    path = Path(options["data.prompt_dataset"])
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        return [row.values for row in read_rows(path, option="openrlhf.data.prompt_dataset")]
-    return load_rows(options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +31,12 @@ class Run:
     cpu: bool
     data: Mapping[str, Sequence[PromptRow]] = field(default_factory=dict, compare=False, repr=False)
     """By split, "train" and "test"; empty where the prompts are a dataset of the user's. Not in config.yaml."""
+    num_prompts: int = field(default=0, compare=False, repr=False)
+    """Of training; known before the start only."""
+    prompts: Sequence[str] = field(default=(), compare=False, repr=False)
+    """Some of training, as the models will read them; likewise."""
+    data_digest: str = field(default="", compare=False, repr=False)
+    """SHA-256 of what training and evaluations read of their prompts."""
 
     @property
     def folder(self) -> RunFolder:
@@ -50,22 +54,9 @@ class Run:
         """Writes config.yaml and the prompts into the run folder; `Run.load` reads the options back in the process
         that starts OpenRLHF, which reads the prompts itself."""
         options = {"openrlhf": dict(self.host), "skd": self.skd.model_dump(), "cpu": self.cpu}
-        self.folder.write_config({**options, DATA_DIGEST: self.data_digest()})
+        self.folder.write_config({**options, DATA_DIGEST: self.data_digest})
         for split, rows in self.data.items():
             self.folder.prompts(split).replace(rows)
-
-    def data_digest(self) -> str:
-        """SHA-256 of the prompts: of the rows that the tasks have made, or of the bytes of local dataset files. What
-        is on the Hub has no part in it."""
-        if self.data:
-            return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
-        digest = hashlib.sha256()
-        for option in ("data.prompt_dataset", "eval.dataset"):
-            for name in str(self.host.get(option) or "").split(","):
-                for file in _files(Path(name.split("@")[0].strip())):
-                    with file.open("rb") as content:
-                        digest.update(hashlib.file_digest(content, "sha256").digest())
-        return digest.hexdigest()
 
     @classmethod
     def load(cls, folder: RunFolder) -> Run:
@@ -73,10 +64,3 @@ class Run:
         content = folder.read_config()
         use_new_names(content)  # of a run before an option was renamed
         return cls(SKDConfig(**content["skd"]), content["openrlhf"], content["cpu"])
-
-
-def _files(dataset: Path) -> list[Path]:
-    """The files of a local dataset in a fixed order; none of a name on the Hub."""
-    if not dataset.name:
-        return []
-    return [dataset] if dataset.is_file() else sorted(path for path in dataset.rglob("*") if path.is_file())

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.recipe import load_recipe, override
 from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Prompt
-from skd_plugin.host.prompts import render_prompts
-from skd_plugin.prepare.load_run import Models, complete_models
-from skd_plugin.prepare.model_checks import check_prompts
-from skd_plugin.prepare.rows import Row, read_rows
+from skd_plugin.host.prompts import PromptForm
+from skd_plugin.prepare.load_run import Models, complete_models, read_prompts
+from skd_plugin.prepare.prompts import check_dataset, check_lengths, make_prompts
 from skd_plugin.prepare.task_prompts import held_out
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.base import HELD_OUT
@@ -175,20 +173,14 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
 
 def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[HeldOut, ...]:
     tokenizer = models.tokenizer_of(teacher or student.model, student.model)
-    options = dict(models.options)
-    rows: Sequence[Mapping[str, Any]]
-    if models.skd.all_tasks:
-        options |= {"data.input_key": "input", "data.label_key": "label"}
-        rows = held_out(models.skd, tokenizer, models.given_limit)
-    else:
-        rows = [row.values for row in _own_rows(options)]
-    if not rows:
-        raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
-    prompts = render_prompts(rows, options, tokenizer)
-    check_prompts(prompts, tokenizer, models.longest_prompt)
-    ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    options = models.row_options
+    form, label = PromptForm.of(options, tokenizer), options["data.label_key"]
+    rows = _rows(models, form, tokenizer)
+    prompts = make_prompts(rows, form)
+    check_lengths(prompts, tokenizer, models.longest_prompt)
+    ids = tokenizer(prompts, add_special_tokens=False).input_ids
     return tuple(
-        _prompt(prompt, Label.parse(row.get(options["data.label_key"])), row.get("datasource", HELD_OUT), models)
+        _prompt(prompt, Label.parse(row.get(label)), str(row.get("datasource") or HELD_OUT), models)
         for prompt, row in zip(ids, rows, strict=True)
     )
 
@@ -199,12 +191,16 @@ def _prompt(ids: list[int], label: Label, task: str, models: Models) -> HeldOut:
     return HeldOut(Prompt(ids, limit, label.sampling.top_k, label.reference), label, task)
 
 
-def _own_rows(options: HostOptions) -> list[Row]:
-    """The rows of a held-out dataset of the user's own."""
-    name = options["eval.dataset"]
-    if not name:
+def _rows(models: Models, form: PromptForm, tokenizer: Any) -> Sequence[Mapping[str, Any]]:
+    """Of the held-out prompts: those of the tasks, or of a dataset of the user's own."""
+    if models.skd.all_tasks:
+        rows = held_out(models.skd, tokenizer, models.given_limit)
+        if not rows:
+            raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
+        return rows
+    options = models.options
+    if not options["eval.dataset"]:
         raise RecipeError("there are no held-out prompts: give the recipe a skd.task, or openrlhf.eval.dataset")
-    path = Path(name)
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        raise RecipeError(f"openrlhf.eval.dataset = {name}: skd eval reads a local .json or .jsonl file, a row a line")
-    return read_rows(path, option="openrlhf.eval.dataset", column=options["data.input_key"])
+    dataset = read_prompts("eval.dataset", options)
+    check_dataset(dataset, form, options["data.label_key"], tokenizer, models.longest_prompt)
+    return list(dataset.whole.rows)

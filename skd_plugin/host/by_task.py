@@ -7,10 +7,10 @@ from typing import Any
 
 from skd_plugin.core.metrics import rollout_metrics
 from skd_plugin.core.trace import Trace
+from skd_plugin.host.run_prompts import UNNAMED
 from skd_plugin.tasks.base import HELD_OUT, further_metrics
 from skd_plugin.tasks.label import Label
 
-UNNAMED = "default"  # what OpenRLHF calls their source
 PER_TASK = ("skd/accept_rate", "skd/kl", "skd/response_len")  # metrics that a run of several tasks has for each
 
 

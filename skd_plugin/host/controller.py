@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import torch
+from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_trainer import PPOTrainer
 from openrlhf.trainer.ppo_utils.experience import Experience
 
@@ -22,9 +23,10 @@ from skd_plugin.host import by_task
 from skd_plugin.host.batch import trace_of
 from skd_plugin.host.evaluation import HeldOut
 from skd_plugin.host.metrics import objective_metrics
+from skd_plugin.host.run_prompts import RunPrompts
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
 from skd_plugin.run_folder import RunFolder
-from skd_plugin.seams import plain_class
+from skd_plugin.seams import plain_class, rebind
 from skd_plugin.tasks import reward
 
 HostTrainer = plain_class(PPOTrainer)
@@ -50,6 +52,7 @@ def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
 class SKDTrainer(HostTrainer):
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
         torch.manual_seed(strategy.args.train.seed)  # OpenRLHF's prompt loader shuffles by a number drawn from it
+        rebind(ppo_trainer, "PromptDataset", RunPrompts)  # its prepare_datasets names it
         super().__init__(pretrain, strategy, *args, **kwargs)
         options = strategy.args
         self.skd: SKDConfig = options.skd

@@ -1,37 +1,155 @@
-"""Prompts as OpenRLHF makes them."""
+"""Datasets and prompts as OpenRLHF reads and makes them: the one way of every command, and of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from skd_plugin.errors import RecipeError
+from skd_plugin.seams import rebind
 
-def render_prompts(rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any], tokenizer: Any) -> list[str]:
-    """The prompts that OpenRLHF makes of a dataset's rows.
+A_MESSAGE = '{"role": "...", "content": "..."}'
+
+
+class PromptError(ValueError):
+    """A row makes no prompt. The message says what was found and what was expected; where, its caller knows."""
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How the rows of a dataset become prompts."""
+
+    key: str  # the column
+    template: str | None = None  # with a {} for the text
+    chat: Callable[..., Any] | None = None  # a tokenizer's apply_chat_template
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], tokenizer: Any) -> PromptForm:
+        """The recipe's.
+
+        Raises:
+            RecipeError: it is none that makes a prompt of every text.
+        """
+        key, template = options["data.input_key"], options["data.input_template"]
+        if options["data.apply_chat_template"]:
+            if not tokenizer.chat_template:
+                raise RecipeError(
+                    "openrlhf.data.apply_chat_template is true, but the student's tokenizer has no chat template; set "
+                    "it to false, or give openrlhf.data.input_template"
+                )
+            if template:
+                raise RecipeError(
+                    f"openrlhf.data.input_template = {template!r:.200} has no effect: the chat template makes the "
+                    "prompts (openrlhf.data.apply_chat_template); leave one of them out"
+                )
+            return cls(key, None, tokenizer.apply_chat_template)
+        if template:
+            _check_template(template)
+        return cls(key, template or None)
+
+    @property
+    def words(self) -> str:
+        if self.chat is not None:
+            return "the student's chat template"
+        return "openrlhf.data.input_template" if self.template is not None else "the text as it is"
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """Raises PromptError."""
+        value = row.get(self.key)
+        self.check(value)
+        try:
+            prompt, _ = _of_the_host()(row, self.template, self.key, apply_chat_template=self.chat)
+        except Exception as error:  # a chat template is a program of the tokenizer's, and says no in its own ways
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise PromptError(f"{self.words} makes no prompt of {value!r:.100}: {reason}") from error
+        if not isinstance(prompt, str):
+            raise PromptError(f"{self.words} makes {prompt!r:.60} of it, which is no text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            found = f"\\u{ord(prompt[error.start]):04x}"
+            raise PromptError(f"'{self.key}' has {found} in it, half of a character, which is no text") from error
+        return prompt
+
+    def check(self, value: Any) -> None:
+        """Raises PromptError for what is neither a text nor, for a chat template, a list of messages."""
+        if isinstance(value, str):
+            return
+        if self.chat is not None:
+            expected = f"a text, or a list of messages like {A_MESSAGE}"
+            if isinstance(value, list) and value and all(map(_is_message, value)):
+                return
+        else:
+            expected = "a text"
+        raise PromptError(f"'{self.key}' is {_shown(value)}, but must be {expected}{self._advice(value)}")
+
+    def _advice(self, value: Any) -> str:
+        if isinstance(value, date):  # a datetime is one
+            return "; the library `datasets` takes a column of texts that all look like dates for dates"
+        if self.chat is None and isinstance(value, list) and value and all(map(_is_message, value)):
+            return "; messages want openrlhf.data.apply_chat_template=true"
+        return ""
+
+
+def _check_template(template: str) -> None:
+    """Raises RecipeError for one that is no text with a place for the prompt."""
+    try:
+        one, other = template.format("one"), template.format("other")
+    except (LookupError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"openrlhf.data.input_template is {template!r:.200}, in which only {{}} is a place, for the prompt; write "
+            f"{{{{ and }}}} for braces that are text ({type(error).__name__}: {error})"
+        ) from error
+    if one == other:
+        raise RecipeError(
+            f"openrlhf.data.input_template is {template!r:.200}, but has no {{}} where the prompt goes: all prompts "
+            "would be the same"
+        )
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return value.get("content") is not None or bool(value.get("tool_calls"))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "missing or null"
+    return f"{value!r:.60}" if isinstance(value, int | float | list | dict) else f"{value!s:.60}"
+
+
+@cache
+def _of_the_host() -> Callable[..., tuple[Any, Any]]:
+    """OpenRLHF's maker of prompts. To it `<image>` is an image wherever it stands; here no model has images, and it is
+    text like any other.
+    """
+    import openrlhf.datasets.prompts_dataset as host  # which imports transformers: seconds
+
+    rebind(host, "_str_to_content_list", _as_it_is)
+    return host.preprocess_data
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def load_rows(names: str, *, split: str, limit: int, probs: str | None = None, seed: int = 42) -> Any:
+    """The rows of whatever OpenRLHF can load, as a `datasets.Dataset`: a file, a folder, a name on the Hub, or several
+    with commas in between.
+
+    Args:
+        limit: rows that are taken of each.
+        probs: with which one of several gives the next row; None puts one behind the other.
 
     Raises:
-        KeyError: a row has no column of the name data.input_key.
+        Exception: what `datasets` and the readers behind it raise.
     """
-    from openrlhf.datasets.prompts_dataset import preprocess_data  # which imports transformers: seconds
-
-    chat = tokenizer.apply_chat_template if options["data.apply_chat_template"] else None
-    template, key = options["data.input_template"], options["data.input_key"]
-    return [preprocess_data(row, template, key, apply_chat_template=chat)[0] for row in rows]
-
-
-def load_rows(options: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """The rows of data.prompt_dataset, whatever OpenRLHF can load: names on the Hub, folders, mixtures."""
     from openrlhf.datasets.utils import blending_datasets
 
-    strategy = SimpleNamespace(
-        print=lambda *_: None, is_rank_0=lambda: False, args=SimpleNamespace(use_ms=options["use_ms"])
-    )
-    return blending_datasets(
-        options["data.prompt_dataset"],
-        options["data.prompt_probs"],
-        strategy,
-        options["train.seed"],
-        max_count=options["data.max_samples"],
-        dataset_split=options["data.prompt_split"],
-    )
+    strategy = SimpleNamespace(print=lambda *_: None, is_rank_0=lambda: False, args=SimpleNamespace(use_ms=False))
+    return blending_datasets(names, probs, strategy, seed, max_count=limit, dataset_split=split)

@@ -31,15 +31,17 @@ from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.config.versions import check_versions
 from skd_plugin.config.vllm_options import check_vllm
 from skd_plugin.errors import RecipeError
+from skd_plugin.host.prompts import PromptForm
 from skd_plugin.models import check_saving
-from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts
-from skd_plugin.prepare.rows import Row, check_references, make_prompts, read_rows
-from skd_plugin.prepare.task_prompts import draw_prompts, longest_response, task_options
+from skd_plugin.prepare.model_checks import check_output_head, check_pair
+from skd_plugin.prepare.prompts import check_dataset, check_references, make_prompts
+from skd_plugin.prepare.rows import Dataset, check_column, content_digest, read_dataset, task_digest, values
+from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
 from skd_plugin.prepare.user_code import check_user_code
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.label import Label
 
-PROMPTS_CHECKED = 20_000  # of a dataset; a generated task is checked whole
+PROMPTS_KEPT = 1000  # of a run, for those who look at it before it starts
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Models:
     def options(self) -> HostOptions:
         """All of them."""
         return {**self.defaults, **self.given}
+
+    @property
+    def row_options(self) -> HostOptions:
+        """All of them, with the columns of the rows that tasks make."""
+        return {**self.options, **(TASK_COLUMNS if self.skd.all_tasks else {})}
 
     @property
     def student(self) -> str:
@@ -175,17 +182,17 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     if skd.loss.vocabulary == "full":
         check_output_head(skd.teacher.model_name_or_path, "teacher")
         check_output_head(models.student, "student")
-    if complete["data.apply_chat_template"] and not models.tokenizer.chat_template:
-        raise RecipeError(
-            "openrlhf.data.apply_chat_template is true, but the student's tokenizer has no chat template; set it to "
-            "false, or give openrlhf.data.input_template"
-        )
-    if not skd.all_tasks:
-        _check_dataset(models, complete)
-        return Run(skd, host, models.cpu)
-    data = draw_prompts(skd, complete, models.tokenizer, models.longest_prompt, models.given_limit)
-    host_rules.check_number(len(data["train"]), complete)
-    return Run(skd, host, models.cpu, data)
+    form = PromptForm.of(complete, models.tokenizer)
+    if skd.all_tasks:
+        data = draw_prompts(skd, form, models.tokenizer, models.longest_prompt, models.given_limit)
+        rows, digest = data["train"], task_digest(data)
+    else:
+        data = {}
+        rows, digest = _users_data(models, complete, form)
+    host_rules.check_number(len(rows), complete)
+    prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, len(rows)))), form)
+    number = min(len(rows), complete["data.max_samples"])
+    return Run(skd, host, models.cpu, data, number, prompts[:number], digest)
 
 
 def host_options_of(models: Models) -> dict[str, Any]:
@@ -209,37 +216,37 @@ def host_options_of(models: Models) -> dict[str, Any]:
     return host
 
 
-def _check_dataset(models: Models, options: HostOptions) -> None:
-    """Prompts of local datasets, made the way OpenRLHF makes them: their number, columns, lengths and references."""
-    rows = _check_rows("data.prompt_dataset", models, options)
-    _check_rows("eval.dataset", models, options)
-    if rows is None:
-        return
-    path = options["data.prompt_dataset"]
-    host_rules.check_number(len(rows), options, f"{path}: ")
-    if models.skd.rollout.needs_references:
-        key = options["data.label_key"]
-        for row in rows:
-            if not isinstance(row.values.get(key), str | None):
-                raise RecipeError(
-                    f"{path}, line {row.line}: '{key}' is {row.values[key]!r}, but a reference is a text"
-                )
-        references = ((f"{path}, line {row.line}", Label.parse(row.values.get(key)).reference) for row in rows)
-        check_references(references, f"in '{key}' (openrlhf.data.label_key)")
-
-
-def _check_rows(option: str, models: Models, options: HostOptions) -> list[Row] | None:
-    """The rows of a local dataset, after their columns and prompts have been found to fit; None where OpenRLHF loads
-    them: a hub name or another format."""
-    path = Path(str(options.get(option) or ""))
-    if path.suffix not in (".json", ".jsonl"):
-        return None
-    limit = max(PROMPTS_CHECKED, options["rollout.batch_size"])
-    rows = read_rows(path, option=f"openrlhf.{option}", column=options["data.input_key"], limit=limit)
+def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple[Any, str]:
+    """Rows of training, and a digest of all data, after every dataset has been found to fit."""
+    datasets = [train := read_prompts("data.prompt_dataset", options)]
+    if options.get("eval.dataset"):
+        datasets.append(read_prompts("eval.dataset", options))
     label = options.get("data.label_key")
-    if label and rows and not models.skd.rollout.needs_references and not any(label in row.values for row in rows):
-        columns = ", ".join(rows[0].values)
-        raise RecipeError(f"{path} has no column '{label}' (openrlhf.data.label_key); it has {columns}")
-    prompts = make_prompts([row.values for row in rows], options, models.tokenizer, f"{path}: ")
-    check_prompts(prompts, models.tokenizer, models.longest_prompt)
-    return rows
+    for dataset in datasets:
+        check_dataset(dataset, form, label, models.tokenizer, models.longest_prompt)
+    if models.skd.rollout.needs_references:
+        _check_references(train, options["data.label_key"])
+    return train.whole.rows, content_digest(datasets, [form.key, *([label] if label else []), "datasource"])
+
+
+def read_prompts(option: str, options: HostOptions) -> Dataset:
+    """The dataset of training or of evaluations, as OpenRLHF's `prepare_datasets` loads it.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    how = {"option": f"openrlhf.{option}", "limit": options["data.max_samples"]}
+    if option == "eval.dataset":
+        return read_dataset(options[option], split=options["eval.split"], **how)
+    split, probs, seed = options["data.prompt_split"], options["data.prompt_probs"], options["train.seed"]
+    return read_dataset(options[option], split=split, probs=probs, seed=seed, **how)
+
+
+def _check_references(dataset: Dataset, key: str) -> None:
+    for source in dataset.sources:
+        check_column(source, key, "openrlhf.data.label_key")
+        for index, label in enumerate(values(source.rows, key)):
+            if not isinstance(label, str | None):
+                raise RecipeError(f"{source.where(index)}: '{key}' is {label!r:.60}, but a reference is a text")
+            if not Label.parse(label).reference:
+                check_references([(source.where(index), None)], f"in '{key}' (openrlhf.data.label_key)")

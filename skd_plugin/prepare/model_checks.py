@@ -77,14 +77,3 @@ def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None
         f"teacher and student have different vocabularies: {len(differing)} tokens differ, e.g. {shown}. SKD compares "
         "the two models token by token; choose models of one family."
     )
-
-
-def check_prompts(prompts: list[str], tokenizer: Any, max_prompt_len: int) -> None:
-    """Raises RecipeError for the first prompt that OpenRLHF would cut or SKD could not start from."""
-    for number, prompt in enumerate(prompts, start=1):
-        length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-        if not 2 <= length <= max_prompt_len:
-            raise RecipeError(
-                f"prompt {number} has {length} tokens, but 2 to {max_prompt_len} fit (openrlhf.data.max_len minus "
-                f"skd.rollout.max_new_tokens): {prompt[:60]!r}..."
-            )

@@ -1,88 +1,174 @@
-"""A dataset file of the user's: a JSON object a line."""
+"""The one reader of datasets: what OpenRLHF loads is loaded, and what it refuses is refused in words.
+
+Rows are a `datasets.Dataset`, in Arrow's memory: a million of them are read once, and looked at by columns.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
-from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
-from skd_plugin.host.prompts import render_prompts
-from skd_plugin.words import first_line
+from skd_plugin.host.prompts import load_rows
+from skd_plugin.prepare.json_damage import first_damage, lines_of_rows
+from skd_plugin.words import root_cause
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")  # that OpenRLHF reads as one file
+ROWS_AT_ONCE = 10_000
 
 
-class Row(NamedTuple):
-    line: int  # of the file, from 1
-    values: dict[str, Any]
+@dataclass(frozen=True)
+class Source:
+    """A dataset that a recipe names."""
+
+    name: str
+    rows: Any  # datasets.Dataset
+
+    def where(self, index: int) -> str:
+        """What a person calls a row, counted from 0: its line, where a line is a row."""
+        if len(self._lines) > index:
+            return f"{self.name}, line {self._lines[index]}"
+        return f"{self.name}, row {index + 1}"
+
+    @cached_property
+    def _lines(self) -> list[int]:
+        return lines_of_rows(Path(_path(self.name))) if _is_json(self.name) else []
 
 
-def read_rows(path: Path, *, option: str, column: str | None = None, limit: int | None = None) -> list[Row]:
-    """The rows of a file; blank lines are left out.
+class Dataset(NamedTuple):
+    sources: list[Source]
+    whole: Source  # all of them, as OpenRLHF puts them together
 
+
+def read_dataset(
+    names: str, *, option: str, split: str, limit: int, probs: str | None = None, seed: int = 42
+) -> Dataset:
+    """
     Args:
-        option: the option that names the file, for the error.
-        column: one that every row must have.
-        limit: lines that are read at most.
+        names: files, folders, names on the Hub, with commas in between.
+        option: that names them, for the error.
+        limit: rows that are taken of each, and of all together.
+        probs: as OpenRLHF's data.prompt_probs.
 
     Raises:
-        RecipeError: no such file, or a line that is no row; names the line.
+        RecipeError: one of them cannot be read, or they do not go together.
     """
-    if not path.is_file():
+    parts = [name.strip() for name in names.split(",")]
+    if not all(parts):
+        raise RecipeError(f"{option} is {names!r:.200}, in which a name is empty; give names with commas in between")
+    if probs is not None:
+        _check_probs(probs, len(parts))
+    for name in parts:
+        _check_there(name, option)
+    sources = [Source(name, _read(name, option=option, split=split, limit=limit)) for name in parts]
+    if len(parts) == 1:
+        return Dataset(sources, sources[0])
+    rows = _read(names, option=option, split=split, limit=limit, probs=probs, seed=seed)
+    return Dataset(sources, Source(names, rows.select(range(min(limit, len(rows))))))
+
+
+def check_column(source: Source, name: str, option: str) -> None:
+    """Raises RecipeError: the dataset has none of this name, which `option` gives."""
+    if name not in source.rows.column_names:
+        raise RecipeError(
+            f"{source.name} has no column '{name}' ({option}); it has {', '.join(source.rows.column_names)}"
+        )
+
+
+def column(rows: Any, name: str) -> Any:
+    """A column as Arrow holds it."""
+    return rows.select_columns([name]).with_format("arrow")[:].column(0)
+
+
+def values(rows: Any, name: str) -> Iterator[Any]:
+    """Of a column, one after the other."""
+    for part in rows.select_columns([name]).iter(ROWS_AT_ONCE):
+        yield from part[name]
+
+
+def is_text(rows: Any, name: str) -> bool:
+    """Whether a column holds texts and nulls alone, by its type."""
+    return getattr(rows.features[name], "dtype", None) in ("string", "large_string")
+
+
+def task_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of the rows that tasks have made."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def content_digest(datasets: Sequence[Dataset], names: Sequence[str]) -> str:
+    """SHA-256 of the columns of these names, wherever the rows come from: a second or less for a million rows."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for source in dataset.sources:
+            for part in _in_bytes(source.rows, [name for name in names if name in source.rows.column_names]):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _in_bytes(rows: Any, names: list[str]) -> Iterator[Any]:
+    """Independent of how the rows are cut into pieces in Arrow's memory."""
+    import pyarrow as pa
+
+    yield repr(names).encode()
+    for table in rows.select_columns(names).with_format("arrow").iter(ROWS_AT_ONCE):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+            stream.write_table(table.combine_chunks().replace_schema_metadata(None))
+        yield sink.getvalue()
+
+
+def _check_there(name: str, option: str) -> None:
+    """Raises RecipeError for a path where nothing is, for which `datasets` would ask the Hub."""
+    path = _path(name)
+    if os.path.splitext(path)[1] in FILES and not os.path.isfile(path):
         raise RecipeError(f"{option}: there is no file {path}")
-    with path.open(encoding="utf-8") as file:  # read by lines: a text may hold what str.splitlines takes for an end
-        lines = list(enumerate(islice(file, limit), start=1))
-    return [Row(number, _values(line, f"{path}, line {number}", column)) for number, line in lines if line.strip()]
+    if path.startswith(("/", ".", "~")) and not os.path.exists(path):
+        raise RecipeError(f"{option}: there is no file {path}, nor a folder")
 
 
-def make_prompts(
-    rows: Sequence[Mapping[str, Any]], options: HostOptions, tokenizer: Any, where: str = ""
-) -> list[str]:
-    """The prompts that OpenRLHF will make of the rows.
-
-    Args:
-        where: the rows are, for the error.
-
-    Raises:
-        RecipeError: OpenRLHF, or a chat template, would fail at a row.
-    """
-    prompts: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            prompts += render_prompts([row], options, tokenizer)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, TemplateError) as error:
-            form = "the chat template" if options["data.apply_chat_template"] else "openrlhf.data.input_template"
-            raise RecipeError(
-                f"{where}prompt {number} cannot be made by {form}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-        if not isinstance(prompts[-1], str):
-            raise RecipeError(f"{where}prompt {number} is {prompts[-1]!r:.60}, but must be a text")
-    return prompts
-
-
-def _values(line: str, where: str, column: str | None) -> dict[str, Any]:
+def _read(name: str, *, option: str, split: str, **how: Any) -> Any:
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{where} is not JSON: {error}; a line is one JSON object") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where}: a line is one JSON object, but this is {line.strip()[:40]}")
-    if column is not None and column not in values:
-        raise RecipeError(f"{where} has no column '{column}' (openrlhf.data.input_key); it has {', '.join(values)}")
-    return values
+        return load_rows(name, split=split, **how)
+    except Exception as error:  # of the Hub, `datasets`, Arrow, pandas: whatever it is, there are no rows
+        raise RecipeError(f"{option}: {name} cannot be read: {_reason(name, split, error)}") from error
 
 
-def check_references(prompts: Iterable[tuple[str, str | None]], where: str = "") -> None:
-    """Raises RecipeError for the first prompt without a reference: which ones are needed is drawn.
+def _reason(name: str, split: str, error: Exception) -> str:
+    found = first_damage(Path(_path(name))) if _is_json(name) else ""
+    if found:
+        return found
+    reason = root_cause(error)
+    if isinstance(error, StopIteration) or "corresponds to no data" in reason:
+        return "it holds no row"
+    if isinstance(error, AttributeError) and "DatasetDict" in reason:
+        return f"it has no split '{split}' (openrlhf.data.prompt_split, openrlhf.eval.split)"
+    return reason
 
-    Args:
-        prompts: what a person calls each, and its reference.
-        where: a reference is looked for, in words.
-    """
-    for name, reference in prompts:
-        if not reference:
-            raise RecipeError(f"{name} has no reference{where and ' '}{where}, which skd.rollout.method needs")
+
+def _check_probs(probs: str, number: int) -> None:
+    """Raises RecipeError for what OpenRLHF would fail at, or, with a 0, never come to an end of."""
+    try:
+        values = [float(value) for value in str(probs).split(",")]
+    except ValueError:
+        values = []
+    if len(values) != number or not all(0 < value <= 1 for value in values) or abs(sum(values) - 1) > 1e-6:
+        raise RecipeError(
+            f"openrlhf.data.prompt_probs is {str(probs)!r:.100}, but must be {number} numbers above 0 with commas in "
+            "between, one for each dataset, and 1 together"
+        )
+
+
+def _path(name: str) -> str:
+    """OpenRLHF takes what follows an @ for a folder of the dataset."""
+    return name.split("@")[0].strip()
+
+
+def _is_json(name: str) -> bool:
+    return _path(name).endswith((".json", ".jsonl")) and os.path.isfile(_path(name))

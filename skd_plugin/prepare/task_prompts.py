@@ -13,13 +13,15 @@ from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import PromptRow
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
-from skd_plugin.prepare.model_checks import check_prompts
-from skd_plugin.prepare.rows import check_references, make_prompts
+from skd_plugin.host.prompts import PromptForm
+from skd_plugin.prepare.prompts import check_lengths, check_references, make_prompts
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
 from skd_plugin.tasks.reasoning_gym import PREFIX
+
+TASK_COLUMNS = {"data.input_key": "input", "data.label_key": "label"}
 
 
 def longest_response(skd: SKDConfig, given: int | None) -> int | None:
@@ -41,8 +43,7 @@ def task_options(skd: SKDConfig, host: HostOptions) -> dict[str, Any]:
     folder = RunFolder(Path(skd.run_dir))
     options = {
         "data.prompt_dataset": str(folder.prompts("train").path),
-        "data.input_key": "input",
-        "data.label_key": "label",
+        **TASK_COLUMNS,
     }
     reward_model = host.get("reward.model_name_or_path")
     if not reward_model and any(config.eval_prompts for config in skd.all_tasks):
@@ -53,11 +54,12 @@ def task_options(skd: SKDConfig, host: HostOptions) -> dict[str, Any]:
 
 
 def draw_prompts(
-    skd: SKDConfig, options: HostOptions, tokenizer: Any, max_prompt_len: int, given: int | None
+    skd: SKDConfig, form: PromptForm, tokenizer: Any, longest: int, given: int | None
 ) -> dict[str, list[PromptRow]]:
     """The tasks' prompts by split, after all of them have been found to fit.
 
     Args:
+        longest: tokens of a prompt.
         given: the limit on a response that the recipe names for all tasks, if it does.
     """
     tasks = _tasks(skd)
@@ -71,7 +73,7 @@ def draw_prompts(
         train += _rows(config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given))
     drawn = {"train": train, "test": held_out(skd, tokenizer, given)}
     for rows in drawn.values():
-        check_prompts(make_prompts(rows, options, tokenizer), tokenizer, max_prompt_len)
+        check_lengths(make_prompts(rows, form), tokenizer, longest)
     if len(tasks) > 1:  # OpenRLHF may read only the first (data.max_samples), which should not be of one task
         random.Random("skd.tasks").shuffle(train)
     return drawn

@@ -53,8 +53,8 @@ def _why_not(run: Run) -> str:
     changed = {key for key in changed if not key.startswith("openrlhf.logger.")} - {"openrlhf.ckpt.load_enable"}
     if changed:
         reasons.append(f"its recipe was another one ({', '.join(sorted(changed))})")
-    data = run.data_digest()
-    if folder.read_config().get(DATA_DIGEST, data) != data:  # runs from before it was written have none
+    before_it = run.data_digest  # of runs that have written none
+    if folder.read_config().get(DATA_DIGEST, before_it) != run.data_digest:
         reasons.append("its data were others (the prompts have changed)")
     return " and ".join(reasons)
 

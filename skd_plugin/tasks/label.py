@@ -17,11 +17,12 @@ class Sampling(NamedTuple):
 
 
 AS_THE_RUN = Sampling()
+MARK = ("made_by", "skd_plugin")  # entry of every label of ours; a user's own may have any other
 
 
 @dataclass(frozen=True)
 class Label:
-    """Ours is a JSON object with a task and an answer; any other text is a user's, for a reward of theirs."""
+    """Ours is a JSON object with a mark; any other text is a user's, for a reward of theirs."""
 
     reference: str | None  # a correct response, without the end token
     task: str | None = None  # by which `find_task` finds the class; None: the label is not one of ours
@@ -37,14 +38,14 @@ class Label:
         record = _json_object(label)
         text = record.get("reference", label)
         reference = text if isinstance(text, str) and text else None
-        if not {"task", "answer"} <= record.keys():
+        if MARK not in record.items():
             return cls(reference)
         sampling = Sampling(**record.get("sampling", {}))
         return cls(reference, record["task"], record["answer"], record.get("end", ""), sampling)
 
     def to_json(self) -> str:
         own = {name: value for name, value in self.sampling._asdict().items() if value is not None}
-        record = {"task": self.task, "answer": self.answer, "end": self.end_token, "reference": self.reference}
+        record = {MARK[0]: MARK[1], "task": self.task, "answer": self.answer, "end": self.end_token, "reference": self.reference}
         return json.dumps(record | ({"sampling": own} if own else {}))
 
     def checker(self) -> Task | None:
@@ -56,6 +57,6 @@ def _json_object(label: object) -> dict[str, Any]:
     """Empty for a label that is none."""
     try:
         record = json.loads(label) if isinstance(label, str) else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of 5,000 digits, and brackets 100,000 deep
         return {}
     return record if isinstance(record, dict) else {}

@@ -29,7 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "prepare": {"config", "errors", "host", "models", "run_folder", "tasks", "words"},
     "run": {"config", "errors", "run_folder", "terminal", "words"},
     "report": {"config", "core", "errors", "run_folder", "words"},
-    "rollout_command": {"config", "engine", "errors", "prepare", "run_folder"},
+    "rollout_command": {"config", "engine", "errors", "host", "prepare", "run_folder", "tasks"},
     "evaluate": {
         "config",
         "core",
@@ -63,7 +63,7 @@ IMPORTS: dict[str, set[str]] = {
 # (part, part below) -> the files there that it may import, where not all of them.
 ONLY = {
     ("prepare", "host"): {"prompts"},  # OpenRLHF's own form of a prompt
-    ("check", "host"): {"prompts"},
+    ("rollout_command", "host"): {"prompts"},
     ("evaluate", "host"): {"prompts"},
     ("report", "config"): {"recipe", "yaml_text"},  # a report needs no schema: it shows what a run folder says
 }

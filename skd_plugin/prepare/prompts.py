@@ -1,0 +1,117 @@
+"""From rows to prompts, with all that would stop a run at one of them found before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from skd_plugin.errors import RecipeError
+from skd_plugin.host.prompts import PromptError, PromptForm
+from skd_plugin.prepare.rows import ROWS_AT_ONCE, Dataset, Source, check_column, column, is_text, values
+
+# Prompts of a dataset that are made and measured: all, or of a larger one some from everywhere in it, and the longest
+# and shortest texts. A chat template and a tokenizer take a minute for a million of them, as they will in the run.
+PROMPTS_CHECKED = 20_000
+EXTREMES = 2_000  # at each end
+
+Where = Callable[[int], str]  # what a person calls a prompt, by its place
+
+
+def numbered(index: int) -> str:
+    return f"prompt {index + 1}"
+
+
+def make_prompts(rows: Iterable[Mapping[str, Any]], form: PromptForm, where: Where = numbered) -> list[str]:
+    """The prompts that a run will make of the rows.
+
+    Raises:
+        RecipeError: a row makes none.
+    """
+    prompts: list[str] = []
+    for row in rows:
+        try:
+            prompts.append(form.prompt(row))
+        except PromptError as error:
+            raise RecipeError(f"{where(len(prompts))}: {error}") from error
+    return prompts
+
+
+def check_lengths(prompts: Sequence[str], tokenizer: Any, longest: int, where: Where = numbered) -> None:
+    """Raises RecipeError for the first prompt that OpenRLHF would cut, or SKD could not start from."""
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        part = list(prompts[start : start + ROWS_AT_ONCE])
+        for index, ids in enumerate(tokenizer(part, add_special_tokens=False).input_ids, start=start):
+            if not 2 <= len(ids) <= longest:
+                raise RecipeError(
+                    f"{where(index)} has {len(ids)} tokens, but 2 to {longest} fit (openrlhf.data.max_len minus "
+                    f"skd.rollout.max_new_tokens): {prompts[index][:60]!r}..."
+                )
+
+
+def check_dataset(dataset: Dataset, form: PromptForm, label: str | None, tokenizer: Any, longest: int) -> None:
+    """Raises RecipeError for columns that are not there, or a prompt that would stop a run.
+
+    Args:
+        label: the column of it, if there is to be one.
+        longest: tokens of a prompt.
+    """
+    for source in dataset.sources:
+        _check_prompts(source, form, tokenizer, longest)
+    if label:
+        check_column(dataset.whole, label, "openrlhf.data.label_key")
+
+
+def _check_prompts(source: Source, form: PromptForm, tokenizer: Any, longest: int) -> None:
+    """All rows have a text or messages; those that are looked at make prompts of a length that fits."""
+    check_column(source, form.key, "openrlhf.data.input_key")
+    _check_values(source, form)
+    chosen = _chosen(source, form.key)
+
+    def where(index: int) -> str:
+        return source.where(chosen[index])
+
+    prompts = make_prompts(source.rows.select_columns([form.key]).select(chosen), form, where)
+    check_lengths(prompts, tokenizer, longest, where)
+
+
+def _check_values(source: Source, form: PromptForm) -> None:
+    """Of all rows; by the column's type, where that says enough."""
+    import pyarrow.compute as pc
+
+    if is_text(source.rows, form.key):
+        nulls = pc.is_null(column(source.rows, form.key))
+        place = pc.index(nulls, True).as_py()
+        found: Iterable[tuple[int, Any]] = [] if place < 0 else [(place, None)]
+    else:
+        found = enumerate(values(source.rows, form.key))
+    for place, value in found:
+        try:
+            form.check(value)
+        except PromptError as error:
+            raise RecipeError(f"{source.where(place)}: {error}") from error
+
+
+def _chosen(source: Source, key: str) -> Sequence[int]:
+    """Places of the rows whose prompts are made, in order."""
+    number = len(source.rows)
+    if number <= PROMPTS_CHECKED:
+        return range(number)
+    chosen = {index * number // PROMPTS_CHECKED for index in range(PROMPTS_CHECKED)}
+    if is_text(source.rows, key):
+        import pyarrow.compute as pc
+
+        by_length = pc.sort_indices(pc.binary_length(column(source.rows, key)))
+        chosen.update(by_length[:EXTREMES].to_pylist(), by_length[-EXTREMES:].to_pylist())
+    return sorted(chosen)
+
+
+def check_references(prompts: Iterable[tuple[str, str | None]], where: str = "") -> None:
+    """Raises RecipeError for the first prompt without a reference: which ones are needed is drawn.
+
+    Args:
+        prompts: what a person calls each, and its reference.
+        where: a reference is looked for, in words.
+    """
+    for name, reference in prompts:
+        if not reference:
+            raise RecipeError(f"{name} has no reference{where and ' '}{where}, which skd.rollout.method needs")
