@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ import torch
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 # Here and in every process that a test starts: the tensors are tiny, and threads that wait for each other turn round.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nobody asks the Hub, which would be half a minute of attempts without a network; datasets are kept for the session.
+os.environ["HF_HUB_OFFLINE"] = "1"
+DATASETS = TemporaryDirectory(prefix="skd-datasets-")
+os.environ["HF_DATASETS_CACHE"] = DATASETS.name
 torch.set_num_threads(1)
 
 

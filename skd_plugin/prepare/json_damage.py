@@ -7,32 +7,53 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# An escape like \ud800 without its other half, before or behind it.
+LONE_SURROGATE = re.compile(
+    rb"(?<!\\)(?:\\\\)*"
+    rb"(\\u[dD][89abAB]\w\w(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]\w\w)\\u[dD][c-fC-F]\w\w)"
+)
+
+
+def is_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
 
 def lines_of_rows(path: Path) -> list[int]:
     """Number of the line of each row, from 1; empty where a row is not a line (a JSON array)."""
+    if is_array(path):
+        return []
     with path.open("rb") as file:
-        if _is_array(file.read(100)):
-            return []
-        file.seek(0)
         return [number for number, line in enumerate(file, start=1) if line.strip()]
 
 
 def first_damage(path: Path) -> str:
     """In words, with its line; empty where nothing is found."""
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if not content.strip():
         return "the file is empty"
-    if _is_array(content[:100]):
-        return next(_of_array(content), "")
-    return next(_of_lines(content), "")
+    damage = _of_array(content) if is_array(path) else _of_lines(content)
+    return next(damage, "") or lone_surrogate(path)
+
+
+def lone_surrogate(path: Path) -> str:
+    """Likewise, of texts that are none."""
+    content = path.read_bytes()
+    found = LONE_SURROGATE.search(content) if b"\\ud" in content or b"\\uD" in content else None
+    if found is None:
+        return ""
+    line = content.count(b"\n", 0, found.start()) + 1
+    return f"line {line} has {found[1].decode()} in it, half of a character (a lone surrogate), which is no text"
 
 
 def _of_lines(content: bytes) -> Iterator[str]:
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    lines = content.removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -46,13 +67,14 @@ def _of_lines(content: bytes) -> Iterator[str]:
         else:
             if not isinstance(values, dict):
                 yield f"line {number} is {line.decode().strip():.40}, but a line is one JSON object"
-            elif not _is_unicode(values):
-                yield f"line {number} has half of a character in it (a lone surrogate, \\ud800 to \\udfff)"
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            yield f"line {number} is empty, which is not read where values of one column are of several types"
 
 
 def _of_array(content: bytes) -> Iterator[str]:
     try:
-        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
+        rows = json.loads(content.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         yield f"line {error.lineno} is not JSON: {error.msg} (column {error.colno})"
     except UnicodeDecodeError:
@@ -63,20 +85,6 @@ def _of_array(content: bytes) -> Iterator[str]:
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
                 yield f"row {number} is {json.dumps(row):.40}, but a row is one JSON object"
-            elif not _is_unicode(row):
-                yield f"row {number} has half of a character in it (a lone surrogate, \\ud800 to \\udfff)"
-
-
-def _is_array(start: bytes) -> bool:
-    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
-def _is_unicode(values: Any) -> bool:
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from skd_plugin.host.prompts import PromptForm
 from skd_plugin.models import check_saving
 from skd_plugin.prepare.model_checks import check_output_head, check_pair
 from skd_plugin.prepare.prompts import check_dataset, check_references, make_prompts
-from skd_plugin.prepare.rows import Dataset, check_column, content_digest, read_dataset, task_digest, values
+from skd_plugin.prepare.rows import Dataset, check_column, content_digest, mixed, read_dataset, task_digest, values
 from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
 from skd_plugin.prepare.user_code import check_user_code
 from skd_plugin.run_folder import RunFolder
@@ -185,14 +185,14 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     form = PromptForm.of(complete, models.tokenizer)
     if skd.all_tasks:
         data = draw_prompts(skd, form, models.tokenizer, models.longest_prompt, models.given_limit)
-        rows, digest = data["train"], task_digest(data)
+        rows, there_are, digest = data["train"], len(data["train"]), task_digest(data)
     else:
-        data = {}
-        rows, digest = _users_data(models, complete, form)
-    host_rules.check_number(len(rows), complete)
-    prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, len(rows)))), form)
+        data, (train, digest) = {}, _users_data(models, complete, form)
+        rows, there_are = train.whole.rows, train.there_are
+    host_rules.check_number(there_are, complete)
     number = min(len(rows), complete["data.max_samples"])
-    return Run(skd, host, models.cpu, data, number, prompts[:number], digest)
+    prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, number))), form)
+    return Run(skd, host, models.cpu, data, number, prompts, digest)
 
 
 def host_options_of(models: Models) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def host_options_of(models: Models) -> dict[str, Any]:
     return host
 
 
-def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple[Any, str]:
-    """Rows of training, and a digest of all data, after every dataset has been found to fit."""
+def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple[Dataset, str]:
+    """The dataset of training, and a digest of all data, after every dataset has been found to fit."""
     datasets = [train := read_prompts("data.prompt_dataset", options)]
     if options.get("eval.dataset"):
         datasets.append(read_prompts("eval.dataset", options))
@@ -226,7 +226,7 @@ def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple
         check_dataset(dataset, form, label, models.tokenizer, models.longest_prompt)
     if models.skd.rollout.needs_references:
         _check_references(train, options["data.label_key"])
-    return train.whole.rows, content_digest(datasets, [form.key, *([label] if label else []), "datasource"])
+    return train, content_digest(datasets, [form.key, *([label] if label else []), "datasource"])
 
 
 def read_prompts(option: str, options: HostOptions) -> Dataset:
@@ -247,6 +247,7 @@ def _check_references(dataset: Dataset, key: str) -> None:
         check_column(source, key, "openrlhf.data.label_key")
         for index, label in enumerate(values(source.rows, key)):
             if not isinstance(label, str | None):
-                raise RecipeError(f"{source.where(index)}: '{key}' is {label!r:.60}, but a reference is a text")
+                why = mixed(source.rows, key)
+                raise RecipeError(f"{source.where(index)}: '{key}' is {label!r:.60}, but a reference is a text{why}")
             if not Label.parse(label).reference:
                 check_references([(source.where(index), None)], f"in '{key}' (openrlhf.data.label_key)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptError, PromptForm
-from skd_plugin.prepare.rows import ROWS_AT_ONCE, Dataset, Source, check_column, column, is_text, values
+from skd_plugin.prepare.rows import ROWS_AT_ONCE, Dataset, Source, check_column, column, is_text, mixed, values
 
 # Prompts of a dataset that are made and measured: all, or of a larger one some from everywhere in it, and the longest
 # and shortest texts. A chat template and a tokenizer take a minute for a million of them, as they will in the run.
@@ -88,7 +88,7 @@ def _check_values(source: Source, form: PromptForm) -> None:
         try:
             form.check(value)
         except PromptError as error:
-            raise RecipeError(f"{source.where(place)}: {error}") from error
+            raise RecipeError(f"{source.where(place)}: {error}{mixed(source.rows, form.key)}") from error
 
 
 def _chosen(source: Source, key: str) -> Sequence[int]:

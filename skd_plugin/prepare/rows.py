@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +18,10 @@ from typing import Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import load_rows
-from skd_plugin.prepare.json_damage import first_damage, lines_of_rows
+from skd_plugin.prepare.json_damage import first_damage, is_array, lines_of_rows, lone_surrogate
 from skd_plugin.words import root_cause
 
-FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")  # that OpenRLHF reads as one file
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")  # to OpenRLHF's `blending_datasets` one file
 ROWS_AT_ONCE = 10_000
 
 
@@ -44,6 +46,7 @@ class Source:
 class Dataset(NamedTuple):
     sources: list[Source]
     whole: Source  # all of them, as OpenRLHF puts them together
+    there_are: int  # rows, had there been no limit
 
 
 def read_dataset(
@@ -66,11 +69,37 @@ def read_dataset(
         _check_probs(probs, len(parts))
     for name in parts:
         _check_there(name, option)
-    sources = [Source(name, _read(name, option=option, split=split, limit=limit)) for name in parts]
+    everything = [_read(name, option=option, split=split, limit=sys.maxsize) for name in parts]
+    sources = [Source(name, _first(limit, rows)) for name, rows in zip(parts, everything, strict=True)]
+    for source in sources:
+        _check_texts(source, option)
+    there_are = sum(map(len, everything))
     if len(parts) == 1:
-        return Dataset(sources, sources[0])
+        return Dataset(sources, sources[0], there_are)
     rows = _read(names, option=option, split=split, limit=limit, probs=probs, seed=seed)
-    return Dataset(sources, Source(names, rows.select(range(min(limit, len(rows))))))
+    return Dataset(sources, Source(names, _first(limit, rows)), max(there_are, len(rows)))
+
+
+def _check_texts(source: Source, option: str) -> None:
+    """Raises RecipeError for texts that are none, which `datasets` reads without a look: a run would end at such a
+    row, or, where half a character is in a JSON array or in a column of several types, get the text without it.
+    """
+    import pyarrow as pa
+
+    path = Path(_path(source.name))
+    found = ""
+    try:
+        source.rows.with_format("arrow")[:].validate(full=True)
+    except pa.ArrowInvalid as error:
+        found = (first_damage(path) if _is_json(source.name) else "") or root_cause(error)
+    if _is_json(source.name) and (is_array(path) or any(map(_is_mixed, source.rows.features.values()))):
+        found = found or lone_surrogate(path)
+    if found:
+        raise RecipeError(f"{option}: {source.name} cannot be read: {found}")
+
+
+def _first(limit: int, rows: Any) -> Any:
+    return rows.select(range(min(limit, len(rows))))
 
 
 def check_column(source: Source, name: str, option: str) -> None:
@@ -95,6 +124,19 @@ def values(rows: Any, name: str) -> Iterator[Any]:
 def is_text(rows: Any, name: str) -> bool:
     """Whether a column holds texts and nulls alone, by its type."""
     return getattr(rows.features[name], "dtype", None) in ("string", "large_string")
+
+
+def mixed(rows: Any, name: str) -> str:
+    """What must be known of a column's values where they are of several types; empty where they are not."""
+    if not _is_mixed(rows.features[name]):
+        return ""
+    return (
+        f"; texts of '{name}' stand beside other values, and `datasets` then takes every text for JSON, if it is some"
+    )
+
+
+def _is_mixed(feature: Any) -> bool:
+    return type(feature).__name__ == "Json"
 
 
 def task_digest(data: Mapping[str, Any]) -> str:
@@ -134,6 +176,7 @@ def _check_there(name: str, option: str) -> None:
 
 
 def _read(name: str, *, option: str, split: str, **how: Any) -> Any:
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would say of an error is in ours
     try:
         return load_rows(name, split=split, **how)
     except Exception as error:  # of the Hub, `datasets`, Arrow, pandas: whatever it is, there are no rows

@@ -45,7 +45,13 @@ class Label:
 
     def to_json(self) -> str:
         own = {name: value for name, value in self.sampling._asdict().items() if value is not None}
-        record = {MARK[0]: MARK[1], "task": self.task, "answer": self.answer, "end": self.end_token, "reference": self.reference}
+        record = {
+            MARK[0]: MARK[1],
+            "task": self.task,
+            "answer": self.answer,
+            "end": self.end_token,
+            "reference": self.reference,
+        }
         return json.dumps(record | ({"sampling": own} if own else {}))
 
     def checker(self) -> Task | None:

@@ -77,6 +77,12 @@ HASHES = [  # host code, hash, our file, what we assume of it
      "we extend what it logs"),
     (f"{PPO}:BasePPOTrainer._compute_rollout_stats", "6d5005661700", "host/samples.py",
      "it averages info['reward'], which is NaN in a reward-free run, under rollout/reward_mean"),
+    (f"{PPO}:prepare_datasets", "1428fd249561", "prepare/load_run.py and host/controller.py",
+     "we load what it loads, with the same options, before the start, and it names PromptDataset"),
+    ("openrlhf.datasets.utils:blending_datasets", "d5017d43e403", "prepare/rows.py",
+     "it tells files by their endings, cuts names at commas and @, and never ends where a probability is 0"),
+    ("openrlhf.datasets.prompts_dataset:preprocess_data", "a7cfdd9cd208", "host/prompts.py",
+     "it makes the prompt of a text or of messages, and takes <image> in them for an image"),
     (f"{PPO}:compute_eval_metrics", "55f51d9155c7", "host/evaluation.py", "our evaluation reports its numbers"),
     (f"{ENGINE}:RolloutRayActor.__init__", "6d6ba55dbca3", "host/rollout_actor.py",
      "we replace some of its engine arguments"),
@@ -176,6 +182,8 @@ SIGNATURES = [
     (f"{LAUNCHER}:RewardModelActor.init_model_from_pretrained", "strategy pretrain", "host/bind.py"),
     ("openrlhf.datasets.prompts_dataset:preprocess_data",
      "data input_template input_key label_key apply_chat_template", "host/prompts.py"),
+    ("openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "dataset tokenizer strategy input_template",
+     "host/run_prompts.py"),
     ("openrlhf.utils:get_strategy", "args", "host/bind.py"),
 ]  # fmt: skip
 
@@ -196,6 +204,8 @@ ATTRIBUTES = [
      "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger samples_generator generate_kwargs "
      "prompts_dataloader eval_dataloader", "host/controller.py"),
     (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts datasources", "host/by_task.py"),
+    (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts labels images datasources",
+     "host/run_prompts.py"),
     ((f"{SAMPLES}.__init__",), "vllm_engines", "host/samples.py"),
     ((f"{ENGINE}:RolloutRayActor.__init__",), "llm executor", "host/rollout_actor.py"),
     ((f"{WRAP}.init_process_group",), "_model_update_with_ray _model_update_group", "host/weight_sync.py"),
@@ -722,26 +732,14 @@ def test_events_are_written_into_the_run_folder() -> None:
     )
 
 
-def test_prompts_are_checked_in_the_form_that_the_host_gives_them() -> None:
-    from openrlhf.datasets.prompts_dataset import preprocess_data
+def test_prompts_are_made_in_the_form_that_the_host_gives_them() -> None:
+    from openrlhf.datasets import prompts_dataset
 
     row = {"q": "two", "a": "2"}
+    preprocess_data = prompts_dataset.preprocess_data
     assert preprocess_data(row, "say {}", "q", apply_chat_template=None)[0] == "say two", "revisit host/prompts.py"
     chat = preprocess_data(row, None, "q", apply_chat_template=lambda turns, **_: json.dumps(turns))[0]
     assert json.loads(chat) == [{"role": "user", "content": "two"}]
-
-
-def test_source_of_a_prompt_without_one() -> None:
-    from types import SimpleNamespace
-
-    from openrlhf.datasets import PromptDataset
-
-    from skd_plugin.host.by_task import HELD_OUT, sources
-
-    data = SimpleNamespace(input_key="q", label_key=None, apply_chat_template=False)
-    strategy = SimpleNamespace(args=SimpleNamespace(data=data), is_rank_0=lambda: False)
-    rows = [{"q": "one"}, {"q": "two", "datasource": "gsm8k"}]
-    assert sources(PromptDataset(rows, None, strategy)) == {"one": HELD_OUT, "two": "gsm8k"}, "revisit by_task.py"
 
 
 # --- a machine without CUDA (host/on_cpu.py) ---

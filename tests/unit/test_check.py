@@ -594,7 +594,7 @@ def test_a_dataset_of_ones_own(own_recipe, capsys):
     ("rows", "override", "words"),
     [
         ([{"input": "abc"}] * 3, "skd.rollout.seed=1", "there are 3 prompts"),
-        ([{"input": "abc"}] * 4 + [{"text": "abc"}], "skd.rollout.seed=1", "rows.jsonl, line 5 has no column 'input'"),
+        ([{"input": "abc"}] * 4 + [{"text": "abc"}], "skd.rollout.seed=1", "line 5: 'input' is missing or null"),
         ([{"input": "abc"}] * 4, "openrlhf.data.apply_chat_template=true", "has no chat template"),
     ],
 )

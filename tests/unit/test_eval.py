@@ -114,7 +114,7 @@ def test_prompts_of_ones_own_have_no_scores(tmp_path: Path):
         ([], {"students": ["./nowhere"]}, "'./nowhere' is not there"),
         (["skd.task.eval_prompts=0"], {}, "no held-out prompts: set skd.task.eval_prompts"),
         (["skd.task=null"], {}, "no held-out prompts: give the recipe a skd.task"),
-        (["skd.task=null", "openrlhf.eval.dataset=some/hub"], {}, "reads a local .json or .jsonl"),
+        (["skd.task=null", "openrlhf.eval.dataset=some/hub"], {}, "some/hub cannot be read: .*on the Hub"),
         (["openrlhf.data.max_len=100"], {}, "but 2 to 4 fit"),
         (["openrlhf.train.agent_func_path=a.py"], {}, "names an agent"),
         (["skd.rollout.topk=3"], {}, r"unknown key 'skd\.rollout\.topk'"),

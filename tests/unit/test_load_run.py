@@ -17,7 +17,7 @@ from skd_plugin.config.schema import (
     parse_skd,
 )
 from skd_plugin.errors import RecipeError
-from skd_plugin.prepare import load_run as prepare_run
+from skd_plugin.prepare import prompts
 from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run
 from skd_plugin.tasks.label import Label
 from tests.recipes import PAIR, QUICKSTART, RECIPES
@@ -50,7 +50,7 @@ def test_references_where_they_make_no_sense(quickstart, override: str, message:
 
 def test_references_of_a_dataset(quickstart, write) -> None:
     """Every prompt needs one, in the column that the host takes for the label."""
-    lines = [{"q": "tom has 3 coins .", "a": text} for text in ("3", "4", "", None, 5)]
+    lines = [{"q": "tom has 3 coins .", "a": text} for text in ("three", "four", "", None, 5)]
 
     def load(count: int, *more: str) -> Run:
         path = write("own.jsonl", "".join(json.dumps(line) + "\n" for line in [*lines[:2], *lines[count : count + 1]]))
@@ -61,11 +61,13 @@ def test_references_of_a_dataset(quickstart, write) -> None:
     with pytest.raises(RecipeError, match=r"two_stage needs references: name .* openrlhf\.data\.label_key"):
         load(5)
     for count in (2, 3):
-        with pytest.raises(RecipeError, match=r"line 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"):
+        with pytest.raises(
+            RecipeError, match=r"own\.jsonl, line 3 has no reference in 'a' \(openrlhf\.data\.label_key\)"
+        ):
             load(count, "openrlhf.data.label_key=a")
-    with pytest.raises(RecipeError, match=r"line 3: 'a' is 5, but a reference is a text"):
+    with pytest.raises(RecipeError, match=r"own\.jsonl, line 3: 'a' is 5, but a reference is a text"):
         load(4, "openrlhf.data.label_key=a")
-    with pytest.raises(RecipeError, match=r"line 1 has no reference in 'b'"):
+    with pytest.raises(RecipeError, match=r"own\.jsonl has no column 'b' \(openrlhf\.data\.label_key\); it has q, a"):
         load(5, "openrlhf.data.label_key=b")
 
 
@@ -140,7 +142,7 @@ def test_fewer_prompts_than_a_step_needs(write, quickstart) -> None:
     with pytest.raises(RecipeError, match=r"there are 1 prompts, but a step needs .*batch_size = 2"):
         quickstart("skd.task.train_prompts=1")
     own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n')
-    with pytest.raises(RecipeError, match=r"p\.jsonl: there are 1 prompts"):
+    with pytest.raises(RecipeError, match=r"there are 1 prompts"):
         quickstart("skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q")
 
 
@@ -155,8 +157,8 @@ def test_a_run_without_a_step_is_refused(write, quickstart) -> None:
         assert quickstart(*data, "openrlhf.data.max_samples=2")
 
 
-def test_a_batch_above_what_is_read_of_a_dataset(write, quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_run, "PROMPTS_CHECKED", 2)
+def test_a_batch_above_what_is_looked_at_of_a_dataset(write, quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "PROMPTS_CHECKED", 2)
     own = write("p.jsonl", '{"q": "tom has 3 coins ."}\n' * 4)
     sizes = [f"openrlhf.{name}=4" for name in ("rollout.batch_size", "train.batch_size")]
     given = ["skd.task=null", f"openrlhf.data.prompt_dataset={own}", "openrlhf.data.input_key=q"]
@@ -164,17 +166,17 @@ def test_a_batch_above_what_is_read_of_a_dataset(write, quickstart, monkeypatch:
 
 
 def test_run_without_a_task_reads_the_users_prompts(write, quickstart) -> None:
-    prompts = write("p.jsonl", '{"q": "tom has 3 coins ."}\n{"q": "ann has 4 apples ."}\n')
-    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={prompts}", "openrlhf.data.input_key=q"]
+    path = write("p.jsonl", '{"q": "tom has 3 coins ."}\n{"q": "ann has 4 apples ."}\n')
+    given = ["skd.task=null", f"openrlhf.data.prompt_dataset={path}", "openrlhf.data.input_key=q"]
     run = quickstart(*given)
     assert run.host["reward.remote_url"] == host_rules.NO_REWARD
     assert "eval.dataset" not in run.host
     with pytest.raises(RecipeError, match=r"has no column 'x' \(openrlhf\.data\.input_key\); it has q"):
         quickstart(*given, "openrlhf.data.input_key=x")
-    with pytest.raises(RecipeError, match="prompt 1 has 5 tokens, but 2 to 4 fit"):
+    with pytest.raises(RecipeError, match=r"p\.jsonl, line 1 has 5 tokens, but 2 to 4 fit"):
         quickstart(*given, "openrlhf.data.max_len=100")
     with pytest.raises(RecipeError, match=r"openrlhf\.data\.prompt_dataset: there is no file"):
-        quickstart(*given, f"openrlhf.data.prompt_dataset={prompts}.jsonl")
+        quickstart(*given, f"openrlhf.data.prompt_dataset={path}.jsonl")
 
 
 def test_prompts_of_a_task_that_do_not_fit(quickstart) -> None:
@@ -310,13 +312,15 @@ def test_columns_of_the_held_out_dataset(quickstart, write) -> None:
         return quickstart(*given, f"openrlhf.eval.dataset={write('held.jsonl', text)}", *more)
 
     load('{"q": "tom has 3 coins ."}')
-    with pytest.raises(RecipeError, match=r"held\.jsonl, line 1 has no column 'q'"):
+    with pytest.raises(
+        RecipeError, match=r"held\.jsonl has no column 'q' \(openrlhf\.data\.input_key\); it has other"
+    ):
         load('{"other": "tom has 3 coins ."}')
     with pytest.raises(RecipeError, match=r"held\.jsonl has no column 'a' \(openrlhf\.data\.label_key\); it has q"):
         load('{"q": "tom has 3 coins ."}', "openrlhf.data.label_key=a")
     with pytest.raises(RecipeError, match=r"p\.jsonl has no column 'b' \(openrlhf\.data\.label_key\); it has q, a"):
         load('{"q": "tom has 3 coins ."}', "openrlhf.data.label_key=b")
-    with pytest.raises(RecipeError, match=r"held\.jsonl: prompt 2 is 5, but must be a text"):
+    with pytest.raises(RecipeError, match=r"held\.jsonl, line 2: 'q' is 5, but must be a text"):
         load('{"q": "tom has 3 coins ."}\n{"q": 5}')
     with pytest.raises(RecipeError, match=r"eval\.dataset: there is no file"):
         quickstart(*given, f"openrlhf.eval.dataset={train}.jsonl")
@@ -324,5 +328,7 @@ def test_columns_of_the_held_out_dataset(quickstart, write) -> None:
 
 @pytest.mark.parametrize("template", ["{x}", "{", "{1}"])
 def test_a_template_that_makes_no_prompt(quickstart, template: str) -> None:
-    with pytest.raises(RecipeError, match=r"prompt 1 cannot be made by openrlhf\.data\.input_template: \w+Error: "):
+    with pytest.raises(
+        RecipeError, match=r"openrlhf\.data\.input_template is .*, in which only \{\} is a place.*\wError"
+    ):
         quickstart(f"openrlhf.data.input_template='{template}'")

@@ -10,7 +10,7 @@ import pytest
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import common_vocab_size
-from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_prompts, check_vocabularies
+from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_vocabularies
 from tests.recipes import PAIR
 
 
@@ -129,16 +129,3 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
             check_pair(*map(str, pair), **SIZES)
     with pytest.raises(RecipeError, match=r"the teacher .* cannot be loaded"):
         check_pair(str(tmp_path), str(PAIR / "student"), **SIZES)
-
-
-def test_prompts_that_do_not_fit() -> None:
-    class Words:
-        def __call__(self, text: str, add_special_tokens: bool):
-            assert not add_special_tokens
-            return type("Encoding", (), {"input_ids": text.split()})
-
-    check_prompts(["a b", "a b c"], Words(), 3)
-    with pytest.raises(RecipeError, match="prompt 2 has 4 tokens, but 2 to 3 fit"):
-        check_prompts(["a b", "a b c d"], Words(), 3)
-    with pytest.raises(RecipeError, match="prompt 1 has 1 tokens"):
-        check_prompts(["a"], Words(), 3)

@@ -142,30 +142,14 @@ def test_resume_can_be_turned_off(run: Run) -> None:
     assert resume.look_at(off).step is None and "skd.resume is false" in resume.look_at(off).reason
 
 
-def test_other_prompts_are_another_run(run: Run, tmp_path: Path) -> None:
-    """The same recipe over a file or folder whose bytes have changed."""
-    file, folder = tmp_path / "own.jsonl", tmp_path / "saved"
-    file.write_text('{"q": "1"}')
-    (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "a.arrow").write_bytes(b"1")
-    for name, changed in ((f"{file}", file), (f"org/hub, {folder}@x", folder / "deep" / "a.arrow")):
-        mine = replace(run, host={**run.host, "data.prompt_dataset": name})
-        mine.save()
-        if not run.folder.checkpoints.exists():
-            checkpoint(run, 4)
-        assert resume.look_at(mine).step == 4
-        changed.write_bytes(b"others")
-        earlier = resume.look_at(mine)
-        assert earlier.step is None and earlier.reason == "its data were others (the prompts have changed)"
-
-
-def test_other_prompts_of_a_task_are_another_run(run: Run) -> None:
-    row = {"input": "a", "label": "b", "datasource": "c"}
-    mine = replace(run, data={"train": [row], "test": []})
+def test_other_prompts_are_another_run(run: Run) -> None:
+    """The same recipe over other data; test_datasets.py and test_load_run.py say what is."""
+    mine = replace(run, data_digest="abc")
     mine.save()
     checkpoint(run, 4)
     assert resume.look_at(mine).step == 4
-    assert "its data were others" in resume.look_at(replace(mine, data={"train": [row, row], "test": []})).reason
+    earlier = resume.look_at(replace(run, data_digest="other"))
+    assert earlier.step is None and earlier.reason == "its data were others (the prompts have changed)"
 
 
 def test_a_run_from_before_the_digest_goes_on(run: Run) -> None:
@@ -173,7 +157,7 @@ def test_a_run_from_before_the_digest_goes_on(run: Run) -> None:
     content = run.folder.read_config()
     del content[DATA_DIGEST]
     run.folder.write_config(content)
-    assert resume.look_at(replace(run, data={"train": []})).step == 4
+    assert resume.look_at(replace(run, data_digest="abc")).step == 4
 
 
 # --- what an earlier run has left stays what it was ---
@@ -190,7 +174,8 @@ def test_loading_a_recipe_writes_nothing(quickstart, tmp_path: Path) -> None:
     quickstart().save()
     before = bytes_of(tmp_path)
     assert before.keys() == {"run/config.yaml", "run/data/train.jsonl", "run/data/test.jsonl"}
-    assert quickstart("skd.task.seed=1").data != quickstart().data
+    other, same = quickstart("skd.task.seed=1"), quickstart()
+    assert other.data != same.data and other.data_digest != same.data_digest == quickstart().data_digest
     with pytest.raises(RecipeError, match="n_samples_per_prompt is 2"):
         quickstart("skd.rollout.method=supervised", "openrlhf.rollout.n_samples_per_prompt=2")
     with pytest.raises(RecipeError, match="there are 1 prompts"):

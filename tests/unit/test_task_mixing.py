@@ -16,6 +16,7 @@ from skd_plugin.check.dry_run import one_step
 from skd_plugin.config.run import PromptRow, Run
 from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.errors import RecipeError
+from skd_plugin.host.prompts import PromptForm
 from skd_plugin.prepare.load_run import load_models, load_run
 from skd_plugin.prepare.task_prompts import draw_prompts, longest_response, task_options
 from skd_plugin.tasks import TASKS, TaskError, find_task
@@ -24,7 +25,7 @@ from skd_plugin.tasks.mixing import parts, shares
 from skd_plugin.tasks.reward import reward_func
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-HOST = {"data.apply_chat_template": False, "data.input_template": None, "data.input_key": "input"}
+AS_IT_IS = PromptForm("input")
 SMALL = [
     "openrlhf.rollout.batch_size=2", "openrlhf.rollout.micro_batch_size=1",
     "openrlhf.train.batch_size=2", "openrlhf.train.micro_batch_size=1",
@@ -52,8 +53,8 @@ class Words:
 
     eos_token = "</s>"
 
-    def __call__(self, text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=text.split())
+    def __call__(self, texts: list[str], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[text.split() for text in texts])
 
     def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
         return "<user> " * 20 + chat[0]["content"]
@@ -64,7 +65,7 @@ def config(tmp_path: Path, **sections: Any) -> SKDConfig:
 
 
 def drawn(tmp_path: Path, given: int | None = None, **sections: Any) -> dict[str, list[PromptRow]]:
-    return draw_prompts(config(tmp_path, **sections), HOST, Words(), 200, given)
+    return draw_prompts(config(tmp_path, **sections), AS_IT_IS, Words(), 200, given)
 
 
 def by_task(rows: Iterable[PromptRow]) -> Counter[str]:
@@ -185,9 +186,9 @@ def test_labels_without_anything_of_their_own(tmp_path: Path) -> None:
 
 def test_prompts_are_measured_as_the_host_makes_them(tmp_path: Path) -> None:
     skd = config(tmp_path, tasks=several("arithmetic"))
-    assert len(draw_prompts(skd, HOST, Words(), 35, None)["train"]) == 60
+    assert len(draw_prompts(skd, AS_IT_IS, Words(), 35, None)["train"]) == 60
     with pytest.raises(RecipeError, match=r"prompt 1 has \d+ tokens"):
-        draw_prompts(skd, HOST | {"data.apply_chat_template": True}, Words(), 35, None)
+        draw_prompts(skd, PromptForm("input", chat=Words().apply_chat_template), Words(), 35, None)
 
 
 # --- bad input ---
