@@ -51,24 +51,25 @@ def generation_end_ids(name: str) -> frozenset[int]:
 
 
 def check_saving(name: str, role: str) -> None:
-    """Writes the model's settings into a folder that is thrown away, as its last save will write them.
+    """Writes the model's settings and tokenizer into a folder that is thrown away, as its last save will write them.
 
     Raises:
         RecipeError: transformers refuses them, as it does a generation_config.json that contradicts itself, which it
-            has read without a word.
+            has read without a word, or a chat template whose name is no file's.
     """
     from transformers import GenerationConfig
 
-    config = load_model_config(name, role)
+    config, tokenizer = load_model_config(name, role), load_tokenizer(name, role)
     try:
         generation = GenerationConfig.from_pretrained(name, trust_remote_code=True)
     except OSError:  # a model need not have one
         generation = GenerationConfig()
     with TemporaryDirectory(prefix="skd-save-") as folder:
-        for settings, file in ((config, "config.json"), (generation, "generation_config.json")):
+        files = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer}
+        for file, settings in files.items():
             try:
                 settings.save_pretrained(folder)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OSError, NotImplementedError) as error:
                 reason = " ".join(str(error).split())
                 raise RecipeError(
                     f"the {role} '{name}' could not be saved at the end of the run; mend its {file}: {reason}"

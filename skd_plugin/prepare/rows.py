@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from skd_plugin.damage import bad_texts, is_mixed, lines_of_rows, why_not_read
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import load_rows
-from skd_plugin.prepare.json_damage import first_damage, is_array, lines_of_rows, lone_surrogate
-from skd_plugin.words import root_cause
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")  # to OpenRLHF's `blending_datasets` one file
 ROWS_AT_ONCE = 10_000
@@ -40,7 +39,7 @@ class Source:
 
     @cached_property
     def _lines(self) -> list[int]:
-        return lines_of_rows(Path(_path(self.name))) if _is_json(self.name) else []
+        return lines_of_rows(Path(_path(self.name)))
 
 
 class Dataset(NamedTuple):
@@ -72,30 +71,13 @@ def read_dataset(
     everything = [_read(name, option=option, split=split, limit=sys.maxsize) for name in parts]
     sources = [Source(name, _first(limit, rows)) for name, rows in zip(parts, everything, strict=True)]
     for source in sources:
-        _check_texts(source, option)
+        if found := bad_texts(Path(_path(source.name)), source.rows):
+            raise RecipeError(f"{option}: {source.name} cannot be read: {found}")
     there_are = sum(map(len, everything))
     if len(parts) == 1:
         return Dataset(sources, sources[0], there_are)
     rows = _read(names, option=option, split=split, limit=limit, probs=probs, seed=seed)
     return Dataset(sources, Source(names, _first(limit, rows)), max(there_are, len(rows)))
-
-
-def _check_texts(source: Source, option: str) -> None:
-    """Raises RecipeError for texts that are none, which `datasets` reads without a look: a run would end at such a
-    row, or, where half a character is in a JSON array or in a column of several types, get the text without it.
-    """
-    import pyarrow as pa
-
-    path = Path(_path(source.name))
-    found = ""
-    try:
-        source.rows.with_format("arrow")[:].validate(full=True)
-    except pa.ArrowInvalid as error:
-        found = (first_damage(path) if _is_json(source.name) else "") or root_cause(error)
-    if _is_json(source.name) and (is_array(path) or any(map(_is_mixed, source.rows.features.values()))):
-        found = found or lone_surrogate(path)
-    if found:
-        raise RecipeError(f"{option}: {source.name} cannot be read: {found}")
 
 
 def _first(limit: int, rows: Any) -> Any:
@@ -128,15 +110,11 @@ def is_text(rows: Any, name: str) -> bool:
 
 def mixed(rows: Any, name: str) -> str:
     """What must be known of a column's values where they are of several types; empty where they are not."""
-    if not _is_mixed(rows.features[name]):
+    if not is_mixed(rows.features[name]):
         return ""
     return (
         f"; texts of '{name}' stand beside other values, and `datasets` then takes every text for JSON, if it is some"
     )
-
-
-def _is_mixed(feature: Any) -> bool:
-    return type(feature).__name__ == "Json"
 
 
 def task_digest(data: Mapping[str, Any]) -> str:
@@ -184,15 +162,9 @@ def _read(name: str, *, option: str, split: str, **how: Any) -> Any:
 
 
 def _reason(name: str, split: str, error: Exception) -> str:
-    found = first_damage(Path(_path(name))) if _is_json(name) else ""
-    if found:
-        return found
-    reason = root_cause(error)
-    if isinstance(error, StopIteration) or "corresponds to no data" in reason:
-        return "it holds no row"
-    if isinstance(error, AttributeError) and "DatasetDict" in reason:
+    if isinstance(error, AttributeError) and "DatasetDict" in str(error):
         return f"it has no split '{split}' (openrlhf.data.prompt_split, openrlhf.eval.split)"
-    return reason
+    return why_not_read(Path(_path(name)), error)
 
 
 def _check_probs(probs: str, number: int) -> None:
@@ -211,7 +183,3 @@ def _check_probs(probs: str, number: int) -> None:
 def _path(name: str) -> str:
     """OpenRLHF takes what follows an @ for a folder of the dataset."""
     return name.split("@")[0].strip()
-
-
-def _is_json(name: str) -> bool:
-    return _path(name).endswith((".json", ".jsonl")) and os.path.isfile(_path(name))

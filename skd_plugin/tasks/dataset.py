@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from skd_plugin.damage import bad_texts, why_not_read
 from skd_plugin.tasks.base import Example, Task, TaskError, check_split, split_of
-from skd_plugin.words import first_line
+from skd_plugin.words import root_cause
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 Row = Mapping[str, Any]
@@ -47,13 +48,16 @@ class DatasetTask(Task):
         """In an order drawn by `seed`, so that the first 100 of 1,000 are those of 100."""
         check_split(split)
         found: dict[str, Example] = {}
-        for row in self.rows(split):
-            self._check_columns(row)
-            prompt, target = self.template.format(**row), self.target(row)
-            if target is None or (self.cut_by_hash and split_of(prompt) != split):
+        wanted = self._columns_of_the_template()
+        for number, row in enumerate(self.rows(split), start=1):
+            try:
+                example = self._example(row, wanted)
+            except TaskError as error:
+                raise TaskError(f"{self._path or self.dataset}, row {number} of {split}: {error}") from error
+            if example is None or (self.cut_by_hash and split_of(example.prompt) != split):
                 continue
-            example = Example(prompt, *target)
-            found[prompt] = self.merge(found[prompt], example) if prompt in found else example
+            known = found.get(example.prompt)
+            found[example.prompt] = self.merge(known, example) if known else example
         examples = list(found.values())
         if count is not None and count > len(examples):
             raise TaskError(
@@ -83,18 +87,37 @@ class DatasetTask(Task):
             raise TaskError(f"task {self.name} has no {split} prompts: it is for {' and '.join(self.splits)} only")
         try:
             return load_dataset(self.dataset, subset, split=self.splits[split])
-        except (OSError, ValueError, RuntimeError) as error:  # offline, gated, moved, or a script, not supported
+        except Exception as error:  # offline, gated, moved, a script, damaged: whatever it is, there are no rows
             raise TaskError(
-                f"{self.dataset} cannot be loaded from the Hub: {first_line(error)}. Log in if it is gated, or put "
+                f"{self.dataset} cannot be loaded from the Hub: {root_cause(error)}. Log in if it is gated, or put "
                 "its files into a folder and name that as skd.task.path"
             ) from error
 
-    def _check_columns(self, row: Row) -> None:
-        wanted = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+    def _columns_of_the_template(self) -> list[str]:
+        try:
+            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise TaskError(self._of_the_template(error)) from error
+
+    def _example(self, row: Row, wanted: Sequence[str]) -> Example | None:
+        """None for a row that is of no use."""
         for name in wanted:
             if name not in row:
-                where = self._path or self.dataset
-                raise TaskError(f"{where} has no column '{name}' of {self.name}'s prompt; it has {', '.join(row)}")
+                raise TaskError(f"it has no column '{name}' of {self.name}'s prompt; it has {', '.join(row)}")
+            if row[name] is None:
+                raise TaskError(f"'{name}' of {self.name}'s prompt is missing or null")
+        try:
+            prompt = self.template.format(**row)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise TaskError(self._of_the_template(error)) from error
+        target = self.target(row)
+        return None if target is None else Example(prompt, *target)
+
+    def _of_the_template(self, error: Exception) -> str:
+        return (
+            f"skd.task.template is {self.template!r:.200}, in which only names of columns may stand in braces; write "
+            f"{{{{ and }}}} for braces that are text ({type(error).__name__}: {error})"
+        )
 
 
 def column(row: Row, name: str) -> Any:
@@ -108,10 +131,30 @@ def column(row: Row, name: str) -> Any:
     return row[name]
 
 
+def text(row: Row, name: str) -> str:
+    """Text in a column that a task needs.
+
+    Raises:
+        TaskError: there is no such column, or no text in it.
+    """
+    found = column(row, name)
+    if found is None or not isinstance(found, str | int | float):
+        raise TaskError(f"'{name}' is {'missing or null' if found is None else repr(found)[:60]}, but must be a text")
+    return str(found)
+
+
 def _local_rows(folder: Path, split: str) -> Iterable[Row]:
     from datasets import load_dataset
 
     found = [folder / f"{split}{ending}" for ending in FORMATS if (folder / f"{split}{ending}").is_file()]
     if not found:
-        raise TaskError(f"skd.task.path: {folder} has no {split}.json, {split}.jsonl or {split}.parquet")
-    return load_dataset(FORMATS[found[0].suffix], data_files=str(found[0]), split="train")
+        *others, last = (f"{split}{ending}" for ending in FORMATS)
+        raise TaskError(f"skd.task.path: {folder} has no {', '.join(others)} or {last}")
+    (path, *_) = found
+    try:
+        rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # of `datasets`, Arrow, pandas: whatever it is, there are no rows
+        raise TaskError(f"skd.task.path: {path} cannot be read: {why_not_read(path, error)}") from error
+    if wrong := bad_texts(path, rows):
+        raise TaskError(f"skd.task.path: {path} cannot be read: {wrong}")
+    return rows

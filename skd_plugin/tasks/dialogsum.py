@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from skd_plugin.tasks import scorers
 from skd_plugin.tasks.base import Example, mean
-from skd_plugin.tasks.dataset import DatasetTask, Row, column
+from skd_plugin.tasks.dataset import DatasetTask, Row, text
 
 
 class DialogSum(DatasetTask):
@@ -21,7 +21,7 @@ class DialogSum(DatasetTask):
     dataset = "knkarthick/dialogsum"
 
     def target(self, row: Row) -> tuple[str, str]:
-        summary = column(row, "summary")
+        summary = text(row, "summary")
         return summary, json.dumps([summary])
 
     def merge(self, known: Example, again: Example) -> Example:

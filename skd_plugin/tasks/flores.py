@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from skd_plugin.tasks import scorers
-from skd_plugin.tasks.dataset import DatasetTask, Row, column
+from skd_plugin.tasks.dataset import DatasetTask, Row, text
 
 SOURCE, TARGET = "asm_Beng", "eng_Latn"
 
@@ -39,7 +39,7 @@ class Flores(DatasetTask):
         ]
 
     def target(self, row: Row) -> tuple[str, str]:
-        return column(row, f"sentence_{TARGET}"), column(row, f"sentence_{TARGET}")
+        return text(row, f"sentence_{TARGET}"), text(row, f"sentence_{TARGET}")
 
     def score(self, response: str, label: str) -> float:
         return scorers.chrf(response.strip(), [label])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from skd_plugin.tasks import math_answers
 from skd_plugin.tasks.base import TaskError, mean
-from skd_plugin.tasks.dataset import DatasetTask, Row, column
+from skd_plugin.tasks.dataset import DatasetTask, Row, text
 
 
 class GSM8K(DatasetTask):
@@ -19,7 +19,7 @@ class GSM8K(DatasetTask):
     subset = "main"
 
     def target(self, row: Row) -> tuple[str, str]:
-        solution = column(row, "answer")
+        solution = text(row, "answer")
         answer = math_answers.after_hashes(solution)
         if answer is None:
             raise TaskError(f"a solution of {self.name} has no answer behind ####: {solution[-80:]!r}")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from skd_plugin.tasks import math_answers
 from skd_plugin.tasks.base import mean
-from skd_plugin.tasks.dataset import DatasetTask, Row, column
+from skd_plugin.tasks.dataset import DatasetTask, Row, column, text
 
 PROMPT = (
     "Solve the following math problem step-by-step.\n"
@@ -44,7 +44,7 @@ class UltraInteract(BoxedTask):
     cut_by_hash = True
 
     def target(self, row: Row) -> tuple[str, str] | None:
-        response = column(row, "response")
+        response = text(row, "response")
         answer = math_answers.boxed(response)
         return (response, answer) if column(row, "task") == "Math_CoT" and answer else None
 
@@ -58,7 +58,7 @@ class Math500(BoxedTask):
     splits = MappingProxyType({"test": "test"})
 
     def target(self, row: Row) -> tuple[str, str]:
-        return column(row, "solution"), column(row, "answer")
+        return text(row, "solution"), text(row, "answer")
 
 
 class GSMPlus(BoxedTask):
@@ -71,7 +71,7 @@ class GSMPlus(BoxedTask):
 
     def target(self, row: Row) -> tuple[str, str] | None:
         answer = str(column(row, "answer")).strip()
-        return (column(row, "solution"), answer) if math_answers.last_number(answer) else None
+        return (text(row, "solution"), answer) if math_answers.last_number(answer) else None
 
 
 class ASDiv(BoxedTask):
@@ -83,5 +83,5 @@ class ASDiv(BoxedTask):
     splits = MappingProxyType({"test": "validation"})
 
     def target(self, row: Row) -> tuple[str, str]:
-        answer = column(row, "answer").split("(")[0].strip()
+        answer = text(row, "answer").split("(")[0].strip()
         return f"\\boxed{{{answer}}}", answer

@@ -97,8 +97,12 @@ def test_template_of_the_recipe(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "d", "test", [{"question": "Why?", "answer": "#### 1"}]))
     assert TASKS["gsm8k"](folder, "Question: {question}").examples("test", 1)[0].prompt == "Question: Why?"
     assert TASKS["gsm8k"](folder).examples("test", 1)[0].prompt == "Q: Why? \n\nA:"
-    with pytest.raises(TaskError, match="has no column 'text' of gsm8k's prompt; it has question, answer"):
+    with pytest.raises(TaskError, match=r"row 1 of test: .* no column 'text' of gsm8k's prompt; it has question, "):
         TASKS["gsm8k"](folder, "{text}").examples("test", 1)
+    for template in ("{", "Q: {question", "{question:d}", "{}"):
+        with pytest.raises(TaskError, match=r"skd\.task\.template is .* only names of columns|no column ''"):
+            TASKS["gsm8k"](folder, template).examples("test", 1)
+    assert TASKS["gsm8k"](folder, "{{x}} {question}").examples("test", 1)[0].prompt == "{x} Why?"
 
 
 def test_rows_that_are_wrong_or_of_no_use(tmp_path: Path) -> None:
@@ -108,6 +112,17 @@ def test_rows_that_are_wrong_or_of_no_use(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "e", "test", [{"question": "Why?", "answer": "42"}]))
     with pytest.raises(TaskError, match="has no answer behind ####: '42'"):
         TASKS["gsm8k"](folder).examples("test", 1)
+    right = {"question": "Why?", "answer": "#### 42"}
+    for bad, message in (({"question": None}, "'question' of gsm8k's prompt is"), ({"answer": None}, "'answer' is")):
+        folder = str(write(tmp_path / "g", "test", [right, {**right, **bad}]))
+        with pytest.raises(TaskError, match=f"/g, row 2 of test: {message} missing or null"):
+            TASKS["gsm8k"](folder).examples("test", None)
+    (tmp_path / "g" / "test.jsonl").write_bytes(b'{"question": "a", "answer": "b"}\n{"question": "caf\xe9"}')
+    with pytest.raises(TaskError, match=r"g/test\.jsonl cannot be read: line 2 is not UTF-8"):
+        TASKS["gsm8k"](folder).examples("test", None)
+    (tmp_path / "g" / "test.jsonl").write_text("")
+    with pytest.raises(TaskError, match=r"g/test\.jsonl cannot be read: the file is empty"):
+        TASKS["gsm8k"](folder).examples("test", None)
     rows = [{"question": "a", "solution": "", "answer": "None"}, {"question": "b", "solution": "", "answer": "3"}]
     kept = TASKS["gsm_plus"](str(write(tmp_path / "f", "test", rows))).examples("test", None)
     assert [e.label for e in kept] == ["3"]
@@ -157,7 +172,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        TaskError, match=r"gsm8k cannot be loaded .*: Couldn't reach the Hub\. Log in .* skd\.task\.path"
+        TaskError, match=r"gsm8k cannot be loaded .*: Couldn't reach the Hub and more\. Log in .* skd\.task\.path"
     ):
         TASKS["gsm8k"]().examples("test", 1)
 

@@ -282,6 +282,11 @@ def test_a_student_that_could_not_be_saved(quickstart, tmp_path: Path) -> None:
     quickstart(f"openrlhf.actor.model_name_or_path={student}")
     (student / "generation_config.json").unlink()
     quickstart(f"openrlhf.actor.model_name_or_path={student}")
+    settings = json.loads((student / "tokenizer_config.json").read_text())
+    templates = [{"name": "default", "template": "a"}, {"name": "tool/use", "template": "b"}]
+    (student / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": templates}))
+    with pytest.raises(RecipeError, match=r"could not be saved .*mend its tokenizer_config\.json: .*'tool/use'"):
+        quickstart(f"openrlhf.actor.model_name_or_path={student}")
 
 
 @pytest.mark.parametrize(
