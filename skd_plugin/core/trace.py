@@ -19,7 +19,7 @@ class Source(IntEnum):
 
     ACCEPTED = 0  # proposed by the student and kept
     REPLACED = 1  # drawn from the teacher in place of a rejected proposal
-    UNDRAFTED = 2  # the teacher's, where the student proposed nothing
+    UNDRAFTED = 2  # the teacher's, where the student proposed nothing; an engine that would emit one ends the run
     REFERENCE = 3  # of a given text
     RESAMPLED = 4  # drawn from the student a second time, inside what the gate keeps
     FLAGGED = 5  # rejected by the gate, but left in the text (the control without write-back)

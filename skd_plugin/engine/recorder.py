@@ -42,29 +42,6 @@ class Recorder:
             teacher_hidden=teacher_hidden_MJ.cpu(),
         )
 
-    def undrafted(
-        self,
-        token_M: torch.Tensor,
-        source_M: torch.Tensor,
-        *,
-        teacher_logp_MV: torch.Tensor,
-        teacher_hidden_MJ: torch.Tensor,
-    ) -> Trace:
-        """Of tokens for which the student was not asked."""
-        nothing_M = torch.full((len(token_M),), NOTHING, dtype=torch.int32)
-        unknown_M = torch.full((len(token_M),), float("nan"))
-        return Trace(
-            response_ids=token_M.to(torch.int32).cpu(),
-            source=source_M.to(torch.uint8).cpu(),
-            rejected_ids=nothing_M,
-            draft_rank=nothing_M,
-            student_logp=unknown_M,
-            kl=unknown_M,
-            student_entropy=unknown_M,
-            **self._of_teacher(teacher_logp_MV, token_M),
-            teacher_hidden=teacher_hidden_MJ.cpu(),
-        )
-
     def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
         """The fields on the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
         top_logp, top_ids = teacher_logp_MV.topk(self.teacher_top_k, dim=-1)

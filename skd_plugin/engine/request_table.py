@@ -57,7 +57,7 @@ class RequestTable:
         self._teacher_top_k = teacher_top_k
         self._in_flight: dict[str, InFlight] = {}
         self._parts: dict[int, list[Trace]] = {}  # of each trace, a part a step; they stay until they are fetched
-        self._fault: str | None = None
+        self._fault: Exception | None = None  # of a step; whoever fetches traces next is told
         self._latest: tuple[tuple[str, ...], RequestRows] | None = None
 
     def rows(self, request_ids: Sequence[str]) -> RequestRows:
@@ -107,6 +107,21 @@ class RequestTable:
                 self._parts.setdefault(trace_id, []).append(tokens.slice(start, start + count))
                 start += count
 
+    def last_token(self, trace_id: int, place: int) -> int:
+        """The last token of a response, which stands at `place` in it, and is to be emitted once more.
+
+        At any other place it would be a token that no student has proposed; `take` raises that error.
+        """
+        parts = self._parts.get(trace_id, [])
+        if place != sum(map(len, parts)) - 1:
+            self._fault = RuntimeError(
+                f"vLLM asked for token {place} of a response without drafts for it: a token of the teacher would "
+                "stand there that no student proposed. Its scheduler is not skd_plugin's, or a newer vLLM works in "
+                "another way; run pytest tests/contract"
+            )
+            return 0
+        return int(parts[-1].response_ids[-1])
+
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops requests that have ended, however they did; their traces stay."""
         for request_id in request_ids:
@@ -119,7 +134,7 @@ class RequestTable:
         """
         if bool(logits_NV.amax(-1).isfinite().all()):
             return logits_NV
-        self._fault = (
+        self._fault = FloatingPointError(
             f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: the "
             "student has diverged; go on from the last checkpoint with a lower learning rate. At the start: the "
             "model's weights are broken, or its dtype overflows"
@@ -131,11 +146,12 @@ class RequestTable:
 
         Raises:
             FloatingPointError: logits were not finite since the last call.
+            RuntimeError: a token was to come from no proposal.
         """
         taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
         if self._fault is not None:
             fault, self._fault = self._fault, None
-            raise FloatingPointError(fault)
+            raise fault
         return [Trace.join(parts) if parts else Trace.empty(self._teacher_top_k) for parts in taken]
 
     def _of(self, request_id: str) -> InFlight:

@@ -13,11 +13,9 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from skd_plugin.core import rng, sampling
 from skd_plugin.core.gates import GATES, Proposals, Verdict, assemble_block, judge
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.engine.recorder import Recorder
-from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
 
 
@@ -56,9 +54,7 @@ class SKDSampler:
             token_BL = self._verify(batch, logits, metadata, counts)
         undrafted = [row for row, count in enumerate(counts) if not count]
         if undrafted:
-            # A request has a row of logits for each scheduled draft and one more; its next token is that of the first.
-            next_token_rows = [first[row] + row for row in undrafted]
-            token_BL[undrafted, 0] = self._undrafted(batch, undrafted, next_token_rows, logits)
+            token_BL[undrafted, 0] = self._undrafted(batch, undrafted)
         return SamplerOutput(sampled_token_ids=token_BL, logprobs_tensors=None)
 
     def _verify(
@@ -101,36 +97,21 @@ class SKDSampler:
         self._table.record([params.trace_id for params in batch.params], (token_BL != NOTHING).sum(1).tolist(), tokens)
         return token_BL.to(torch.int32)
 
-    def _undrafted(
-        self, batch: RequestRows, rows: list[int], logits_rows: list[int], logits: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens [R] of the requests that bring no draft, at R rows of the batch: the end of the prompt, or, after a
-        preemption, the reference's next token or one of the teacher.
+    def _undrafted(self, batch: RequestRows, rows: list[int]) -> torch.Tensor:
+        """Tokens [R] of the requests that bring no draft. They are known: the end of the prompt, or the last token of
+        a response that goes on after a preemption (engine/scheduler.py).
         """
-        runner, teacher_RV = self._runner, logits[logits_rows]
-        settings = batch.settings.select(rows)
-        probs_RV = sampling.warp(teacher_RV, settings.teacher_temperature, settings.teacher_top_p)
-        position_R = self._lengths()[rows]
-        drawn_R = sampling.draw(probs_RV, rng.uniform(batch.seed_B[rows], position_R, rng.TEACHER))
-        token_R = follow(batch.forced_BF[rows], position_R - batch.prompt_len_B[rows], drawn_R)
-        emitted = []  # of the R, those whose token is one of the response
-        for index, row in enumerate(rows):
+        runner, position_B = self._runner, self._lengths().tolist()
+        known = []
+        for row in rows:
+            params = batch.params[row]
             if runner.discard_request_mask.np[row]:
-                continue  # the prompt is not yet read to its end; the runner throws this token away
-            if not runner.requests[runner.input_batch.req_ids[row]].output_token_ids:
-                token_R[index] = batch.params[row].first_token
-                continue
-            emitted.append(index)
-        if emitted:
-            own = [rows[index] for index in emitted]
-            tokens = self._recorder.undrafted(
-                token_R[emitted],
-                torch.where(batch.is_forced_B[own], Source.REFERENCE, Source.UNDRAFTED),
-                teacher_logp_MV=teacher_RV[emitted].float().log_softmax(-1),
-                teacher_hidden_MJ=self._hidden([logits_rows[index] for index in emitted]),
-            )
-            self._table.record([batch.params[row].trace_id for row in own], [1] * len(own), tokens)
-        return token_R.to(torch.int32)
+                known.append(params.first_token)  # not yet read to its end: the runner throws this token away
+            elif position_B[row] < params.prompt_len:
+                known.append(params.first_token)
+            else:
+                known.append(self._table.last_token(params.trace_id, position_B[row] - params.prompt_len))
+        return torch.tensor(known, dtype=torch.int32, device=runner.device)
 
     def _hidden(self, logits_rows: Any) -> torch.Tensor:
         """The teacher's hidden states at some rows of the logits, or nothing of them where the recipe wants none."""

@@ -19,7 +19,7 @@ def link_places(run: Run) -> None:
     """
     links = {"ckpt.output_dir": run.folder.model, "ckpt.path": run.folder.checkpoints}
     for option, link in links.items():
-        place = Path(run.host[option])
+        place = Path(run.host.get(option, link))
         if place == link or link.resolve() == place:
             continue
         try:

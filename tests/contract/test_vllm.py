@@ -53,6 +53,13 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
     (f"{DRAFTER}._get_model", "c762a5056472", "engine/drafter.py", "loadable_weights is around it"),
     (f"{SCHEDULER}.update_from_output", "2131fa06b955", "engine/sampler.py",
      "a fully kept block without its bonus token must look as if its last draft had been rejected and replaced"),
+    (f"{SCHEDULER}.schedule", "08b9bad38a6e", "engine/scheduler.py",
+     "_reserve_prefill_lookahead has the last word on a running request's tokens, of which 0 leave it and its drafts "
+     "as they are; what is preempted is given to _preempt_request"),
+    (f"{SCHEDULER}._preempt_request", "f1ef8455d735", "engine/scheduler.py",
+     "a preempted request starts anew with all its tokens, of which SKDScheduler takes the last"),
+    (f"{RUNNER}._update_states", "c786bc6ce41a", "engine/scheduler.py",
+     "the runner's copy of a resumed request forgets output tokens that the scheduler's has not"),
     ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "603506658606", "engine/sampler.py",
      "it turns rows with -1 into token lists"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "engine/drafter.py",
@@ -78,6 +85,11 @@ SIGNATURES = [
      "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
      "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu "
      "slot_mappings", "engine/drafter.py"),
+    (f"{SCHEDULER}.__init__",
+     "vllm_config kv_cache_config structured_output_manager block_size hash_block_size mm_registry "
+     "include_finished_set log_stats", "engine/scheduler.py"),
+    (f"{SCHEDULER}._preempt_request", "request timestamp drop_stale_output", "engine/scheduler.py"),
+    (f"{SCHEDULER}._reserve_prefill_lookahead", "request num_computed_tokens num_new_tokens", "engine/scheduler.py"),
     (f"{SCHEDULER}._update_request_with_output", "request new_token_ids is_stale", "engine/scheduler.py"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.init_device", "", "engine/worker.py"),
@@ -191,7 +203,6 @@ FIELDS = [
      "draft_token_ids num_draft_tokens target_logits_indices", "engine/sampler.py"),
     ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
     ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params", "engine/request_table.py"),
-    ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "output_token_ids", "engine/sampler.py"),
     ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids", "engine/worker.py"),
     ("vllm.outputs:CompletionOutput", "token_ids text finish_reason stop_reason", "engine/request.py"),
     ("vllm.config:VllmConfig", "additional_config speculative_config", "engine/worker.py"),
@@ -425,6 +436,12 @@ def test_scheduler_is_asked_for_each_requests_new_tokens() -> None:
     assert "self._update_request_with_output(" in source, "revisit skd_plugin/engine/scheduler.py"
     ours, host = SKDScheduler._update_request_with_output, Scheduler._update_request_with_output
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(host).parameters)
+
+
+def test_a_request_keeps_its_tokens_in_two_lists() -> None:
+    """SKDScheduler takes the last one off both when the request is preempted."""
+    kept = attributes_set(find("vllm.v1.request:Request.__init__"))
+    assert {"_output_token_ids", "_all_token_ids", "spec_token_ids"} <= kept, "revisit skd_plugin/engine/scheduler.py"
 
 
 def test_llm_takes_one_parameter_set_a_prompt() -> None:

@@ -92,30 +92,3 @@ def test_missing_reference_names_the_prompt(engine):
 def test_evaluation_needs_no_reference(engine):
     samples = engine(4).generate(PROMPTS[:3], SUPERVISED.student_only(0.0), 6)
     assert all((s.trace.source == 0).all() for s in samples)
-
-
-def test_after_a_preemption_nothing_is_lost(engine, reference_logits):
-    """A cache that does not hold all requests: some tokens come without a draft, and references do not change."""
-    small = engine(4, num_gpu_blocks_override=9, max_num_seqs=16)
-    long = texts_of(40, 60)
-    forced = small.generate(PROMPTS, SUPERVISED, 70, texts=long)
-    assert_forced(forced, long, reference_logits)
-    assert any((s.trace.draft_rank == NOTHING).any() for s in forced), "no request was preempted"
-    seeds = list(range(40))
-    samples = small.generate(PROMPTS, make_rule(top_k=VOCAB), 60, seeds=seeds)
-    roomy = engine(4).generate(PROMPTS, make_rule(top_k=VOCAB), 60, seeds=seeds)
-    undrafted = [s for s in samples if (s.trace.source == Source.UNDRAFTED).any()]
-    assert undrafted, "no request was preempted; make the cache smaller"
-    for sample, other in zip(samples, roomy, strict=True):
-        trace = sample.trace
-        first = next((i for i, code in enumerate(trace.source.tolist()) if code == Source.UNDRAFTED), len(trace))
-        assert trace.response_ids[:first].tolist() == other.trace.response_ids[:first].tolist()
-        lost = trace.source == Source.UNDRAFTED
-        assert trace.student_logp[lost].isnan().all() and (trace.rejected_ids[lost] == NOTHING).all()
-        assert not trace.teacher_logp.isnan().any() and not trace.student_logp[~lost].isnan().any()
-    sequences = [s.prompt_ids + s.trace.response_ids.tolist() for s in undrafted]
-    for sample, logits in zip(undrafted, reference_logits("teacher", sequences), strict=True):
-        expected = logits.log_softmax(-1)[len(sample.prompt_ids) - 1 : -1].gather(
-            1, sample.trace.response_ids.long()[:, None]
-        )
-        torch.testing.assert_close(sample.trace.teacher_logp.double(), expected.squeeze(1), atol=TOLERANCE, rtol=0)

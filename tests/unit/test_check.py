@@ -436,10 +436,6 @@ def test_report_of_a_loss_that_is_none(tmp_path, changes):
     assert step_report(tmp_path, **changes)[0].level == "failed"
 
 
-def test_report_of_undrafted_tokens(tmp_path):
-    assert step_report(tmp_path, **{"skd/undrafted_frac": 0.25})[0].level == "warning"
-
-
 def test_report_of_a_run_that_failed(tmp_path):
     Status(tmp_path).stage("failed", error="ValueError: no room")
     (found,) = dry_run.report(RunFolder(tmp_path), 1, {})
