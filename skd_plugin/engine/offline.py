@@ -39,11 +39,13 @@ class SKDEngine:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         texts: Sequence[str | None] | None = None,
+        sampling_params: Any = None,
         progress: bool = False,
     ) -> list[Sample]:
         """One response a prompt. The i-th request's random stream is seeds[i], by default derived from (seed, i).
 
         Args:
+            sampling_params: vLLM's, for stop strings and further stop tokens.
             texts: the prompts' references, for a rule that asks for them; which prompts these are depends on `seed`.
         """
         from vllm import SamplingParams
@@ -56,7 +58,7 @@ class SKDEngine:
             prepare_request(
                 prompt,
                 own_rule,
-                SamplingParams(),
+                sampling_params or SamplingParams(),
                 self._tokenizer,
                 trace_id=next(self._trace_ids),
                 seed=own_seed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import Trace
@@ -26,6 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,),
     "top_k": (-1, 0),
     "min_p": (0.0,),
+    "seed": (None,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
     "repetition_penalty": (1.0,),
@@ -33,8 +34,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "structured_outputs": (None,),
+    "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+    "min_tokens": (0, 1),  # a response has at least one
+    "ignore_eos": (False,),
+    "logprobs": (None, 1),  # 1: OpenRLHF asks for them with an importance-sampling correction; the trace has them
     "prompt_logprobs": (None,),
+    "logprob_token_ids": (None,),
+    "flat_logprobs": (False,),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (None,),
+    "extra_args": (None,),
+    "trace_decode_token_ids": (None,),
+    "routed_experts_prompt_start": (0,),
 }
+HONOURED = frozenset(
+    "stop stop_token_ids max_tokens skip_special_tokens include_stop_str_in_output skip_reading_prefix_cache".split()
+)
+# What a request says of the form of its output, which is always the whole one; the rest is vLLM's own bookkeeping.
+FORM = frozenset("detokenize output_kind skip_clone output_text_buffer_length".split())
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,9 @@ def prepare_request(
         max_new_tokens = min(max_new_tokens, len(forced_ids))
     params = RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, rule.settings, forced_ids)
     sampling_params = deepcopy(sampling_params)
-    sampling_params.min_tokens, sampling_params.logprobs = 0, None
+    sampling_params.logprobs = None
+    sampling_params.detokenize = bool(sampling_params.stop)  # else no text is needed before the end
+    sampling_params.output_kind = type(sampling_params.output_kind).FINAL_ONLY
     sampling_params.max_tokens = max_new_tokens + 1  # the forced token
     # vLLM stops at the teacher's end token by itself; the student's may be another one of the same vocabulary.
     sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *end_tokens(tokenizer)]
@@ -151,21 +171,33 @@ def finish_request(request: Request, completion: Any, trace: Trace, tokenizer: A
     Raises:
         RuntimeError: the trace is of other tokens than vLLM's.
     """
+    params = request.sampling_params
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
+
     ids = list(completion.token_ids)[1:]
-    stop = completion.stop_reason if isinstance(completion.stop_reason, str) else None
-    if stop is not None:
-        ids = _without_overshoot(ids, stop, tokenizer)
+    text = text_of(ids)
+    if isinstance(completion.stop_reason, str):
+        # The string was found after a whole block; what the block has beyond it goes.
+        while first_stop(shorter := text_of(ids[:-1]), params.stop):
+            ids, text = ids[:-1], shorter
+        found = first_stop(text, params.stop)
+        if found is not None:
+            text = text[: found.end if params.include_stop_str_in_output else found.start]
     trace = trace.slice(0, len(ids))
     if trace.response_ids.tolist() != ids:
         raise RuntimeError(f"the engine emitted {ids}, but its trace says {trace.response_ids.tolist()}")
-    text = tokenizer.decode(ids, skip_special_tokens=request.sampling_params.skip_special_tokens)
-    if stop is not None and not request.sampling_params.include_stop_str_in_output:
-        text = text[: text.rfind(stop)]
     return Sample(request.prompt_ids, trace, text, completion.finish_reason)
 
 
-def _without_overshoot(ids: list[int], stop: str, tokenizer: Any) -> list[int]:
-    """vLLM finds a stop string after a whole block, and then cuts the text but not the tokens."""
-    while stop in tokenizer.decode(ids[:-1]):
-        ids = ids[:-1]
-    return ids
+class FoundStop(NamedTuple):
+    string: str
+    start: int  # place in the text
+    end: int
+
+
+def first_stop(text: str, stops: Sequence[str]) -> FoundStop | None:
+    """The stop string that is complete first; None where there is none in the text."""
+    found = [FoundStop(stop, place, place + len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found, key=lambda stop: stop.end, default=None)

@@ -57,6 +57,7 @@ class RequestTable:
         self._teacher_top_k = teacher_top_k
         self._in_flight: dict[str, InFlight] = {}
         self._parts: dict[int, list[Trace]] = {}  # of each trace, a part a step; they stay until they are fetched
+        self._fetched: set[int] = set()  # traces of requests in flight that nobody will fetch again
         self._fault: Exception | None = None  # of a step; whoever fetches traces next is told
         self._latest: tuple[tuple[str, ...], RequestRows] | None = None
 
@@ -100,12 +101,14 @@ class RequestTable:
         return torch.cat(taken)
 
     def record(self, trace_ids: Sequence[int], counts: Sequence[int], tokens: Trace) -> None:
-        """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on."""
+        """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on. Those of a
+        request that is cut off while it goes on here (a stop string, an executor that gave up) go nowhere.
+        """
         start = 0
         for trace_id, count in zip(trace_ids, counts, strict=True):
-            if count:
+            if count and trace_id not in self._fetched:
                 self._parts.setdefault(trace_id, []).append(tokens.slice(start, start + count))
-                start += count
+            start += count
 
     def last_token(self, trace_id: int, place: int) -> int:
         """The last token of a response, which stands at `place` in it, and is to be emitted once more.
@@ -125,7 +128,9 @@ class RequestTable:
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops requests that have ended, however they did; their traces stay."""
         for request_id in request_ids:
-            self._in_flight.pop(request_id, None)
+            request = self._in_flight.pop(request_id, None)
+            if request is not None:
+                self._fetched.discard(request.params.trace_id)
             self._latest = None
 
     def finite(self, logits_NV: torch.Tensor, model: str) -> torch.Tensor:
@@ -149,6 +154,8 @@ class RequestTable:
             RuntimeError: a token was to come from no proposal.
         """
         taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
+        in_flight = {request.params.trace_id for request in self._in_flight.values()}
+        self._fetched |= in_flight.intersection(trace_ids)
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from skd_plugin.seams import rebind
+
 
 def set_up_offline() -> None:
     """For engines in this process, without Ray. vLLM reads it when it is imported, so that this comes before."""
@@ -13,8 +15,14 @@ def set_up_offline() -> None:
 
 
 def set_up_skd() -> None:
-    """For an engine with teacher and student: vLLM's first model runner, and models of different padding."""
+    """For an engine with teacher and student: vLLM's first model runner, models of different padding, and stop strings
+    that count in the response alone.
+    """
+    import vllm.v1.engine.output_processor as output_processor
+
+    from skd_plugin.engine.stop_strings import ResponseDetokenizer
     from skd_plugin.engine.vocabulary import allow_padding
 
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # of use_v2_model_runner, in whichever process that is asked
     allow_padding()
+    rebind(output_processor, "IncrementalDetokenizer", ResponseDetokenizer)

@@ -89,7 +89,11 @@ class SKDRollout(HostRollout):
             max_new_tokens=limit,
             reference=reference,
         )
-        output = await super().generate(request.read_ids, request.sampling_params)
+        try:
+            output = await super().generate(request.read_ids, request.sampling_params)
+        except BaseException:  # an executor that gives up cancels this call, and vLLM then aborts the request
+            self._traces.abandon(request.params.trace_id)
+            raise
         trace = await self._traces.take(request.params.trace_id)
         sample = finish_request(request, output.outputs[0], trace, self._tokenizer)
         output.outputs[0].token_ids, output.outputs[0].text = sample.trace.response_ids.tolist(), sample.text
@@ -122,15 +126,21 @@ class _TraceFetcher:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._waiting: dict[int, asyncio.Future[Trace]] = {}
+        self._abandoned: list[int] = []
         self._turn = asyncio.Lock()
+
+    def abandon(self, trace_id: int) -> None:
+        """A trace that nobody will ask for; it is fetched with the next one and thrown away."""
+        self._abandoned.append(trace_id)
 
     async def take(self, trace_id: int) -> Trace:
         future = self._waiting[trace_id] = asyncio.get_running_loop().create_future()
         async with self._turn:
             if not future.done():
                 batch, self._waiting = self._waiting, {}
-                traces = (await call_worker(self._llm, "take_traces", list(batch)))[0]
-                for waiter, trace in zip(batch.values(), traces, strict=True):
+                abandoned, self._abandoned = self._abandoned, []
+                traces = (await call_worker(self._llm, "take_traces", [*batch, *abandoned]))[0]
+                for waiter, trace in zip(batch.values(), traces, strict=False):
                     waiter.set_result(trace)
         return future.result()
 

@@ -57,7 +57,11 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{LAUNCHER}:RewardModelActor", HOST_MODULE, "host/bind.py"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
      "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading", "engine/drafter.py"),
+    ("vllm.v1.engine.output_processor:IncrementalDetokenizer",
+     "vllm.v1.engine.output_processor:RequestState.from_new_request", "engine/set_up.py"),
     (f"vllm.config.SpeculativeConfig:{VLLM_CHECK}", "vllm.config:SpeculativeConfig", "engine/vocabulary.py"),
+    ("vllm.v1.engine.output_processor:IncrementalDetokenizer",
+     "vllm.v1.engine.output_processor:RequestState.from_new_request", "engine/set_up.py"),
     (f"vllm.config.SpeculativeConfig:{VLLM_CHECK}", DRAFTER, "engine/vocabulary.py"),
 ]  # fmt: skip
 

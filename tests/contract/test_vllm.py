@@ -21,6 +21,7 @@ HOST = "vLLM 0.29.0"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 DRAFTER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+DETOKENIZER = "vllm.v1.engine.detokenizer:IncrementalDetokenizer"
 
 
 def find(path: str) -> Any:
@@ -91,6 +92,9 @@ SIGNATURES = [
     (f"{SCHEDULER}._preempt_request", "request timestamp drop_stale_output", "engine/scheduler.py"),
     (f"{SCHEDULER}._reserve_prefill_lookahead", "request num_computed_tokens num_new_tokens", "engine/scheduler.py"),
     (f"{SCHEDULER}._update_request_with_output", "request new_token_ids is_stale", "engine/scheduler.py"),
+    (f"{DETOKENIZER}.__init__", "", "engine/stop_strings.py"),
+    (f"{DETOKENIZER}.from_new_request", "tokenizer request", "engine/stop_strings.py"),
+    (f"{DETOKENIZER}.update", "new_token_ids stop_terminated", "engine/stop_strings.py"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.init_device", "", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.execute_model", "scheduler_output", "engine/worker.py"),
@@ -421,7 +425,7 @@ def test_sampling_parameters_carry_ours() -> None:
     params = make_request([1, 2], sampling_params=given, trace_id=7, max_new_tokens=5).sampling_params
     ours = "revisit prepare_request in skd_plugin/engine/request.py"
     assert isinstance(params, SamplingParams) and (params.max_tokens, params.temperature) == (6, 1.0), ours
-    assert (params.min_tokens, params.logprobs, params.stop_token_ids) == (0, None, [5, 2]), ours
+    assert (params.detokenize, params.logprobs, params.stop_token_ids) == (False, None, [5, 2]), ours
     assert copy.deepcopy(params).extra_args["skd"]["trace_id"] == 7, ours
     assert given.max_tokens == 9 and given.extra_args is None, ours
 

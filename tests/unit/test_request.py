@@ -12,7 +12,15 @@ from vllm import SamplingParams
 
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.engine.references import MissingReference
-from skd_plugin.engine.request import RequestParams, Sample, finish_request, refuse_unsupported
+from skd_plugin.engine.request import (
+    FORM,
+    HONOURED,
+    NEUTRAL,
+    RequestParams,
+    Sample,
+    finish_request,
+    refuse_unsupported,
+)
 from tests.requests import Letters, make_request
 from tests.rules import make_rule
 from tests.traces import trace_of
@@ -82,6 +90,12 @@ def test_what_openrlhf_passes_is_fine() -> None:
         {"allowed_token_ids": [3, 4]},
         {"n": 2},
         {"prompt_logprobs": 1},
+        {"min_tokens": 3},
+        {"seed": 3},
+        {"ignore_eos": True},
+        {"logprobs": 5},
+        {"extra_args": {"a": 1}},
+        {"spaces_between_special_tokens": False},
     ],
     ids=lambda given: next(iter(given)),
 )
@@ -90,10 +104,18 @@ def test_parameter_without_effect_is_refused(given: dict[str, Any]) -> None:
         make_request([4, 5], sampling_params=SamplingParams(**given))
 
 
+def test_every_parameter_of_vllm_is_honoured_or_refused() -> None:
+    fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert fields == NEUTRAL.keys() | HONOURED | FORM
+    assert not NEUTRAL.keys() & HONOURED and not FORM & (NEUTRAL.keys() | HONOURED)
+    default = SamplingParams()
+    assert all(getattr(default, name) in values for name, values in NEUTRAL.items())
+
+
 def finished(text: str, stop: str | None = None, trace: str | None = None, **params: Any) -> Sample:
     """The response that is left of `text`, as vLLM gives it."""
     ids = [ord(char) for char in text]
-    request = make_request([4, 5], sampling_params=SamplingParams(**params))
+    request = make_request([4, 5], sampling_params=SamplingParams(**params, stop=stop))
     completion = SimpleNamespace(token_ids=[5, *ids], stop_reason=stop, finish_reason="stop")
     recorded = torch.tensor([ord(char) for char in trace or text], dtype=torch.int32)
     return finish_request(request, completion, trace_of(recorded), Letters())
@@ -129,3 +151,11 @@ def test_a_stop_string_leaves_nothing_after_it(text: str, stop: str | None, kept
     assert "".join(map(chr, sample.trace.response_ids.tolist())) == kept
     assert sample.text == kept.removesuffix(stop or "")
     assert finished(text, stop, include_stop_str_in_output=True).text == kept
+
+
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    ids = [ord(char) for char in "x<end>y"]
+    request = make_request([4, 5], sampling_params=SamplingParams(stop=["nd>y", "<end>", "end"]))
+    completion = SimpleNamespace(token_ids=[5, *ids], stop_reason="end", finish_reason="stop")
+    sample = finish_request(request, completion, trace_of(torch.tensor(ids, dtype=torch.int32)), Letters())
+    assert sample.text == "x<" and sample.trace.response_ids.tolist() == ids[:5]

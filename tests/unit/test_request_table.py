@@ -85,3 +85,16 @@ def test_an_ended_request_leaves_its_trace_alone(worker: Worker) -> None:
     assert (first.response_ids.tolist(), second.response_ids.tolist(), len(unknown)) == ([4, 5, 6], [7], 0)
     assert unknown.teacher_topk_ids.shape == (0, 2)
     assert [len(trace) for trace in worker.table.take([1, 2])] == [0, 0]
+
+
+def test_tokens_after_the_last_look_go_nowhere(worker: Worker) -> None:
+    """A request that was cut off, by a stop string or by who asked for it, may go on for a step."""
+    worker.table.rows(["a", "b"])
+    both = trace_of(torch.tensor([7, 8], dtype=torch.int32))
+    worker.table.record([1, 2], [1, 1], both)
+    assert [len(trace) for trace in worker.table.take([1])] == [1]
+    worker.table.record([1, 2], [1, 1], both)
+    worker.end("a")
+    assert [trace.response_ids.tolist() for trace in worker.table.take([1, 2])] == [[], [8, 8]]
+    worker.end("b")
+    assert not worker.table._parts and not worker.table._fetched
