@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,21 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def engine_end_ids(model: str, tokenizer: Any) -> frozenset[int]:
+    """Tokens at which vLLM ends a response of an engine with this model, and those of a tokenizer beside it."""
+    own = end_tokens(load_tokenizer(model, "engine"))
+    listed = load_model_config(model, "engine").get_text_config().eos_token_id  # vLLM reads it where nothing else says
+    return generation_end_ids(model) | frozenset([*own, *end_tokens(tokenizer), *_listed(listed)])
+
+
+def response_text(tokenizer: Any, ids: Sequence[int], end_ids: Collection[int]) -> str:
+    """A response as checkers and people read it, everywhere: its ids decoded by themselves, without the token that
+    ended it and without special tokens. Decoded with its prompt and cut off again it may be another text.
+    """
+    ids = list(ids)
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in end_ids else ids, skip_special_tokens=True)
+
+
 def load_model_config(name: str, role: str) -> Any:
     from transformers import AutoConfig
 
@@ -47,7 +63,11 @@ def generation_end_ids(name: str) -> frozenset[int]:
         end = GenerationConfig.from_pretrained(name, trust_remote_code=True).eos_token_id
     except OSError:
         return frozenset()  # a model need not have one
-    return frozenset([] if end is None else [end] if isinstance(end, int) else end)
+    return frozenset(_listed(end))
+
+
+def _listed(end: int | list[int] | None) -> list[int]:
+    return [] if end is None else [end] if isinstance(end, int) else end
 
 
 def check_saving(name: str, role: str) -> None:

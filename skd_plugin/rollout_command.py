@@ -69,7 +69,8 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     )
     with path.open("w") as file:
         for prompt, sample in zip(repeated, finished, strict=True):
-            texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": sample.text}
+            response = engine.decode(sample.trace.response_ids.tolist())
+            texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": response}
             trace = sample.trace.to_json(sample.prompt_ids, sample.finish)
             file.write(json.dumps({**trace, **texts, "prompt_form": prompt.form}) + "\n")
     print(f"{len(finished)} responses are in {path}", file=sys.stderr)

@@ -17,7 +17,7 @@ class PromptRow(TypedDict):
     """A prompt of a task, as a row of the dataset that OpenRLHF reads."""
 
     input: str
-    label: str  # of tasks.reward.make_label
+    label: str  # of tasks.label.Label.to_json
     datasource: str  # the task's name
 
 

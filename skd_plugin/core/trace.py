@@ -118,6 +118,11 @@ class Trace:
         """Tokens drawn from the student's distribution and left in the text: bool [R]."""
         return self.is_from(Source.ACCEPTED, Source.FLAGGED)
 
+    @property
+    def sampled_logp(self) -> torch.Tensor:
+        """log-probability of each token under the model it is from: float32 [R]."""
+        return torch.where(self.students_own, self.student_logp, self.teacher_logp)
+
 
 def _numbers(values: torch.Tensor) -> list[float | None]:
     """Strict JSON knows neither NaN nor infinity; both become null."""

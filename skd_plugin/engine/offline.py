@@ -14,7 +14,7 @@ from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.engine.request import Sample, finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_offline, set_up_skd
-from skd_plugin.models import end_tokens, load_tokenizer
+from skd_plugin.models import end_tokens, engine_end_ids, load_tokenizer, response_text
 
 
 class SKDEngine:
@@ -29,6 +29,7 @@ class SKDEngine:
         self._trace_ids = count()
         self.description: EngineDescription = self._llm.collective_rpc("describe_skd")[0]
         self._tokenizer = load_tokenizer(spec.student, "student")
+        self._end_ids = engine_end_ids(spec.teacher, self._tokenizer)
 
     def generate(
         self,
@@ -82,8 +83,8 @@ class SKDEngine:
         ]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a response, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """A response as checkers read it; see `response_text`."""
+        return response_text(self._tokenizer, ids, self._end_ids)
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """New weights of the student, by their Hugging Face names."""
@@ -94,7 +95,7 @@ class SKDEngine:
 @dataclass(frozen=True)
 class PlainResponse:
     ids: list[int]  # the end token among them
-    text: str  # without special tokens
+    text: str  # see `response_text`
     ended: bool  # by an end token, and not by the limit
 
 
@@ -107,6 +108,7 @@ class PlainEngine:
 
         self._llm = LLM(disable_log_stats=True, **spec.plain_arguments())
         self.tokenizer = load_tokenizer(spec.student, "student")
+        self._end_ids = engine_end_ids(spec.student, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seeds: Sequence[int], temperature: float
@@ -122,7 +124,7 @@ class PlainEngine:
         return [
             PlainResponse(
                 list(completion.token_ids),
-                self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                response_text(self.tokenizer, completion.token_ids, self._end_ids),
                 completion.finish_reason == "stop",
             )
             for completion in completions

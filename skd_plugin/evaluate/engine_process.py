@@ -131,7 +131,7 @@ class Beside:
         alone = self._generate("greedy texts of the teacher", greedy, TEACHER)
         texts = {
             name: {str(share): self._continued(name, samples, share, greedy) for share in CUTS}
-            | {"1": [sample.text for sample in samples]}
+            | {"1": [self._engine.decode(sample.trace.response_ids.tolist()) for sample in samples]}
             for name, samples in sources.items()
         }
 
@@ -140,7 +140,7 @@ class Beside:
 
         return [
             {
-                "alone": sample.text,
+                "alone": self._engine.decode(sample.trace.response_ids.tolist()),
                 "student": at(place, "student"),
                 "skd": at(place, "skd"),
                 "teacher": at(place, "teacher"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable
+from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
-from openrlhf.utils.agent import AgentExecutorBase
+from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
@@ -20,10 +22,11 @@ from skd_plugin.engine.request import finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.batch import TRACE_KEY
-from skd_plugin.host.rewards import RewardedExecutor
+from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
-from skd_plugin.models import load_tokenizer
+from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 from skd_plugin.seams import plain_class
+from skd_plugin.tasks import reward
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 
 ENGINE_WATCH_S = 1.0  # how often a waiting call looks whether the engine still lives
@@ -39,15 +42,24 @@ class SKDRollout(HostRollout):
         for unread in ("logprobs_mode", "max_logprobs"):  # the traces say more
             kwargs.pop(unread, None)
         set_up_skd()
-        rewards = None if remote_rm_url in (NO_REWARD, [NO_REWARD]) else remote_rm_url
+        sources = [remote_rm_url] if isinstance(remote_rm_url, str) else remote_rm_url or []
+        of_tasks, unrewarded = sources == [reward.__file__], sources in ([], [NO_REWARD])
         kwargs["worker_extension_cls"] = WORKER_EXTENSION_CLS
-        await super().__init__(*args, remote_rm_url=rewards, **spec.arguments(kwargs))
-        executor = RewardedExecutor(self.executor, reward_timeout_s) if rewards else self.executor
+        own = None if of_tasks or unrewarded else remote_rm_url
+        await super().__init__(*args, remote_rm_url=own, **spec.arguments(kwargs))
+        self._tokenizer = load_tokenizer(spec.student, "student")
+        executor: AgentExecutorBase = self.executor
+        if of_tasks and isinstance(executor, SingleTurnAgentExecutor):  # an agent says what its response is worth
+            text_of = partial(response_text, self._tokenizer, end_ids=engine_end_ids(spec.teacher, self._tokenizer))
+            executor = TaskRewards(executor, text_of, reward_timeout_s)
+        if not unrewarded:
+            executor = RewardedExecutor(
+                executor, reward_timeout_s, kwargs.get("agent_func_path") or ", ".join(sources)
+            )
         self.executor = _TracingExecutor(executor)
         self.teacher_top_k = spec.teacher_top_k
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
-        self._tokenizer = load_tokenizer(spec.student, "student")
 
     def set_rule(self, rule: SamplingRule, seed: int) -> None:
         """How requests are sampled from now on; the same (seed, prompt, n-th request for it) gives the same tokens."""
@@ -97,6 +109,9 @@ class SKDRollout(HostRollout):
         trace = await self._traces.take(request.params.trace_id)
         sample = finish_request(request, output.outputs[0], trace, self._tokenizer)
         output.outputs[0].token_ids, output.outputs[0].text = sample.trace.response_ids.tolist(), sample.text
+        if sampling_params.logprobs is not None:  # OpenRLHF's multi-turn executor reads them
+            logp = zip(output.outputs[0].token_ids, sample.trace.sampled_logp.tolist(), strict=True)
+            output.outputs[0].logprobs = [{token: SimpleNamespace(logprob=value)} for token, value in logp]
         output.skd_trace = sample.trace
         return output
 

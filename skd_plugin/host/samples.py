@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.batch import TRACE_KEY, per_token
+from skd_plugin.models import engine_end_ids, response_text
 
 
 class SKDSamplesGenerator(SamplesGenerator):
@@ -35,9 +37,12 @@ class SKDSamplesGenerator(SamplesGenerator):
         """How the responses of the present training step are sampled."""
         return self.plan.at(self.step)
 
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        return engine_end_ids(self.args.skd.teacher.model_name_or_path, self.tokenizer)
+
     def text(self, trace: Trace) -> str:
-        """A response without special tokens."""
-        return self.tokenizer.decode(trace.response_ids.tolist(), skip_special_tokens=True)
+        return response_text(self.tokenizer, trace.response_ids.tolist(), self._end_ids)
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         self._sample_by(self.rule, derive_seed(self.seed, self.step))
@@ -112,7 +117,7 @@ def _rollout_log_probs(response: dict[str, Any], trace: Trace) -> list[float]:
             f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(trace)}; "
             "an executor must return the engine's token ids unchanged"
         )
-    values = iter(torch.where(trace.students_own, trace.student_logp, trace.teacher_logp).tolist())
+    values = iter(trace.sampled_logp.tolist())
     logp = [0.0] * len(response["observation_tokens"])
     for start, end in response["action_ranges"]:
         logp[start:end] = [next(values) for _ in range(start, end)]

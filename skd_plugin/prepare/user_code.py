@@ -7,6 +7,7 @@ from pathlib import Path
 
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
+from skd_plugin.tasks import reward
 
 WANTED = {"reward.remote_url": "reward_func", "train.agent_func_path": "AgentExecutor"}  # what each must define
 
@@ -17,8 +18,8 @@ def check_user_code(options: HostOptions) -> None:
         name = str(options.get(option) or "").split(",")[0]
         if option == "train.agent_func_path" and name and not name.endswith(".py"):
             raise RecipeError(f"openrlhf.{option} is '{name}', but must be a .py file with a class {wanted}")
-        if not name.endswith(".py"):
-            continue  # an address, or none
+        if not name.endswith(".py") or name == reward.__file__:
+            continue  # an address, or none; or the tasks' own
         try:
             tree = ast.parse(Path(name).read_bytes(), name)
         except OSError as error:

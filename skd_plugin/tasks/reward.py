@@ -1,23 +1,23 @@
-"""OpenRLHF loads this file by path as `reward.remote_url`: the checkers of the tasks as its `reward_func`."""
+"""The reward of a run whose prompts are a task's: what the task's checker says of a response.
+
+A recipe names this file as OpenRLHF's `reward.remote_url`, and the rollout actor asks `score_response` itself:
+OpenRLHF would hand over prompt and response as one text, out of which no cut gives the response back where a tokenizer
+normalises, lower-cases or adds spaces.
+"""
 
 from __future__ import annotations
 
 from skd_plugin.tasks.label import Label
 
 
-def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, float]:
-    """Score of one response; OpenRLHF's `SingleTurnAgentExecutor.execute` asks for one at a time.
-
-    Args:
-        queries: prompt and response as text, special tokens included.
+def score_response(response: str, label: str) -> float:
+    """Score of one response, without its end token.
 
     Raises:
-        ValueError: there is more than one response, or the label is not one of a task.
+        ValueError: the label is not one of a task.
     """
-    (query,), (prompt,), (text,) = queries, prompts, labels
-    label = Label.parse(text)
-    task = label.checker()
+    own = Label.parse(label)
+    task = own.checker()
     if task is None:
-        raise ValueError(f"tasks/reward.py scores responses to prompts of a task, but their label is {text!r}")
-    score = task.score(query[len(prompt) :].removesuffix(label.end_token), label.answer)
-    return {"rewards": score, "scores": score}
+        raise ValueError(f"tasks/reward.py scores responses to prompts of a task, but their label is {label!r}")
+    return task.score(response, own.answer)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +35,7 @@ def rewarded(endpoint: str | Path, timeout_s: float = 30.0) -> Any:
 
     from skd_plugin.host.rewards import RewardedExecutor
 
-    return RewardedExecutor(SingleTurnAgentExecutor([str(endpoint)]), timeout_s)
+    return RewardedExecutor(SingleTurnAgentExecutor([str(endpoint)]), timeout_s, str(endpoint))
 
 
 @pytest.fixture
@@ -64,23 +67,63 @@ def test_a_reward_that_comes_is_handed_on(reward_file) -> None:
         ("raise KeyError('no such label')", "KeyError: 'no such label'"),
         ("time.sleep(1)", r"took longer than skd\.objective\.reward_timeout_s = 0\.2"),
         ("return {}", "it returned none"),
-        ("return {'rewards': float('nan')}", "is nan; it must be finite"),
-        ("return {'rewards': float('inf')}", "is inf; it must be finite"),
     ],
 )
 def test_a_reward_that_does_not_come_is_an_error(reward_file, body: str, cause: str) -> None:
     from skd_plugin.host.rewards import RewardError
 
-    with pytest.raises(RewardError, match=f"prompt 'ab'.*{cause}"):
+    with pytest.raises(RewardError, match=f"prompt 'ab' from .*reward.py: .*{cause}"):
         execute(rewarded(reward_file(body), timeout_s=0.2 if "sleep" in body else GUARD_S))
 
 
-@pytest.fixture
-def failing_server() -> Iterator[str]:
+NUMBERS = ["True", "1", "1.0", "np.float32(1)", "np.int64(1)", "np.array([1.0])", "np.array(1)", "torch.tensor(1.0)",
+           "torch.tensor([[1]])", "[1]", "(1.0,)", "[[True]]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_one_number_is_a_reward_however_it_is_wrapped(reward_file, value: str) -> None:
+    body = f"import numpy as np, torch; one = {value}; return dict(rewards=one, scores=one, extra_logs=dict(a=one))"
+    response = execute(rewarded(reward_file(body)))
+    for number in (response["reward"], response["scores"], response["extra_logs"]["a"]):
+        assert type(number) is float and number == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("float('nan')", "the reward is nan; it must be finite"),
+        ("float('inf')", "the reward is inf; it must be finite"),
+        ("'1'", r"the reward is '1' \(str\), but must be one number"),
+        ("[1, 2]", r"the reward is '\[1, 2\]' \(list\)"),
+        ("[]", r"the reward is '\[\]'"),
+        ("np.zeros(2)", r"the reward is '\[0. 0.\]' \(ndarray\)"),
+        ("[None]", r"the reward is '\[None\]'"),
+        ("{}", r"the reward is '\{\}' \(dict\)"),
+        ("1, scores='no'", "the score is 'no'"),
+        ("1, extra_logs=dict(a=[1, 2])", r"'a' of extra_logs is '\[1, 2\]'"),
+    ],
+)
+def test_what_is_no_number_is_an_error(reward_file, value: str, found: str) -> None:
+    from skd_plugin.host.rewards import RewardError
+
+    with pytest.raises(RewardError, match=f"^{found}.*, for the prompt 'ab', from .*reward.py$"):
+        execute(rewarded(reward_file(f"import numpy as np; return dict(rewards={value})")))
+
+
+@contextmanager
+def server(answer: dict[str, Any] | None) -> Iterator[str]:
+    """A reward server with this answer to everything; None: out of order."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_error(500, "out of order")
+            if answer is None:
+                self.send_error(500, "out of order")
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
         def log_message(self, *args: object) -> None:
             return
@@ -91,14 +134,21 @@ def failing_server() -> Iterator[str]:
         found.shutdown()
 
 
-def test_a_server_that_fails_is_an_error(failing_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_a_reward_server() -> None:
+    """The form in which OpenRLHF's own serve_rm answers."""
+    with server({"rewards": [0.5], "scores": [0.5], "extra_logs": {"dummy_scores": [0.5]}}) as url:
+        response = execute(rewarded(url))
+    assert (response["reward"], response["scores"], response["extra_logs"]) == (0.5, 0.5, {"dummy_scores": 0.5})
+
+
+def test_a_server_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import openrlhf.utils.agent as host
 
     from skd_plugin.host.rewards import RewardError
 
     monkeypatch.setattr(host, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": lambda _: asyncio.sleep(0)}))
-    with pytest.raises(RewardError, match="Request error for 5 times"):
-        execute(rewarded(failing_server))
+    with server(None) as url, pytest.raises(RewardError, match="Request error for 5 times"):
+        execute(rewarded(url))
 
 
 def test_causes_belong_to_their_own_samples(reward_file) -> None:
@@ -129,7 +179,7 @@ def test_an_agent_without_a_reward_is_an_error() -> None:
             return {"reward": None}
 
     with pytest.raises(RewardError, match="no reward for the prompt 'ab'"):
-        execute(RewardedExecutor(Silent(), 1.0))
+        execute(RewardedExecutor(Silent(), 1.0, "an agent"))
 
 
 # --- experience of rewarded responses (host/samples.py) ---
@@ -239,3 +289,34 @@ def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
     for prompt in ("x" * 25, "x"):
         with pytest.raises(ValueError, match=rf"a prompt has {len(prompt)} tokens, but 2 to 24 fit.*begins with 'x"):
             check(generator, prompt, 32, 8)
+
+
+def test_a_task_scores_the_response_alone() -> None:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
+    from skd_plugin.models import response_text
+    from skd_plugin.tasks.label import Label
+
+    def scored(text: str, label: str) -> Any:
+        text_of = partial(response_text, _Tokenizer(), end_ids={ord("\n")})
+        executor = RewardedExecutor(TaskRewards(SingleTurnAgentExecutor(None), text_of, GUARD_S), GUARD_S, "a task")
+        return asyncio.run(
+            executor.execute(
+                prompt="the answer is 1",
+                label=label,
+                sampling_params=SamplingParams(max_tokens=8),
+                max_length=64,
+                hf_tokenizer=_Tokenizer(),
+                llm_engine=_Engine(text),
+                images=None,
+            )
+        )
+
+    from vllm import SamplingParams
+
+    label = Label(" the answer is 73", "arithmetic", "73", "\n").to_json()
+    right, wrong = scored(" the answer is 73\n", label), scored("7\n", label)
+    assert (right["reward"], right["scores"], wrong["reward"]) == (1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="their label is 'mine'"):
+        scored("7", "mine")

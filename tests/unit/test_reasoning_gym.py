@@ -15,7 +15,7 @@ from skd_plugin.prepare.load_run import load_run
 from skd_plugin.tasks import Task, TaskError, find_task, reasoning_gym
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.label import Label
-from skd_plugin.tasks.reward import reward_func
+from skd_plugin.tasks.reward import score_response
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 WITHOUT_ANSWERS = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # docs/tasks.md
@@ -101,11 +101,10 @@ def test_figures_and_the_last_answer_counts() -> None:
     assert task.metrics([right, "12", other, right], labels) == {"solved": 0.25, "answered": 0.75}
 
 
-def test_host_reward_finds_the_task() -> None:
+def test_a_label_finds_the_task() -> None:
     example = make("gsm_symbolic").examples("test", 1)[0]
     label = Label(example.reference, "reasoning_gym:gsm_symbolic", example.label, "</s>").to_json()
-    query = f"{example.prompt}{example.reference}</s>"
-    assert reward_func([query], [example.prompt], [label]) == {"rewards": 1.0, "scores": 1.0}
+    assert score_response(example.reference, label) == 1.0
 
 
 def test_parameters_of_a_file_of_ones_own(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from skd_plugin.prepare.task_prompts import draw_prompts, longest_response, task
 from skd_plugin.tasks import TASKS, TaskError, find_task
 from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
-from skd_plugin.tasks.reward import reward_func
+from skd_plugin.tasks.reward import score_response
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 AS_IT_IS = PromptForm("input")
@@ -139,7 +139,7 @@ def test_a_task_for_evaluation_only(tmp_path: Path) -> None:
 def test_labels_lead_to_the_checker_of_their_task(tmp_path: Path) -> None:
     for row in drawn(tmp_path, tasks=several("arithmetic", "translation"))["test"]:
         reference = json.loads(row["label"])["reference"]
-        assert reward_func([row["input"] + reference + "</s>"], [row["input"]], [row["label"]])["rewards"] == 1.0
+        assert score_response(reference, row["label"]) == 1.0
         assert Label.parse(row["label"]).checker().name == row["datasource"]
 
 
@@ -265,7 +265,7 @@ def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
     assert by_task(run.data["train"]) == {"arithmetic": 8, "echo": 4}
     assert by_task(run.data["test"]) == {"arithmetic": 3, "echo": 2}
     label = next(row["label"] for row in run.data["test"] if row["datasource"] == "echo")
-    assert Label.parse(label).checker().name == "echo" and reward_func(["p 0</s>"], ["p"], [label])["rewards"] == 1.0
+    assert Label.parse(label).checker().name == "echo" and score_response(" 0", label) == 1.0
     run.save()
     assert Run.load(run.folder) == run and len(Run.load(run.folder).skd.tasks) == 2
 
@@ -296,8 +296,7 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     (row,) = run.data["test"]
     assert row["input"] == "the capital of peru is" and row["datasource"] == "capitals"
     for answer, score in (("lima", 1.0), ("paris", 0.0)):
-        query = f"{row['input']} {answer}</s>"
-        assert reward_func([query], [row["input"]], [row["label"]])["rewards"] == score
+        assert score_response(f" {answer}", row["label"]) == score
     assert Label.parse(row["label"]).checker().metrics(["it is lima"], ["lima"]) == {"mentioned": 1.0}
     with pytest.raises(RecipeError, match="capitals has 4 train prompts, but 5 are asked for"):
         load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}", "skd.task.train_prompts=5"])

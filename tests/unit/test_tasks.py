@@ -9,7 +9,7 @@ import pytest
 from skd_plugin.tasks import TASKS, Task, arithmetic, find_task
 from skd_plugin.tasks.arithmetic import MAX_VALUE, NUM_STEPS, Arithmetic, vocabulary
 from skd_plugin.tasks.label import Label
-from skd_plugin.tasks.reward import reward_func
+from skd_plugin.tasks.reward import score_response
 
 STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+) \.")
 
@@ -110,18 +110,11 @@ def test_every_word_is_in_the_vocabulary(task: Arithmetic) -> None:
 
 
 @pytest.mark.parametrize(("answer", "score"), [("73", 1.0), ("74", 0.0)])
-@pytest.mark.parametrize("end", ["</s>", ""])
-def test_reward_function_scores_the_response_alone(answer: str, score: float, end: str) -> None:
-    """The host hands in prompt and response as one text, with the end token if the response has one."""
-    prompt = "the answer is 1"
+def test_a_response_is_scored_by_the_task_of_its_label(answer: str, score: float) -> None:
     label = Label(" the answer is 73", "arithmetic", "73", "</s>").to_json()
-    rewards = reward_func([f"{prompt} so the answer is {answer}{end}"], [prompt], [label])
-    assert rewards == {"rewards": score, "scores": score}
-
-
-def test_reward_function_takes_one_response() -> None:
-    with pytest.raises(ValueError):
-        reward_func(["a", "b"], ["a", "b"], ["{}", "{}"])
+    assert score_response(f" so the answer is {answer}", label) == score
+    with pytest.raises(ValueError, match="their label is '73'"):
+        score_response("73", "73")
 
 
 def test_reference_of_a_label() -> None:
