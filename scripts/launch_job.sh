@@ -3,7 +3,9 @@
 #
 # On every node: this repository in the same place, the same environment, active. Run folder and model cache
 # (HF_HOME) on a disk that all nodes see.
-#   on the first:   ray start --head --dashboard-host 0.0.0.0
+#   on every node:  export RAY_AUTH_MODE=token; `ray get-auth-token --generate` on one, and its ~/.ray/auth_token on all.
+#                   Without it whoever reaches Ray's ports runs code on the cluster; this script then warns
+#   on the first:   ray start --head
 #   on the others:  ray start --address FIRST_NODE:6379
 #   on the first:   bash scripts/launch_job.sh recipes/gpu-qwen3-1.7b-from-8b-2nodes.yaml
 #   at the end:     ray stop, on every node
@@ -28,6 +30,9 @@ for word in "$@"; do
         ;;
     esac
 done
+
+[ "${RAY_AUTH_MODE:-}" = token ] || echo "launch_job.sh: this cluster takes work from anybody who reaches its ports;" \
+    "start it with RAY_AUTH_MODE=token (docs/security.md)" >&2
 
 # A Ray job starts in a folder of its own, so it is sent back to this one.
 skd=$(command -v skd) || { echo "launch_job.sh: there is no 'skd'; pip install -e '.[gpu]' first" >&2; exit 2; }

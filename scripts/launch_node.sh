@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { echo "usage: bash scripts/launch_node.sh RECIPE.yaml [key=value ...]" >&2; exit 2; }
 [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
-unset RAY_ADDRESS # of a cluster, which launch_job.sh is for
+export RAY_ADDRESS=local # a Ray of its own, which lets nobody else in, and no cluster, which launch_job.sh is for
 
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' skd train "$@"

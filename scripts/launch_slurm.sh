@@ -34,6 +34,9 @@ start_head=("${on_node[@]}" --nodes=1 --nodelist="$head" ray start --head --bloc
 start_others=("${on_node[@]}" --nodes=$((count - 1)) --exclude="$head" ray start --block --address="$head:$port")
 submit=(bash scripts/launch_job.sh "$@")
 export SUBMISSION_ID=slurm-${SLURM_JOB_ID:-0}-${SLURM_RESTART_COUNT:-0}
+# Ray listens on all interfaces; it takes work only from who has this token, which srun hands to all nodes.
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 
 if [ -n "${DRY_RUN:-}" ]; then

@@ -75,7 +75,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
     return ConfiguredRollout
 
 
-def ray_options(run: Run) -> dict[str, Any]:
+def ray_options(run: Run, *, own_ray: bool) -> dict[str, Any]:
     """Arguments of ray.init: OpenRLHF's own environment, and what a CPU needs in every worker."""
     env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
@@ -83,5 +83,7 @@ def ray_options(run: Run) -> dict[str, Any]:
     if run.cpu:
         env |= cpu.ENV
         options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.host.on_cpu.install"
-        options |= {"address": "local", "num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
+        options |= {"num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
+    if own_ray:
+        options["address"] = "local"
     return options

@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import os
 import runpy
+import secrets
 import signal
 import sys
 import traceback
@@ -37,13 +38,16 @@ def main(run_dir: str) -> None:
     if run.cpu:
         os.environ.update(cpu.ENV)
         on_cpu.install()
+    own_ray = run.cpu or os.environ.get("RAY_ADDRESS") == "local"
+    if own_ray:
+        close_ray()
     import ray
 
     from skd_plugin.host.bind import bind, ray_options
 
     import_user_code(run.host)
     status.stage("starting Ray")
-    ray.init(**ray_options(run))
+    ray.init(**ray_options(run, own_ray=own_ray))
     bind(run)
     status.stage("starting the engine and the trainer")
     sys.argv = [HOST_MODULE, *run.host_argv()]
@@ -52,6 +56,14 @@ def main(run_dir: str) -> None:
         raise RuntimeError("OpenRLHF came to its end without SKD's trainer: it no longer uses the names we rebind")
     status.stage("done")
     ray.shutdown()
+
+
+def close_ray() -> None:
+    """Ray listens on all interfaces, and whoever reaches its port may run code here. With a token that only this run
+    has, it lets nobody else in. Ray reads it when it starts, as do its daemons and workers, which inherit it.
+    """
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.pop("RAY_ADDRESS", None)  # of another Ray, or "local": vLLM would look there
 
 
 def import_user_code(options: HostOptions) -> None:

@@ -151,7 +151,7 @@ def on_cpu(device: str) -> bool:
 
 def on_a_cluster() -> bool:
     """Whether Ray is told of one, whose GPUs a run uses beside this machine's."""
-    return "RAY_ADDRESS" in os.environ
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:

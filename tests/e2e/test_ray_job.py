@@ -30,7 +30,7 @@ from skd_plugin.host import on_cpu
 on_cpu.install()  # without a GPU the host's imports need it
 from skd_plugin.host.bind import ray_options
 
-ray.init(**ray_options(SimpleNamespace(cpu=False)))
+ray.init(**ray_options(SimpleNamespace(cpu=False), own_ray=False))
 
 
 @ray.remote

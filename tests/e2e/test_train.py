@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,9 +72,37 @@ def test_saved_student_is_trained_and_loads(finished_run):
     assert tokenizer.eos_token_id is not None
 
 
+STRANGER = """
+import ray
+
+ray.init("{address}", logging_level="ERROR")
+print("ran:", ray.get(ray.remote(lambda: "code of a stranger").remote()))
+"""
+
+
+def refuses_a_stranger(folder: Path) -> None:
+    """Ray takes no work from a process that has not the run's token, whatever address it comes from."""
+    ports = {
+        connection.laddr.port
+        for process in processes_with(folder)
+        if process.name().startswith("gcs_server")
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ports, "no Ray was found"
+    for port in ports:
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        code = STRANGER.format(address=address)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=GUARD_S)
+        assert done.returncode != 0 and "ran:" not in done.stdout, done.stdout
+        assert "Failed to connect to Ray cluster" in done.stderr, done.stderr
+
+
 def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
     process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
     wait_for_step(tmp_path, 1, process)
+    refuses_a_stranger(tmp_path)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 130, output
