@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from skd_plugin import trust
 from skd_plugin.errors import RecipeError
 from skd_plugin.words import first_line
 
@@ -18,8 +19,9 @@ from skd_plugin.words import first_line
 def load_tokenizer(name: str, role: str) -> Any:
     from transformers import AutoTokenizer
 
+    trust.refuse_code(name, role)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.may_run_code())
     except (OSError, ValueError) as error:
         raise RecipeError(f"the {role}'s tokenizer cannot be loaded from '{name}': {first_line(error)}") from error
 
@@ -49,8 +51,9 @@ def load_model_config(name: str, role: str) -> Any:
 
     if name.startswith(("/", ".")) and not Path(name).is_dir():
         raise RecipeError(f"the {role} '{name}' is not there; give a folder with a model, or a Hugging Face name")
+    trust.refuse_code(name, role)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=True)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust.may_run_code())
     except (OSError, ValueError) as error:
         raise RecipeError(f"the {role} '{name}' cannot be loaded: {first_line(error)}") from error
 
@@ -60,7 +63,7 @@ def generation_end_ids(name: str) -> frozenset[int]:
     from transformers import GenerationConfig
 
     try:
-        end = GenerationConfig.from_pretrained(name, trust_remote_code=True).eos_token_id
+        end = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
         return frozenset()  # a model need not have one
     return frozenset(_listed(end))
@@ -81,7 +84,7 @@ def check_saving(name: str, role: str) -> None:
 
     config, tokenizer = load_model_config(name, role), load_tokenizer(name, role)
     try:
-        generation = GenerationConfig.from_pretrained(name, trust_remote_code=True)
+        generation = GenerationConfig.from_pretrained(name)
     except OSError:  # a model need not have one
         generation = GenerationConfig()
     with TemporaryDirectory(prefix="skd-save-") as folder:
@@ -111,7 +114,8 @@ def output_head_names(name: str, role: str) -> list[str]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(name, role), trust_remote_code=True)
+        config = load_model_config(name, role)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         found = "has no output head that transformers names" if head is None else "has an output head with a bias"

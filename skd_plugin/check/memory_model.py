@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from skd_plugin.trust import may_run_code
+
 GIB = 1 << 30
 
 # Of each of the B x T x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
@@ -64,7 +66,7 @@ def count_parameters(config: Any) -> int:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code())
     return sum(parameter.numel() for parameter in model.parameters())  # yields a tied one once
 
 

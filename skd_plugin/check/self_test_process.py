@@ -19,6 +19,7 @@ from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
+from skd_plugin.trust import may_run_code
 
 if TYPE_CHECKING:  # the half that compares does without vLLM
     from skd_plugin.engine.offline import SKDEngine
@@ -102,7 +103,7 @@ def compare(trial: Trial, traces: list[Trace], dtype: str) -> Measured:
 
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(
-        trial.spec.teacher, dtype=getattr(torch, dtype), trust_remote_code=True, **placement
+        trial.spec.teacher, dtype=getattr(torch, dtype), trust_remote_code=may_run_code(), **placement
     ).eval()
     logits = [_response_logits(model, prompt, trace) for prompt, trace in zip(trial.prompts, traces, strict=True)]
     return measure(Trace.join(traces), torch.cat(logits))

@@ -308,6 +308,12 @@ class SKDConfig(Section):
     eval: EvalConfig = EvalConfig()
     run_dir: str = Field("runs/skd", description="everything a run leaves behind is in this folder")
     resume: bool = Field(True, description="go on with an unfinished run of the same recipe in the run folder")
+    trust_remote_code: bool = Field(
+        False, description="run the Python files that a model's folder brings (auto_map); see docs/security.md"
+    )
+    pickle_weights: bool = Field(
+        False, description="load weights that are pickles (.bin), which may run anything; see docs/security.md"
+    )
     traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")

@@ -70,6 +70,8 @@ class EngineSpec:
 
     def _of_openrlhf(self, given: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {**self.openrlhf, **given}
+        if "trust_remote_code" in self.openrlhf:
+            arguments["trust_remote_code"] = self.openrlhf["trust_remote_code"]  # OpenRLHF always says true
         if self.cpu:
             arguments.pop("gpu_memory_utilization", None)  # there a share of all memory, and not of a GPU's
             arguments.pop("enable_sleep_mode", None)  # there is nothing to free, and vLLM refuses it
@@ -121,7 +123,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
             "enable_prefix_caching": options["vllm.enable_prefix_caching"],
             "gpu_memory_utilization": options["vllm.gpu_memory_utilization"],
             "seed": options["train.seed"],
-            "trust_remote_code": True,
+            "trust_remote_code": skd.trust_remote_code,
         },
         options=dict(skd.vllm),
     )

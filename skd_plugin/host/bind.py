@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from skd_plugin import cpu
+from skd_plugin import cpu, trust
 from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.engine.arguments import engine_for
@@ -46,20 +46,20 @@ def bind(run: Run) -> None:
     rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
-    if run.cpu:
-        for name in ("ReferenceModelActor", "RewardModelActor"):
-            rebind(launcher, name, ray.remote(num_gpus=1)(_on_cpu(getattr(launcher, name))))
+    for name in ("ReferenceModelActor", "RewardModelActor"):
+        rebind(launcher, name, ray.remote(num_gpus=1)(_frozen(getattr(launcher, name))))
 
 
-def _on_cpu(host_actor: Any) -> type:
-    """OpenRLHF's actor of a frozen model, in float32 on a CPU."""
+def _frozen(host_actor: Any) -> type:
+    """OpenRLHF's actor of a frozen model, without code of the model's, and in float32 on a CPU."""
 
-    class OnCpu(plain_class(host_actor)):
+    class Frozen(plain_class(host_actor)):
         def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            trust.close_transformers()
             on_cpu.adapt_trainer()
             super().init_model_from_pretrained(*args, **kwargs)
 
-    return OnCpu
+    return Frozen
 
 
 def _rollout_class(run: Run) -> type[SKDRollout]:
@@ -79,6 +79,7 @@ def ray_options(run: Run, *, own_ray: bool) -> dict[str, Any]:
     """Arguments of ray.init: OpenRLHF's own environment, and what a CPU needs in every worker."""
     env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
+    env |= {name: os.environ.get(name, "0") for name in (trust.REMOTE_CODE, trust.PICKLE_WEIGHTS)}
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     if run.cpu:
         env |= cpu.ENV

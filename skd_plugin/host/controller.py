@@ -13,6 +13,7 @@ from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_trainer import PPOTrainer
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin import trust
 from skd_plugin.config.host_rules import NO_REWARD, check_number, planned_steps
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.layout import first_response_place
@@ -51,6 +52,7 @@ def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
 
 class SKDTrainer(HostTrainer):
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        trust.close_transformers()
         torch.manual_seed(strategy.args.train.seed)  # OpenRLHF's prompt loader shuffles by a number drawn from it
         rebind(ppo_trainer, "PromptDataset", RunPrompts)  # its prepare_datasets names it
         super().__init__(pretrain, strategy, *args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import openrlhf.trainer.ray.ppo_critic as host
 
+from skd_plugin import trust
 from skd_plugin.host import on_cpu
 from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.seams import plain_class
@@ -13,6 +14,7 @@ from skd_plugin.seams import plain_class
 
 class SKDCritic(plain_class(host.CriticModelActor)):
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        trust.close_transformers()
         on_cpu.adapt_trainer()
         super().init_model_from_pretrained(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from skd_plugin import cpu
+from skd_plugin import cpu, trust
 from skd_plugin.config.host_options import HOST_MODULE, HostOptions
 from skd_plugin.config.run import Run
 from skd_plugin.host import on_cpu
@@ -33,6 +33,7 @@ def main(run_dir: str) -> None:
     run = Run.load(RunFolder(Path(run_dir)))
     status = run.folder.status
     sys.excepthook = _report_to(status)
+    trust.allow(remote_code=run.skd.trust_remote_code, pickle_weights=run.skd.pickle_weights)
     status.stage("loading the libraries")
     os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
     if run.cpu:

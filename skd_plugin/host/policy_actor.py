@@ -10,6 +10,7 @@ import ray
 import torch
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
+from skd_plugin import trust
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
@@ -76,6 +77,7 @@ def _full_vocabulary(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: b
 
 class SKDPolicy(HostPolicy):
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, *args: Any, **kwargs: Any) -> None:
+        trust.close_transformers()
         on_cpu.adapt_trainer()
         skd = strategy.args.skd
         if skd.loss.vocabulary == "full":

@@ -14,6 +14,7 @@ from zlib import crc32
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
+from skd_plugin import trust
 from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
@@ -41,6 +42,7 @@ class SKDRollout(HostRollout):
         """`args` and `kwargs` are what OpenRLHF's `create_vllm_engines` gives."""
         for unread in ("logprobs_mode", "max_logprobs"):  # the traces say more
             kwargs.pop(unread, None)
+        trust.close_transformers()
         set_up_skd()
         sources = [remote_rm_url] if isinstance(remote_rm_url, str) else remote_rm_url or []
         of_tasks, unrewarded = sources == [reward.__file__], sources in ([], [NO_REWARD])

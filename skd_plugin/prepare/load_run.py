@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from skd_plugin import trust
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import (
     HostOptions,
@@ -112,13 +113,15 @@ class Models:
 
 
 def read_models(content: dict[str, Any]) -> Models:
-    """The two sections of a recipe, typed and completed.
+    """The two sections of a recipe, typed and completed. From here on this process may run of models what the recipe
+    allows, which is nothing if it says nothing.
 
     Raises:
         RecipeError: an option of ours is wrong, or a value of OpenRLHF's or vLLM's.
     """
     skd = parse_skd(content.get("skd") or {})
     skd = skd.model_copy(update={"run_dir": str(Path(skd.run_dir).resolve())})
+    trust.allow(remote_code=skd.trust_remote_code, pickle_weights=skd.pickle_weights)
     cpu = on_cpu(skd.device)
     given = host_values(host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_parser())
     models = Models(skd, given, host_defaults(), cpu)
@@ -178,6 +181,10 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     host_rules.check(complete, skd)
     check_by_host(host_arguments(host, host_parser()))
     check_user_code(complete)
+    for option in ("critic.model_name_or_path", "reward.model_name_or_path"):
+        if complete.get(option):
+            trust.refuse_code(complete[option], option.split(".")[0])
+            trust.refuse_pickles(complete[option], option.split(".")[0])
     check_saving(models.student, "student")
     if skd.loss.vocabulary == "full":
         check_output_head(skd.teacher.model_name_or_path, "teacher")

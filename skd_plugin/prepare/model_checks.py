@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from skd_plugin import trust
 from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import load_model_config, load_tokenizer, output_head_names
@@ -15,6 +16,8 @@ def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, ma
     Raises:
         RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), or a context is too short.
     """
+    for role, name in (("teacher", teacher), ("student", student)):
+        trust.refuse_pickles(name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())

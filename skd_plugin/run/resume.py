@@ -6,12 +6,15 @@ actor's checkpoint without the critic's, and a `latest` file that names any of t
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skd_plugin.config.run import DATA_DIGEST, Run
+from skd_plugin.errors import RecipeError
 from skd_plugin.run_folder import replace_text
 
 METRIC_FILE = "metric.json"  # OpenRLHF writes it into a checkpoint when all ranks have written theirs
@@ -28,14 +31,35 @@ class Earlier:
 
 
 def look_at(run: Run) -> Earlier:
-    """Whether the run in the folder can be gone on with; changes nothing."""
+    """Whether the run in the folder can be gone on with; changes nothing.
+
+    Raises:
+        RecipeError: its checkpoints may be somebody else's.
+    """
     if not run.folder.metrics.path.exists():
         return Earlier()
     reason = "" if run.host.get("ckpt.load_enable") else _why_not(run)  # the user may say so, whatever has changed
     if reason:
         return Earlier(True, reason=reason)
     step = last_step(run)
+    if step is not None and not run.host.get("ckpt.load_enable"):
+        _check_owner(run)
     return Earlier(True, step, "" if step else "it had no checkpoint yet")
+
+
+def _check_owner(run: Run) -> None:
+    """DeepSpeed's checkpoints are pickles, which run what is in them when they are loaded."""
+    for group in _groups(run):
+        for path in (group, *group.rglob("*")):
+            status = path.lstat()
+            owner = "belongs to another user" if status.st_uid != os.geteuid() else ""
+            if not stat.S_ISLNK(status.st_mode) and status.st_mode & stat.S_IWOTH:
+                owner = "can be written by every user of this machine"
+            if owner:
+                raise RecipeError(
+                    f"the checkpoint {path} {owner}, and to load it is to run what is in it. If you trust it, set "
+                    "openrlhf.ckpt.load_enable=true; else name another skd.run_dir"
+                )
 
 
 def _why_not(run: Run) -> str:

@@ -53,6 +53,8 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{PPO}:PromptDataset", f"{PPO}:prepare_datasets", "host/controller.py"),
     ("openrlhf.datasets.prompts_dataset:_str_to_content_list", "openrlhf.datasets.prompts_dataset:preprocess_data",
      "host/prompts.py"),
+    ("transformers.dynamic_module_utils:get_class_in_module",
+     "transformers.dynamic_module_utils:get_class_from_dynamic_module", "trust.py"),
     (f"{LAUNCHER}:ReferenceModelActor", HOST_MODULE, "host/bind.py"),
     (f"{LAUNCHER}:RewardModelActor", HOST_MODULE, "host/bind.py"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -103,7 +105,7 @@ def _classes() -> list[type]:
             if inspect.isclass(value) and value.__module__ == module.__name__ and any(_host_bases(value)):
                 found[f"{module.__name__}:{value.__qualname__}"] = value
     launcher, bind = map(importlib.import_module, (LAUNCHER, "skd_plugin.host.bind"))
-    made = [bind._on_cpu(actor) for actor in (launcher.ReferenceModelActor, launcher.RewardModelActor)]
+    made = [bind._frozen(actor) for actor in (launcher.ReferenceModelActor, launcher.RewardModelActor)]
     return [*found.values(), *made]
 
 
@@ -148,7 +150,7 @@ def test_classes_inside_of_functions_are_known() -> None:
         for file in (PACKAGE / part).rglob("*.py"):
             functions = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
             inside |= {n.name for f in functions for n in ast.walk(f) if isinstance(n, ast.ClassDef)}
-    assert inside == {"ConfiguredRollout", "OnCpu"}, "see _classes in this file"
+    assert inside == {"ConfiguredRollout", "Frozen"}, "see _classes in this file"
 
 
 # --- what we rebind ---

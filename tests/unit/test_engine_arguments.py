@@ -101,7 +101,7 @@ def rolled_out(overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_ids": [4, 5]}\n')
     with pytest.raises(Started):
-        rollout_command.run_rollout(str(RECIPE), overrides, str(prompts), 1, str(tmp_path / "out.jsonl"))
+        rollout_command.run_rollout(str(RECIPE), overrides, str(prompts), 1, str(tmp_path / "out.jsonl"), raw=False)
     return asked[0]
 
 
@@ -158,7 +158,7 @@ def test_arguments_of_a_recipe(overrides, monkeypatch) -> None:
     assert (first.pop("seed"), second.pop("seed")) == (7, 8)  # each engine its own
     assert first == second
     assert (first["model"], first["speculative_config"]["model"]) == (TEACHER, STUDENT)
-    assert first["max_num_seqs"] == 8 and first["trust_remote_code"] and first["tensor_parallel_size"] == 1
+    assert first["max_num_seqs"] == 8 and not first["trust_remote_code"] and first["tensor_parallel_size"] == 1
     assert first["max_model_len"] == 176 + 2 * 2 + 1 and not first["async_scheduling"]
     assert not {"logprobs_mode", "max_logprobs"} & first.keys()
     if overrides[-1] == "skd.device=cpu":

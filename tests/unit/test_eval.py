@@ -265,7 +265,7 @@ def test_names_in_a_table_are_no_markup(plan, found):
 def test_a_job_survives_its_file(plan, tmp_path: Path):
     job = job_of(plan, plan.students[0], plan.held_out[0])
     job.write(tmp_path)
-    assert Job.read(tmp_path) == job and job.spec.openrlhf["trust_remote_code"] and job.spec.max_len == 176
+    assert Job.read(tmp_path) == job and not job.spec.openrlhf["trust_remote_code"] and job.spec.max_len == 176
 
 
 def test_answers_survive_their_file(found, tmp_path: Path):

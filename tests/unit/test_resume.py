@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,22 @@ def test_another_recipe_is_another_run(run: Run) -> None:
 def test_another_name_for_the_logger_is_the_same_run(run: Run) -> None:
     checkpoint(run, 4)
     assert resume.look_at(replace(run, host={**run.host, "logger.wandb.run_name": "another"})).step == 4
+
+
+def test_a_checkpoint_that_others_may_have_written_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed unpickles it."""
+    checkpoint(run, 4)
+    assert resume.look_at(run).step == 4
+    weights = next(Path(run.host["ckpt.path"]).rglob("*.pt"))
+    weights.chmod(0o666)
+    with pytest.raises(RecipeError, match=r"model_states\.pt can be written by every user of this machine"):
+        resume.look_at(run)
+    trusted = replace(run, host={**run.host, "ckpt.load_enable": True})
+    assert resume.look_at(trusted).step == 4
+    weights.chmod(0o644)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RecipeError, match=r"_actor belongs to another user, and to load it is to run what is in it"):
+        resume.look_at(run)
 
 
 def test_resume_can_be_turned_off(run: Run) -> None:
