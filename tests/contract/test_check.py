@@ -75,7 +75,7 @@ def test_sizes_of_deepspeed():
 def test_number_of_logical_gpus_on_a_cpu():
     from skd_plugin.host.bind import ray_options
 
-    assert ray_options(SimpleNamespace(cpu=True))["num_gpus"] == LOGICAL_GPUS
+    assert ray_options(SimpleNamespace(cpu=True), own_ray=True)["num_gpus"] == LOGICAL_GPUS
 
 
 def test_tokenizers_have_the_lists_of_special_tokens(tiny_pair):
