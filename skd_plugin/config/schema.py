@@ -275,6 +275,11 @@ class TaskConfig(Section):
     path: str | None = Field(
         None, description="of a task that reads a dataset: a folder with train and test as .json, .jsonl or .parquet"
     )
+    evaluating_checker: bool = Field(
+        False,
+        description="take a dataset of reasoning-gym whose checker evaluates answers as code, in a process of its own "
+        "that reaches no file and no network: docs/tasks.md",
+    )
     template: str | None = Field(None, description="of such a task: form of its prompt, with columns in braces")
     train_prompts: Annotated[int, Field(ge=0)] | Literal["full"] = Field(
         8192, description="a number, or full: all that the dataset has; 0: for evaluation only"

@@ -149,6 +149,12 @@ def _make(config: TaskConfig) -> Task:
             raise RecipeError(
                 f"task {kind.name} is scored by {package}, which is not installed; pip install 'skd_plugin[tasks]'"
             )
+    if getattr(kind, "evaluates", False) and not config.evaluating_checker:
+        raise RecipeError(
+            f"skd.task: the checker of {kind.name} evaluates what the student wrote as code. It does so in a process "
+            "that reaches no file and no network (docs/tasks.md); set skd.task.evaluating_checker=true to take it, or "
+            "another dataset"
+        )
     given = {name: value for name in ("path", "template") if (value := getattr(config, name)) is not None}
     for name in given:
         if name not in getattr(kind, "options", ()):

@@ -1,22 +1,17 @@
 """Final answers of mathematical texts: where they are, and whether two of them are equal.
 
 Equality is math-verify's. It needs the main thread of a process for its time limit, and a response may hold a power
-that no one can compute; so it runs in a process of its own, which is ended when it takes too long.
+that no one can compute; so it is asked through judge.py.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
 import re
-import select
-import subprocess
-import sys
 from fractions import Fraction
-from threading import Lock
 
-LIMIT_S = 10.0  # of one comparison; the answer counts as wrong then
-START_S = 60.0  # of the process, which imports sympy
+from skd_plugin.tasks.judge import NoAnswer, ask
+
+VERIFY = "skd_plugin.tasks.math_answers:verify"
 LONGEST = 500  # characters of an answer
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _NUMBER_IN_TEXT = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -55,7 +50,10 @@ def equal(answer: str | None, gold: str) -> bool:
     numbers = _number(answer), _number(gold)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return _VERIFIER.equal(answer, gold)
+    try:
+        return ask(VERIFY, answer, gold)
+    except NoAnswer:
+        return False
 
 
 def _number(text: str) -> Fraction | None:
@@ -64,65 +62,18 @@ def _number(text: str) -> Fraction | None:
     return Fraction(bare) if _NUMBER.fullmatch(bare) else None
 
 
-class _Verifier:
-    """One process that compares, started when it is first needed."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()  # OpenRLHF asks from several threads
-        self._process: subprocess.Popen[str] | None = None
-
-    def equal(self, answer: str, gold: str) -> bool:
-        with self._lock:
-            process = self._running()
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([answer, gold]) + "\n")
-            process.stdin.flush()
-            reply = self._read(process, LIMIT_S)
-            if reply is None:
-                self.close()
-                return False
-            return reply == "true"
-
-    def close(self) -> None:
-        """Ends the process, if there is one; the next comparison starts another."""
-        if self._process is not None:
-            with self._process as process:  # closes the pipes and waits
-                process.kill()
-
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            if self._read(self._process, START_S) != "ready":
-                raise RuntimeError("math-verify does not start; try python -c 'import math_verify'")
-        return self._process
-
-    @staticmethod
-    def _read(process: subprocess.Popen[str], limit_s: float) -> str | None:
-        """A line of the process; None if it does not come in time, "" if the process has ended."""
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], limit_s)
-        return process.stdout.readline().strip() if ready else None
-
-
-_VERIFIER = _Verifier()
-atexit.register(_VERIFIER.close)
-
-
-def _serve() -> None:
-    """The other process: a pair of answers a line in, true or false out, until the input ends."""
+def before_the_wall() -> None:
     import logging
 
-    from math_verify import parse, verify
+    import math_verify  # noqa: F401 (with all of sympy)
 
     logging.disable(logging.WARNING)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        answer, gold = (parse(f"${text}$", parsing_timeout=3) for text in json.loads(line))
-        print(json.dumps(bool(verify(gold, answer, timeout_seconds=3))), flush=True)
 
 
-if __name__ == "__main__":
-    _serve()
+def verify(answer: str, gold: str) -> bool:
+    """math-verify's own word; asked for in a process of its own (judge.py)."""
+    from math_verify import parse
+    from math_verify import verify as verified
+
+    parsed, wanted = (parse(f"${text}$", parsing_timeout=3) for text in (answer, gold))
+    return bool(verified(wanted, parsed, timeout_seconds=3))

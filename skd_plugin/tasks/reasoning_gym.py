@@ -8,7 +8,9 @@ its seed would not do, because some datasets go by the order of sets of strings,
 from __future__ import annotations
 
 import ast
+import pickle
 import random
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -21,13 +23,20 @@ from typing import Any, ClassVar
 
 from skd_plugin.tasks.base import Example, Task, TaskError, mean, split_of
 from skd_plugin.tasks.generated import first_of
+from skd_plugin.tasks.judge import NoAnswer, ask
 
 PREFIX = "reasoning_gym:"
 Entry = dict[str, Any]  # question, answer, metadata
+CHECK = "skd_plugin.tasks.reasoning_gym:check"
 CHUNK = 64  # problems of one seed
 PATIENCE = 4096  # problems without a new one of the split, after which there seem to be no more
 # What its checkers raise at an answer in a form they do not read, e.g. prime_factorization at a word.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# Datasets whose checker evaluates an answer as Python or as a formula of sympy's.
+EVALUATING = frozenset(
+    "binary_matrix bitwise_arithmetic countdown intermediate_integration n_queens number_sorting "
+    "polynomial_multiplication puzzle24 simple_integration spiral_matrix string_insertion".split()
+)
 _IMPORTING = Lock()
 
 
@@ -44,7 +53,12 @@ class ReasoningGym(Task):
     max_new_tokens = 512
     packages = ("reasoning_gym",)
     options = ("template",)
+    evaluates: ClassVar[bool] = False  # whether its checker evaluates answers as code
+
     template = "{question}\nGive the answer between <answer> and </answer>."
+
+    def __init_subclass__(cls) -> None:
+        cls.evaluates = getattr(cls, "dataset", None) in EVALUATING
 
     def __init__(self, template: str | None = None) -> None:
         self.template = template or self.template
@@ -77,16 +91,10 @@ class ReasoningGym(Task):
         answer = _answer(response)
         if answer is None:
             return 0.0
-        entry = ast.literal_eval(label)
         try:
-            return min(max(float(self._checker().score_answer(answer, entry)), 0.0), 1.0)
-        except UNREADABLE:
+            return ask(CHECK, self.dataset, b64encode(pickle.dumps(dict(self.parameters))).decode(), answer, label)
+        except NoAnswer:
             return 0.0
-
-    @classmethod
-    @cache  # OpenRLHF asks a new task for every response, and some datasets take seconds to make
-    def _checker(cls) -> Any:
-        return _problems(cls.dataset, cls.parameters, seed=0)
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
         """`solved`: share of responses with the full score; `answered`: share that have an answer."""
@@ -95,6 +103,26 @@ class ReasoningGym(Task):
             "solved": mean([float(self.score(response, label) == 1) for response, label in pairs]),
             "answered": mean([float(_answer(response) is not None) for response in responses]),
         }
+
+
+def before_the_wall() -> None:
+    _library()
+
+
+def check(dataset: str, parameters: str, answer: str, label: str) -> float:
+    """reasoning-gym's word on an answer; asked for in a process of its own (judge.py), because some of its checkers
+    evaluate what they are given.
+    """
+    try:
+        score = float(_checker(dataset, parameters).score_answer(answer, ast.literal_eval(label)))
+    except UNREADABLE:
+        return 0.0
+    return min(max(score, 0.0), 1.0)
+
+
+@cache  # some datasets take seconds to make
+def _checker(dataset: str, parameters: str) -> Any:
+    return _problems(dataset, pickle.loads(b64decode(parameters)), seed=0)
 
 
 def _literal(value: Any) -> Any:

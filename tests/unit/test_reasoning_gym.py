@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from reasoning_gym.factory import DATASETS
 
+from skd_plugin.config.schema import TaskConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import load_run
+from skd_plugin.prepare.task_prompts import _make
 from skd_plugin.tasks import Task, TaskError, find_task, reasoning_gym
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.label import Label
@@ -151,6 +153,11 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         task.examples("train", 5)
 
 
+def test_a_recipe_may_take_a_checker_that_evaluates() -> None:
+    config = TaskConfig(name="reasoning_gym:countdown", evaluating_checker=True)
+    assert _make(config).name == "countdown"
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reasoning_gym, "find_spec", lambda name: None)
     with pytest.raises(TaskError, match=r"reasoning-gym is not installed; pip install 'skd_plugin\[tasks\]'"):
@@ -161,6 +168,10 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     "overrides, message",
     [
         (["skd.task.name=reasoning_gym:chainsum"], "skd.task.name: reasoning-gym has no dataset 'chainsum'"),
+        (
+            ["skd.task.name=reasoning_gym:countdown"],
+            "the checker of countdown evaluates what the student wrote",
+        ),
         (["skd.task.name=reasoning:chain_sum"], "reasoning_gym:DATASET, and a task file of your own"),
         (["skd.task.name=reasoning_gym:chain_sum", "skd.task.path=/data"], "skd.task.path is for tasks that read"),
         (["skd.task.name=reasoning_gym:chain_sum", "skd.task.template=Q"], "chain_sum has no {question} in it: 'Q'"),
