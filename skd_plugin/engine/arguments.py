@@ -53,6 +53,8 @@ class EngineSpec:
                 "skd_teacher_hidden": self.teacher_hidden,
             },
             "async_scheduling": False,
+            # One group of caches for all layers: vLLM hands the student's layers what it knows of the first group.
+            "disable_hybrid_kv_cache_manager": True,
             "max_model_len": context_needed(self.max_len, self.draft_len),
         }
         return {**self._of_openrlhf(openrlhf or {}), **skd, **self._of_device(), **self.options}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.utils as layers
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, replace
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from skd_plugin.core import rng, sampling
@@ -60,6 +60,15 @@ class SKDDrafter(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, table: RequestTable) -> None:
         super().__init__(vllm_config, device, runner)
         self._table, self._runner = table, runner
+
+    def _create_draft_vllm_config(self) -> VllmConfig:
+        """vLLM's, with the student's own attention window: it would give the student's layers the teacher's."""
+        base = super()._create_draft_vllm_config()
+        model = base.model_config
+        kinds = getattr(model.hf_text_config, "layer_types", None)
+        same = kinds is None or all(kind == "sliding_attention" for kind in kinds)
+        window = model.get_sliding_window() if same else None  # as EngineArgs.create_engine_config takes the teacher's
+        return replace(base, cache_config=replace(base.cache_config, sliding_window=window))
 
     def _get_model(self) -> torch.nn.Module:  # of load_model
         with loadable_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from skd_plugin import trust
@@ -19,6 +20,7 @@ def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, ma
     for role, name in (("teacher", teacher), ("student", student)):
         trust.refuse_pickles(name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
+    check_attention(configs)
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
@@ -42,6 +44,38 @@ def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, ma
                 f"the {role} has {context}; lower data.max_len to {context + max_len - needed}"
             )
     return tokenizers["student"]
+
+
+def check_attention(configs: Mapping[str, Any]) -> None:
+    """One engine holds the layers of both models in one group of caches, which knows full attention and windows of one
+    size, in any mixture.
+
+    Args:
+        configs: transformers' configurations by the role of the model.
+
+    Raises:
+        RecipeError: there are windows of two sizes, or layers of another kind.
+    """
+    windows: dict[int, str] = {}
+    for role, config in configs.items():
+        text = config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ())
+        others = kinds - {"full_attention", "sliding_attention"}
+        if others:
+            raise RecipeError(
+                f"the {role} has layers of {', '.join(sorted(others))}, which an SKD engine cannot hold beside those "
+                "of another model; take a model with full or sliding-window attention"
+            )
+        window = getattr(text, "sliding_window", None)
+        slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
+        if window and slides:
+            windows[window] = role
+    if len(windows) > 1:
+        raise RecipeError(
+            "one engine cannot hold attention windows of two sizes: "
+            + ", ".join(f"the {role}'s is {window} tokens" for window, role in windows.items())
+            + "; take a pair with the same window, or one of them without"
+        )
 
 
 # Options of transformers' models that change the logits after the output head, and the values at which they do not.

@@ -80,6 +80,7 @@ def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, be
 SIGNATURES = [
     (f"{RUNNER}._sample", "logits spec_decode_metadata", "engine/sampler.py"),
     (f"{DRAFTER}.__init__", "vllm_config device runner", "engine/drafter.py"),
+    (f"{DRAFTER}._create_draft_vllm_config", "", "engine/drafter.py"),
     (f"{DRAFTER}._get_model", "", "engine/drafter.py"),
     (f"{DRAFTER}._sample_draft_tokens", "hidden_states sampling_metadata", "engine/drafter.py"),
     (f"{DRAFTER}.propose",
