@@ -47,12 +47,24 @@ class TopKDistillation:
 class Objective:
     """The loss of a run; `step` makes the one of a micro-batch."""
 
-    def __init__(self, distillation: Distillation, policy_loss: PolicyLoss, token_level_loss: bool) -> None:
-        """`token_level_loss`: a mean over tokens, else over sequences of their means."""
+    def __init__(
+        self,
+        distillation: Distillation,
+        policy_loss: PolicyLoss,
+        token_level_loss: bool,
+        student_tolerance: float | None = None,
+    ) -> None:
+        """
+        Args:
+            token_level_loss: a mean over tokens, else over sequences of their means.
+            student_tolerance: nats; see `compare_students`. None: the two cannot be compared.
+        """
         self.distillation = distillation
         self.policy_loss = policy_loss
         self.token_level_loss = token_level_loss
         self._coefficients: Coefficients | None = None
+        self._student_tolerance = student_tolerance
+        self._compared = True
 
     def weigh(self, coefficients: Coefficients) -> None:
         """The coefficients from now on. One that is 0 takes no part, so that a run with one loss is exactly a run
@@ -64,6 +76,36 @@ class Objective:
         if not any(coefficients):
             raise ValueError("skd.objective.kd_coef and rl_coef are both 0 in this step; give one of them a value")
         self._coefficients = coefficients
+        self._compared = False
+
+    def compare_students(self, batch: MicroBatch, log_probs: torch.Tensor) -> None:
+        """Before its first update a step's student is the one that the engine sampled with, so both must think the
+        same of the text. The first micro-batch of each step is looked at, which costs nothing: wrong attention, a
+        model that the two libraries read in two ways, or weights that did not arrive in the engine end the run here.
+
+        Args:
+            log_probs: of the trainer's student, at OpenRLHF's entries [B, T - 1].
+
+        Raises:
+            RuntimeError: the mean difference is above the tolerance.
+        """
+        if self._compared or self._student_tolerance is None:
+            return
+        self._compared = True
+        ours_N = batch.layout.take(log_probs.detach()).float().cpu()
+        known_N = batch.tokens.student_logp.isfinite()
+        if not known_N.any():
+            return
+        engines_N = batch.tokens.student_logp[known_N]
+        gap = (ours_N[known_N] - engines_N).abs().mean().item()
+        if not gap <= self._student_tolerance:
+            raise RuntimeError(
+                f"the student in the engine is not the one in the trainer: log q of {len(engines_N)} sampled tokens "
+                f"is {engines_N.mean():.4f} on average there and {ours_N[known_N].mean():.4f} here, {gap:.4f} nats "
+                f"apart a token, where {self._student_tolerance:g} is rounding. vLLM computes this architecture in "
+                "another way, or has not taken its new weights; nothing was updated by this step. Run skd check, and "
+                "report it"
+            )
 
     @contextmanager
     def step(self, student: torch.nn.Module, experience: Any) -> Iterator[StepLoss]:
@@ -146,6 +188,7 @@ class StepLoss:
         **totals: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         """Returns (loss, clip ratio, PPO's KL, rollout KL, filter ratio); the policy's are in the batch's info."""
+        self._objective.compare_students(self._batch, log_probs)
         loss = nothing = torch.zeros((), device=log_probs.device)
         if self._coefficients.kd:
             loss = loss + self._coefficients.kd * self._distillation_loss(action_mask, Totals(**totals))

@@ -22,6 +22,9 @@ from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head
 from skd_plugin.seams import plain_class, rebind
 
+FLOAT32_TOLERANCE = 0.01  # nats, mean over the tokens of a micro-batch; 1e-5 is usual
+HALF_TOLERANCE = 0.25  # logits are rounded to about 0.1
+
 HostPolicy = plain_class(host.PolicyModelActor)
 
 
@@ -34,7 +37,8 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         self.step = 0  # the training step that is running, counted from 1
         make = {"top_k": _top_k, "full": _full_vocabulary}[skd.loss.vocabulary]
         distillation = make(self.actor, skd, vocab, token_level_loss)
-        self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss)
+        tolerance = _student_tolerance(self.actor.model.module, vocab, full=skd.loss.vocabulary == "full")
+        self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss, tolerance)
         # OpenRLHF's ppo_train looks the function up in its module; this process serves one actor.
         weighting = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab)
         batches = OptimizerStepBatches(iter_grad_accum_global_norm, weighting, skd.objective.replaced_tokens)
@@ -57,6 +61,18 @@ class SKDActorTrainer(host.ActorPPOTrainer):
 
     def broadcast_to_vllm(self) -> None:
         StudentSender(self).send()
+
+
+def _student_tolerance(model: Any, vocab: int, *, full: bool) -> float | None:
+    """Nats a token by which rounding alone moves log q between vLLM and transformers; None where they differ by
+    design: dropout while training, or OpenRLHF's log-probs over padding rows of the head (not with the full
+    vocabulary).
+    """
+    config = model.config.get_text_config()
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    if drops or getattr(config, "attention_dropout", 0) or (config.vocab_size != vocab and not full):
+        return None
+    return FLOAT32_TOLERANCE if next(model.parameters()).dtype == torch.float32 else HALF_TOLERANCE
 
 
 def _top_k(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:

@@ -72,6 +72,7 @@ def rollouts(actor: Actor, maker: RemoteExperienceMaker, args: SimpleNamespace, 
         reward = torch.randn(1, generator=generator)
         with torch.no_grad():
             logp = actor(ids, mask, attention_mask=torch.ones_like(ids))
+        trace = make_trace(ids[0, PROMPT_LEN:], logp[0, PROMPT_LEN - 1 :], generator)
         samples.append(
             Experience(
                 sequences=ids, attention_mask=torch.ones_like(ids), action_mask=mask, action_log_probs=logp,
@@ -80,17 +81,17 @@ def rollouts(actor: Actor, maker: RemoteExperienceMaker, args: SimpleNamespace, 
                 rewards=reward, response_length=torch.tensor([length]), truncated=torch.tensor([False]),
                 total_length=torch.tensor([ids.shape[1]]), prompts=[""], labels=[""], images=[None],
                 mm_train_inputs=[None],
-                info={"reward": reward, TRACE_KEY: [make_trace(ids[0, PROMPT_LEN:], generator)]},
+                info={"reward": reward, TRACE_KEY: [trace]},
             )
         )  # fmt: skip
     return maker.compute_advantages_and_returns(maker.split_rollout_samples(samples))
 
 
-def make_trace(ids: torch.Tensor, generator: torch.Generator) -> Trace:
+def make_trace(ids: torch.Tensor, student_logp: torch.Tensor, generator: torch.Generator) -> Trace:
     teacher = torch.randn(len(ids), 60, generator=generator).log_softmax(-1)
     top_logp, top_ids = teacher.topk(4, dim=-1)
     teachers = dict(teacher_topk_ids=top_ids.to(torch.int32), teacher_topk_logp=top_logp)
-    return trace_of(ids, **teachers)
+    return trace_of(ids, student_logp=student_logp, **teachers)
 
 
 def train(kind: str, options: dict[str, Any], run_dir: Path) -> dict[str, Any]:

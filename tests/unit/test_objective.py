@@ -264,3 +264,29 @@ def test_the_look_at_gradients_changes_none_and_leaves_nothing_behind(parts) -> 
 def test_nothing_to_learn_is_an_error(parts) -> None:
     with pytest.raises(ValueError, match="kd_coef and rl_coef are both 0"):
         Step(parts, {}).gradient(kd=0.0, rl=0.0)
+
+
+def test_a_student_that_is_not_the_engines_ends_the_step(parts) -> None:
+    """By the first micro-batch of a step, whose student has sampled the text; later ones have moved."""
+    step = Step(parts, {})
+    experience = SimpleNamespace(
+        sequences=step.batch.sequences, action_mask=step.batch.action_mask, info={"skd": step.batch.traces}
+    )
+    (made, _), *_ = step.batches([experience], SimpleNamespace(), 1, lambda e: e.action_mask)
+    batch = made.batch
+    batch.tokens.student_logp[:] = batch.layout.take(step.logp) + 0.004 * torch.randn(len(batch.layout))
+    distillation = parts.objective.TopKDistillation(LOSSES["forward_kl"])
+    objective = parts.objective.Objective(distillation, None, True, student_tolerance=0.01)
+    objective.compare_students(batch, step.logp + 1)  # no step has begun
+    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    objective.compare_students(batch, step.logp)
+    objective.compare_students(batch, step.logp + 1)  # after the first one
+    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    batch.tokens.student_logp[0] = float("nan")  # where the student was not asked
+    with pytest.raises(
+        RuntimeError, match=r"log q of \d+ sampled tokens is -\d.* and -\d.* here, (0\.9|1\.0)\d* nats apart"
+    ):
+        objective.compare_students(batch, step.logp + 1)
+    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    with pytest.raises(RuntimeError, match="nan nats apart"):
+        objective.compare_students(batch, step.logp * float("nan"))
