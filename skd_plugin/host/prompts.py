@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -97,17 +98,18 @@ class PromptForm:
 
 def _check_template(template: str) -> None:
     """Raises RecipeError for one that is no text with a place for the prompt."""
+    found = f"openrlhf.data.input_template is {template!r:.200}"
     try:
-        one, other = template.format("one"), template.format("other")
-    except (LookupError, ValueError, AttributeError) as error:
+        places = [place[1:] for place in string.Formatter().parse(template) if place[1] is not None]
+    except ValueError:  # a single brace
+        places = [("?", None, None)]
+    if not set(places) <= {("", "", None)}:  # names, and widths that no memory holds
         raise RecipeError(
-            f"openrlhf.data.input_template is {template!r:.200}, in which only {{}} is a place, for the prompt; write "
-            f"{{{{ and }}}} for braces that are text ({type(error).__name__}: {error})"
-        ) from error
-    if one == other:
+            f"{found}, in which only {{}} is a place, for the prompt; write {{{{ and }}}} for braces that are text"
+        )
+    if len(places) != 1:
         raise RecipeError(
-            f"openrlhf.data.input_template is {template!r:.200}, but has no {{}} where the prompt goes: all prompts "
-            "would be the same"
+            f"{found}, but must have one {{}}, where the prompt goes: without it all prompts would be the same"
         )
 
 

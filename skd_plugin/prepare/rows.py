@@ -147,6 +147,8 @@ def _in_bytes(rows: Any, names: list[str]) -> Iterator[Any]:
 def _check_there(name: str, option: str) -> None:
     """Raises RecipeError for a path where nothing is, for which `datasets` would ask the Hub."""
     path = _path(name)
+    if "://" in path or set("*?[") & set(path):  # addresses and patterns, which `datasets` follows
+        return
     if os.path.splitext(path)[1] in FILES and not os.path.isfile(path):
         raise RecipeError(f"{option}: there is no file {path}")
     if path.startswith(("/", ".", "~")) and not os.path.exists(path):

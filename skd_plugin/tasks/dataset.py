@@ -95,9 +95,13 @@ class DatasetTask(Task):
 
     def _columns_of_the_template(self) -> list[str]:
         try:
-            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        except ValueError as error:
-            raise TaskError(self._of_the_template(error)) from error
+            places = [place[1:3] for place in string.Formatter().parse(self.template) if place[1] is not None]
+        except ValueError as error:  # a single brace
+            raise TaskError(self._of_the_template(str(error))) from error
+        for name, form in places:
+            if form:  # such as a width that no memory holds
+                raise TaskError(self._of_the_template(f"'{name}' has '{form}' behind it"))
+        return [name for name, _ in places if name is not None]
 
     def _example(self, row: Row, wanted: Sequence[str]) -> Example | None:
         """None for a row that is of no use."""
@@ -109,14 +113,14 @@ class DatasetTask(Task):
         try:
             prompt = self.template.format(**row)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise TaskError(self._of_the_template(error)) from error
+            raise TaskError(self._of_the_template(f"{type(error).__name__}: {error}")) from error
         target = self.target(row)
         return None if target is None else Example(prompt, *target)
 
-    def _of_the_template(self, error: Exception) -> str:
+    def _of_the_template(self, reason: str) -> str:
         return (
             f"skd.task.template is {self.template!r:.200}, in which only names of columns may stand in braces; write "
-            f"{{{{ and }}}} for braces that are text ({type(error).__name__}: {error})"
+            f"{{{{ and }}}} for braces that are text ({reason})"
         )
 
 

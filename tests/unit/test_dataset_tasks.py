@@ -99,7 +99,7 @@ def test_template_of_the_recipe(tmp_path: Path) -> None:
     assert TASKS["gsm8k"](folder).examples("test", 1)[0].prompt == "Q: Why? \n\nA:"
     with pytest.raises(TaskError, match=r"row 1 of test: .* no column 'text' of gsm8k's prompt; it has question, "):
         TASKS["gsm8k"](folder, "{text}").examples("test", 1)
-    for template in ("{", "Q: {question", "{question:d}", "{}"):
+    for template in ("{", "Q: {question", "{question:>9999999999}", "{}"):
         with pytest.raises(TaskError, match=r"skd\.task\.template is .* only names of columns|no column ''"):
             TASKS["gsm8k"](folder, template).examples("test", 1)
     assert TASKS["gsm8k"](folder, "{{x}} {question}").examples("test", 1)[0].prompt == "{x} Why?"

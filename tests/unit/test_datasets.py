@@ -125,11 +125,14 @@ def test_files_of_every_kind(recipe, file, name: str, content: str | bytes, expe
     assert [prompt.ids for prompt in read_prompts(run.host["data.prompt_dataset"], load_models(own), raw=False)] == ids
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "folder", "folder_of_files"])
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "folder", "folder_of_files", "*.jsonl"])
 def test_formats_of_datasets(recipe, tmp_path: Path, name: str) -> None:
     if name == "folder_of_files":
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(lines(*ROWS))
+    elif name == "*.jsonl":
+        (tmp_path / "a.jsonl").write_text(lines(*ROWS[:2]))
+        (tmp_path / "b.jsonl").write_text(lines(*ROWS[2:]))
     else:
         saved(tmp_path / name, ROWS)
     assert load_run(recipe(tmp_path / name)).prompts == TEXTS
@@ -252,7 +255,7 @@ def test_a_text_with_the_word_for_an_image(recipe, file, templated: Path) -> Non
     assert chat.prompts == ["<user> say <image> twice"] * 2
 
 
-@pytest.mark.parametrize("template", ["{x}", "{", "{1}", "{0.x}", "say {x}: {}"])
+@pytest.mark.parametrize("template", ["{x}", "{", "{1}", "{0.x}", "say {x}: {}", "{:>9999999999}"])
 def test_braces_in_a_template(recipe, file, template: str) -> None:
     with pytest.raises(
         RecipeError, match=r"input_template is .*, in which only \{\} is a place, for the prompt; write"
@@ -263,7 +266,9 @@ def test_braces_in_a_template(recipe, file, template: str) -> None:
 def test_templates(recipe, file, templated: Path) -> None:
     path = file("a.jsonl", lines({"input": "tom {} has {x}"}) * 2)
     assert load_run(recipe(path, input_template="{{q}} {}")).prompts == ["{q} tom {} has {x}"] * 2
-    with pytest.raises(RecipeError, match=r"input_template is 'Answer', but has no \{\} where the prompt goes"):
+    with pytest.raises(
+        RecipeError, match=r"input_template is .*, but must have one \{\}, where the prompt goes: without"
+    ):
         load_run(recipe(path, input_template="Answer"))
     with pytest.raises(
         RecipeError, match=r"input_template = '\{\}' has no effect: the chat template makes the prompts"

@@ -64,6 +64,14 @@ def is_an_end(found: Run | str) -> bool:
     return isinstance(found, Run) or ("\n" not in found and 0 < len(found) < 1000)
 
 
+# What a dataset can be called, and a template can be, beside VALUES.
+DATA_VALUES = [
+    "own.jsonl,own.jsonl", "'own.jsonl, '", "own.jsonl@x", "'@'", "'*.jsonl'", "own.py", "none.csv", "none.parquet",
+    "https://x.invalid/own.jsonl", "s3://x/own.jsonl", "hf://datasets/x/own", "'{}'", "'{{}}'", "'{0}{0}'", "'{!r}'",
+    "'{:>9999999999}'", "'{.__class__}'", "'0.5,0.5'", "'1,0'", "input", "label", "train", "test",
+]  # fmt: skip
+DATA_KEYS = [key for key in KEYS if key.startswith(("openrlhf.data.", "openrlhf.eval."))]
+
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -73,6 +81,15 @@ FUZZ = settings(
 @given(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(VALUES)), min_size=1, max_size=2))
 def test_any_value_of_any_option(changes: list[tuple[str, str]]) -> None:
     assert is_an_end(end_of(QUICKSTART, [f"{key}={value}" for key, value in changes]))
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.sampled_from(DATA_KEYS), st.sampled_from(VALUES + DATA_VALUES)), max_size=2))
+def test_any_value_of_the_options_of_a_dataset(changes: list[tuple[str, str]]) -> None:
+    Path("own.jsonl").write_text('{"input": "tom has 3 coins .", "label": "x"}\n' * 4)
+    given_ones = [f"{key}={value}" for key, value in changes if value != "/"]  # which would be read whole
+    small = ["skd.task=null", f"openrlhf.data.prompt_dataset={Path('own.jsonl').resolve()}"]
+    assert is_an_end(end_of(QUICKSTART, [*small, *given_ones]))
 
 
 @FUZZ

@@ -333,7 +333,5 @@ def test_columns_of_the_held_out_dataset(quickstart, write) -> None:
 
 @pytest.mark.parametrize("template", ["{x}", "{", "{1}"])
 def test_a_template_that_makes_no_prompt(quickstart, template: str) -> None:
-    with pytest.raises(
-        RecipeError, match=r"openrlhf\.data\.input_template is .*, in which only \{\} is a place.*\wError"
-    ):
+    with pytest.raises(RecipeError, match=r"openrlhf\.data\.input_template is .*, in which only \{\} is a place"):
         quickstart(f"openrlhf.data.input_template='{template}'")
