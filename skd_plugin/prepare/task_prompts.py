@@ -169,6 +169,14 @@ def _draw(task: Task, split: str, config: TaskConfig, wanted: int | str) -> list
     if wanted == 0:
         return []
     try:
-        return task.examples(split, None if wanted == "full" else int(wanted), config.seed)
+        examples = task.examples(split, None if wanted == "full" else int(wanted), config.seed)
     except TaskError as error:
         raise RecipeError(f"skd.task: {error}") from error
+    for number, example in enumerate(examples, start=1):
+        for name, value in (("prompt", example.prompt), ("label", example.label), ("reference", example.reference)):
+            if not isinstance(value, str) and (name, value) != ("reference", None):
+                raise RecipeError(
+                    f"skd.task: example {number} of {task.name}'s {split} split: its {name} is {value!r:.60}, but "
+                    "must be a text"
+                )
+    return examples

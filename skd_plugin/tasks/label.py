@@ -37,8 +37,8 @@ class Label:
         """
         record = _json_object(label)
         text = record.get("reference", label)
-        reference = text if isinstance(text, str) and text else None
-        if MARK not in record.items():
+        reference = text if _is_text(text) else None
+        if MARK not in record.items() or not {"task", "answer"} <= record.keys():
             return cls(reference)
         sampling = Sampling(**record.get("sampling", {}))
         return cls(reference, record["task"], record["answer"], record.get("end", ""), sampling)
@@ -57,6 +57,17 @@ class Label:
     def checker(self) -> Task | None:
         """The task whose label it is; None for a label that is not ours."""
         return find_task(self.task)() if self.task is not None else None
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is one, with something in it, that a tokenizer takes: JSON can name half of a character."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_object(label: object) -> dict[str, Any]:

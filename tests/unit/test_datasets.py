@@ -293,7 +293,11 @@ def test_a_label_of_the_users_is_never_ours(value: Any) -> None:
 
 @pytest.mark.parametrize("label", ["[" * 100_000, '{"task": ' + "1" * 5000 + "}", '{"reference": {}}', "\ud800", 4])
 def test_labels_that_are_hard_to_read(label: object) -> None:
-    assert Label.parse(label).task is None
+    assert Label.parse(label).task is None and Label.parse(label).reference in (None, label)
+
+
+def test_half_of_a_character_is_no_reference() -> None:
+    assert Label.parse('{"reference": "a \\ud800"}').reference is Label.parse("\ud800").reference is None
 
 
 def test_own_labels_in_an_evaluation(recipe, file) -> None:

@@ -270,6 +270,24 @@ def test_recipe_of_two_tasks(recipe: Path, tmp_path: Path) -> None:
     assert Run.load(run.folder) == run and len(Run.load(run.folder).skd.tasks) == 2
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ("None, ' 1', '1'", "its prompt is None, but must be a text"),
+        ("'tom has 3 .', ' 1', 1", "its label is 1, but must be a text"),
+        ("'tom has 3 .', 5, '1'", "its reference is 5, but must be a text"),
+        ("'tom has \\ud800', ' 1', '1'", None),
+    ],
+)
+def test_examples_that_are_no_texts(recipe: Path, tmp_path: Path, example: str, message: str | None) -> None:
+    own = OWN_TASK.replace('f"tom has {split == \'test\'} {n} coins .", " 1", str(n)', example)
+    assert own != OWN_TASK
+    (tmp_path / "echo.py").write_text(own)
+    words = f"example 1 of echo's train split: {message}" if message else "has .*ud800 in it, half of a character"
+    with pytest.raises(RecipeError, match=words):
+        load_run(recipe, [*SMALL, f"skd.run_dir={tmp_path / 'run'}"])
+
+
 def test_dry_run_of_several_tasks_is_one_step(recipe: Path, tmp_path: Path) -> None:
     overrides = [*SMALL, f"skd.run_dir={tmp_path / 'run'}"]
     short = one_step(str(recipe), overrides, load_run(recipe, overrides), tmp_path / "dry")
