@@ -62,17 +62,26 @@ def refuse_pickles(name: str, role: str) -> None:
 
 
 def close_transformers() -> None:
-    """In a process in which OpenRLHF loads models: it asks for their code by itself, and gets none."""
-    if may_run_code():
-        return
+    """In a process in which OpenRLHF loads models: it asks for their code by itself, and gets none that may not run.
+
+    Idempotent.
+    """
     import transformers.dynamic_module_utils as modules
 
-    def refuse(class_name: str, module_path: Any, **others: Any) -> type:
-        raise RuntimeError(
-            f"{module_path} is code that a model brings, and would run here; set skd.trust_remote_code=true to let it"
-        )
+    load = modules.get_class_in_module
+    if getattr(load, "_skd_asks", False):
+        return
 
-    rebind(modules, "get_class_in_module", refuse)
+    def ask_first(class_name: str, module_path: Any, **others: Any) -> type:
+        if not may_run_code():
+            raise RuntimeError(
+                f"{module_path} is code that a model brings, and would run here; set skd.trust_remote_code=true to "
+                "let it"
+            )
+        return load(class_name, module_path, **others)
+
+    ask_first._skd_asks = True  # type: ignore[attr-defined]
+    rebind(modules, "get_class_in_module", ask_first)
 
 
 def _files(auto_map: Any) -> list[str]:

@@ -85,9 +85,14 @@ def test_engine_arguments_are_vllms() -> None:
 
 def test_values_are_of_the_types_of_the_hosts_parser(quickstart) -> None:
     """YAML 1.1 takes 1e-6 for a text, and people put numbers in quotation marks; null is OpenRLHF's own value."""
-    given = ["actor.adam.lr=1e-6", "train.batch_size='2'", "data.input_template='--help'", "rollout.batch_size=null"]
+    given = [
+        "actor.adam.lr=1e-6",
+        "train.batch_size='2'",
+        "data.input_template='--help {}'",
+        "rollout.batch_size=null",
+    ]
     run = quickstart(*(f"openrlhf.{item}" for item in given), "skd.task.train_prompts=1024")
     assert run.host["actor.adam.lr"] == 1e-6 and run.host["train.batch_size"] == 2
     assert "rollout.batch_size" not in run.host
     parsed = vars(host_parser().parse_args(run.host_argv()))
-    assert parsed["data.input_template"] == "--help" and parsed["rollout.batch_size"] == 1024
+    assert parsed["data.input_template"] == "--help {}" and parsed["rollout.batch_size"] == 1024

@@ -71,13 +71,11 @@ def test_a_recipe_may_let_it_run(with_code: tuple[Path, Path]) -> None:
     assert marker.exists()
 
 
-def test_openrlhf_gets_no_code_either(with_code: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openrlhf_gets_no_code_either(with_code: tuple[Path, Path]) -> None:
     """It asks for it by itself, wherever it loads a model."""
-    import transformers.dynamic_module_utils as modules
     from transformers import AutoConfig, AutoTokenizer
 
     folder, marker = with_code
-    monkeypatch.setattr(modules, "get_class_in_module", modules.get_class_in_module)  # as it was, afterwards
     trust.close_transformers()
     with pytest.raises(RuntimeError, match=r"own\.py is code that a model brings"):
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
