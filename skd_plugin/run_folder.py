@@ -19,8 +19,12 @@ Record = dict[str, Any]  # a line of JSON
 
 def replace_text(path: Path, text: str) -> None:
     """Replaces a file in one move, so that a reader never finds half of it."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
+    draft.write_bytes(content)
     os.replace(draft, path)
 
 
@@ -71,10 +75,29 @@ def out_file(name: str) -> Path:
     return path
 
 
+def _record(line: bytes) -> Record | None:
+    """A line of JSON; None where it is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # of JSON, of UTF-8, of a number; nested too deep
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _what_is_wrong(line: bytes) -> str:
+    """In words, of a line that is no record."""
+    return "no record of JSON" if line.endswith(b"\n") else "half written"
+
+
+def damaged(path: Path) -> Path:
+    """Where what cannot be read of a file is kept, when the file is written again."""
+    return path.with_name(f"{path.name}.damaged")
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """A file to which whole lines are appended. Its last line may be half written: of a run that goes on or was cut
-    off."""
+    off. After a power cut or an edit other lines may be no records: `scan` says which, `cut_after` puts them aside."""
 
     path: Path
 
@@ -89,18 +112,19 @@ class JsonLines:
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def read(self) -> list[Record]:
-        """Every whole line; none where there is no file."""
+        """The record of every whole line that is one; none where there is no file."""
         return self.read_from(0)[0]
 
     def read_from(self, offset: int) -> tuple[list[Record], int]:
-        """Records of the whole lines from byte `offset` on, and the offset to go on from."""
+        """Likewise of the lines from byte `offset` on, and the offset to go on from."""
         if not self.path.exists():
             return [], offset
         with self.path.open("rb") as file:
             file.seek(offset)
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+        records = (_record(line) for line in whole.split(b"\n"))
+        return [record for record in records if record is not None], offset + len(whole)
 
     def scan(self, left_out: LeftOut) -> Iterator[tuple[int, Record]]:
         """(line number, record) one after the other, of a file that may have been cut or edited: a line that is no
@@ -110,17 +134,11 @@ class JsonLines:
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):  # of JSON, of UTF-8, of a number; nested too deep
-                        if line.strip():
-                            whole = line.endswith(b"\n")
-                            left_out.add("line", "no record of JSON" if whole else "half written", number)
-                        continue
-                    if isinstance(record, dict):
+                    record = _record(line)
+                    if record is not None:
                         yield number, record
-                    else:
-                        left_out.add("line", "no record of JSON", number)
+                    elif line.strip():
+                        left_out.add("line", _what_is_wrong(line), number)
         except OSError as error:
             left_out.unread = error.strerror or type(error).__name__
 
@@ -131,12 +149,31 @@ class JsonLines:
         with self.path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def cut_after(self, step: int) -> None:
-        """Keeps the whole lines up to `step`: those after it will be written again."""
-        if self.path.exists():
-            lines = self.path.read_text().rpartition("\n")[0].splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(self.path, "".join(line + "\n" for line in kept))
+    def cut_after(self, step: int) -> list[str]:
+        """Keeps the records up to `step`: those after it will be written again. What is no record of a step is appended
+        to `damaged`.
+
+        Returns:
+            Sentences about what was put there.
+        """
+        if not self.path.exists():
+            return []
+        left_out, kept, aside = LeftOut(self.path.name), [], []
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                record = _record(line) if line.endswith(b"\n") else None
+                found = None if record is None else record.get("step")
+                if type(found) is int:
+                    kept += [line] if found <= step else []
+                elif line.strip():
+                    why = _what_is_wrong(line) if record is None else "its step is no whole number"
+                    left_out.add("line", why, number)
+                    aside.append(line)
+        if aside:
+            with damaged(self.path).open("ab") as file:
+                file.write(b"".join(aside).removesuffix(b"\n") + b"\n")
+        replace_bytes(self.path, b"".join(kept))
+        return [f"{note[:-1]}; kept in {damaged(self.path).name}." for note in left_out.notes()]
 
 
 def _strict(value: Any) -> Any:
@@ -151,7 +188,15 @@ class Status:
         self.path = folder / "status.json"
 
     def read(self) -> Record:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+        """Empty where there is no file, or none that can be read (`put_aside`)."""
+        return (_record(self.path.read_bytes()) if self.path.exists() else None) or {}
+
+    def put_aside(self) -> list[str]:
+        """Moves a file that is no status, as a power cut leaves it, to `damaged`; returns a sentence about it."""
+        if not self.path.exists() or _record(self.path.read_bytes()) is not None:
+            return []
+        os.replace(self.path, damaged(self.path))
+        return [f"{self.path.name} is no record of JSON; kept in {damaged(self.path).name}."]
 
     def stage(self, name: str, **facts: Any) -> None:
         kept = {key: value for key, value in self.read().items() if key != "error"}  # of an earlier attempt

@@ -1,7 +1,8 @@
 """A run that was cut off goes on from its last checkpoint when the same command is given again.
 
 What a killed run can leave: lines of steps after the checkpoint, a half-written line, a half-written checkpoint, an
-actor's checkpoint without the critic's, and a `latest` file that names any of these.
+actor's checkpoint without the critic's, and a `latest` file that names any of these. A power cut can leave any file
+empty or full of zero bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from skd_plugin.config.run import DATA_DIGEST, Run
 from skd_plugin.errors import RecipeError
 from skd_plugin.run_folder import replace_text
+from skd_plugin.words import root_cause
 
 METRIC_FILE = "metric.json"  # OpenRLHF writes it into a checkpoint when all ranks have written theirs
 GROUPS = ("_actor", "_critic")  # folders of checkpoints, by OpenRLHF's names
@@ -72,7 +76,10 @@ def _why_not(run: Run) -> str:
     if not folder.config.exists():
         return f"its recipe was another one ({folder.config.name} is missing)"
     reasons = []
-    before, now = Run.load(folder).flat_options(), run.flat_options()
+    try:
+        before, now = Run.load(folder).flat_options(), run.flat_options()
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:  # whatever is in the file
+        return f"its {folder.config.name} cannot be read ({root_cause(error, 100)})"
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     changed = {key for key in changed if not key.startswith("openrlhf.logger.")} - {"openrlhf.ckpt.load_enable"}
     if changed:
@@ -83,17 +90,20 @@ def _why_not(run: Run) -> str:
     return " and ".join(reasons)
 
 
-def go_on_from(run: Run, step: int) -> Run:
-    """Brings the folder back to what it was after `step`; returns the run that goes on from there."""
+def go_on_from(run: Run, step: int) -> tuple[Run, list[str]]:
+    """Brings the folder back to what it was after `step`.
+
+    Returns:
+        The run that goes on from there, and sentences about what could not be read and was put aside.
+    """
     for group in _groups(run):
         for tag, number in _tags(group).items():
             if number > step or not _is_complete(group / tag):
                 shutil.rmtree(group / tag)
         newest = max(_tags(group).items(), key=lambda item: (item[1], item[0]))[0]
         replace_text(group / "latest", newest)
-    for lines in (run.folder.metrics, run.folder.traces):
-        lines.cut_after(step)
-    return replace(run, host={**run.host, "ckpt.load_enable": True})
+    notes = [note for lines in (run.folder.metrics, run.folder.traces) for note in lines.cut_after(step)]
+    return replace(run, host={**run.host, "ckpt.load_enable": True}), notes + run.folder.status.put_aside()
 
 
 def last_step(run: Run) -> int | None:

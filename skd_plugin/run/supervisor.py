@@ -64,7 +64,10 @@ def after_the_earlier_run(run: Run, console: Console) -> Run:
         return run
     if earlier.step is not None:
         console.print(f"An unfinished run is here; going on from its checkpoint of step {earlier.step}")
-        return resume.go_on_from(run, earlier.step)
+        going_on, notes = resume.go_on_from(run, earlier.step)
+        for note in notes:
+            console.print(note)
+        return going_on
     kept = _put_aside(run.folder.path)
     console.print(f"An earlier run was here; {earlier.reason}, so it is now in {kept}")
     return run

@@ -58,8 +58,8 @@ def test_goes_on_from_the_last_whole_checkpoint(run: Run) -> None:
     checkpoint(run, 2)
     checkpoint(run, 4, whole=False)  # killed while it was being written, by one rank of several
     assert resume.look_at(run).step == 2
-    going_on = resume.go_on_from(run, 2)
-    assert going_on.host["ckpt.load_enable"] is True
+    going_on, notes = resume.go_on_from(run, 2)
+    assert going_on.host["ckpt.load_enable"] is True and notes == []
     assert recorded_steps(run) == [0, 1, 2]
     assert tags(run) == {"global_step2"} and latest(run) == "global_step2"
 
@@ -70,6 +70,32 @@ def test_a_half_written_line_is_dropped(run: Run) -> None:
         file.write('{"step": 5, "skd/lo')
     resume.go_on_from(run, 4)
     assert recorded_steps(run) == [0, 1, 2, 3, 4]
+
+
+def test_a_resume_says_what_it_cannot_read(run: Run) -> None:
+    """As a power cut leaves a folder."""
+    checkpoint(run, 4)
+    run.folder.metrics.path.write_bytes(run.folder.metrics.path.read_bytes() + b"\0" * 512)
+    run.folder.traces.path.write_bytes(b'\xff\n{"step": 4}\n')
+    run.folder.status.path.write_bytes(b"")
+    said = io.StringIO()
+    going_on = supervisor.after_the_earlier_run(run, Console(file=said, width=500))
+    assert going_on.host["ckpt.load_enable"] is True
+    for note in (
+        "metrics.jsonl: 1 line left out: half written (line 6); kept in metrics.jsonl.damaged.",
+        "traces.jsonl: 1 line left out: no record of JSON (line 1); kept in traces.jsonl.damaged.",
+        "status.json is no record of JSON; kept in status.json.damaged.",
+    ):
+        assert note in said.getvalue()
+    assert recorded_steps(run) == [0, 1, 2, 3, 4] and run.folder.traces.read() == [{"step": 4}]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 60, b"skd: [", b"skd: 3", b"[]", b"\xff", b"skd: {a: 1}\nopenrlhf: {}"])
+def test_a_recipe_that_cannot_be_read_is_another_one(run: Run, content: bytes) -> None:
+    checkpoint(run, 4)
+    run.folder.config.write_bytes(content)
+    earlier = resume.look_at(run)
+    assert earlier.step is None and earlier.reason.startswith("its config.yaml cannot be read (")
 
 
 def test_traces_are_cut_with_the_metrics(run: Run) -> None:

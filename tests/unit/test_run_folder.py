@@ -10,7 +10,7 @@ import pytest
 
 from skd_plugin import cli
 from skd_plugin.errors import RecipeError
-from skd_plugin.run_folder import JsonLines, LeftOut, RunFolder, Status, out_file
+from skd_plugin.run_folder import JsonLines, LeftOut, RunFolder, Status, damaged, out_file
 from skd_plugin.seams import rebind
 from tests.recipes import QUICKSTART
 
@@ -57,8 +57,46 @@ def test_lines_are_cut_after_a_step(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "lines.jsonl")
     lines.cut_after(2)  # there is no file
     lines.path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"step": 2, "a')
-    lines.cut_after(2)
+    assert lines.cut_after(2) == ["lines.jsonl: 1 line left out: half written (line 4); kept in lines.jsonl.damaged."]
     assert lines.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert damaged(lines.path).read_text() == '{"step": 2, "a\n'
+
+
+DAMAGE = {
+    "zero bytes of a power cut": b"\0" * 4096,
+    "no object": b"[1]\n7\nnull\n",
+    "bad UTF-8": b'{"step": 1, "a": "\xff"}\n',
+    "half a line before another": b'{"step": 1, "a{"step": 1}\n',
+    "nested too deep": b"[" * 100_000 + b"\n",
+    "a number too long": b"9" * 5000 + b"\n",
+    "no step": b'{"a": 1}\n{"step": "1"}\n{"step": true}\n{"step": 1.5}\n',
+    "a whole record without its end": b'{"step": 2}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_no_record_of_a_step_is_put_aside_and_told(tmp_path: Path, damage: bytes) -> None:
+    lines = JsonLines(tmp_path / "lines.jsonl")
+    lines.path.write_bytes(b'{"step": 1}\n' + damage)
+    assert {"step": 1} in lines.read()
+    (note, *_) = lines.cut_after(2)
+    assert note.startswith("lines.jsonl: ") and note.endswith("; kept in lines.jsonl.damaged.")
+    assert lines.path.read_bytes() == b'{"step": 1}\n'
+    assert damaged(lines.path).read_bytes().removesuffix(b"\n") == damage.removesuffix(b"\n")
+    lines.append({"step": 2})
+    assert lines.cut_after(2) == [] and lines.read() == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 60, b'{"stage": "tr', b"[]", b'{"stage": "\xff"}'])
+def test_a_status_that_is_none_is_empty_and_put_aside(tmp_path: Path, content: bytes) -> None:
+    status = Status(tmp_path)
+    assert status.put_aside() == []
+    status.path.write_bytes(content)
+    assert status.read() == {}
+    assert status.put_aside() == ["status.json is no record of JSON; kept in status.json.damaged."]
+    assert damaged(status.path).read_bytes() == content and not status.path.exists()
+    status.stage("training")
+    assert status.put_aside() == [] and status.read() == {"stage": "training"}
 
 
 def test_scan_leaves_out_what_is_no_record(tmp_path: Path) -> None:
