@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from skd_plugin.errors import RecipeError, unknown_key
+from skd_plugin.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _renamed_options_in_one_line():
             return commands[argv[0]](argv[1:])
     except RecipeError as error:
-        print(f"skd {argv[0]}: {error}", file=sys.stderr)
+        say(f"skd {argv[0]}: {error}")
         return 2
 
 
@@ -39,7 +40,7 @@ def _renamed_options_in_one_line() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **others: Any) -> None:
             if issubclass(category, RenamedOption):
-                print(f"notice: {message}", file=sys.stderr)
+                say(f"notice: {message}")
             else:
                 as_ever(message, category, *where, **others)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ from skd_plugin.prepare.prompts import check_references
 from skd_plugin.prepare.rows import Source, read_dataset
 from skd_plugin.run_folder import out_file
 from skd_plugin.tasks.label import Label
+from skd_plugin.terminal import say
 
 if TYPE_CHECKING:
     from skd_plugin.prepare.load_run import Models
@@ -49,11 +49,11 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
     given = read_prompts(prompts, models, raw=raw)
     forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
-    print(f"{len(given)} prompts of {prompts}, made by this form: {forms}", file=sys.stderr)
+    say(f"{len(given)} prompts of {prompts}, made by this form: {forms}")
     repeated = [prompt for prompt in given for _ in range(samples)]
     limits = [min(max_new_tokens or max_len, max_len - len(prompt.ids)) for prompt in repeated]
     if skd.rollout.notice:
-        print(skd.rollout.notice, file=sys.stderr)
+        say(skd.rollout.notice)
     rule = SamplingRule.of(skd.rollout)
     if rule.reference_share:
         check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
@@ -73,7 +73,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": response}
             trace = sample.trace.to_json(sample.prompt_ids, sample.finish)
             file.write(json.dumps({**trace, **texts, "prompt_form": prompt.form}) + "\n")
-    print(f"{len(finished)} responses are in {path}", file=sys.stderr)
+    say(f"{len(finished)} responses are in {path}")
     return 0
 
 

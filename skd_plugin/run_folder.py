@@ -150,8 +150,8 @@ class JsonLines:
             return sum(1 for _ in file)
 
     def cut_after(self, step: int) -> list[str]:
-        """Keeps the records up to `step`: those after it will be written again. What is no record of a step is appended
-        to `damaged`.
+        """Keeps the records up to `step`: those after it will be written again. What is no record of a step goes to
+        `damaged`.
 
         Returns:
             Sentences about what was put there.

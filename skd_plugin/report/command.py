@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.report.run_record import RunRecord, read_runs
+from skd_plugin.terminal import say
 
 
 def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> int:
@@ -21,12 +21,12 @@ def run_report(paths: list[str], out: str, png: str | None, max_traces: int) -> 
         from skd_plugin.report.plots import write_plots
 
         files = write_plots(runs, Path(png))
-        print(f"{len(files)} curves are in {png}", file=sys.stderr)
+        say(f"{len(files)} curves are in {png}")
     _write_page(runs, target, max_traces)
     for run in runs:
         for note in run.notes:
-            print(f"{run.name}: {note}", file=sys.stderr)
-    print(f"The report is {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser", file=sys.stderr)
+            say(f"{run.name}: {note}")
+    say(f"The report is {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
     return 0
 
 

@@ -90,7 +90,9 @@ def test_a_resume_says_what_it_cannot_read(run: Run) -> None:
     assert recorded_steps(run) == [0, 1, 2, 3, 4] and run.folder.traces.read() == [{"step": 4}]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 60, b"skd: [", b"skd: 3", b"[]", b"\xff", b"skd: {a: 1}\nopenrlhf: {}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 60, b"skd: [", b"skd: 3", b"[]", b"\xff", b"skd: {a: 1}\nopenrlhf: {}"]
+)
 def test_a_recipe_that_cannot_be_read_is_another_one(run: Run, content: bytes) -> None:
     checkpoint(run, 4)
     run.folder.config.write_bytes(content)

@@ -30,8 +30,8 @@ IMPORTS: dict[str, set[str]] = {
     "host": {"config", "core", "cpu", "engine", "errors", "models", "run_folder", "seams", "tasks", "trust"},
     "prepare": {"config", "damage", "errors", "host", "models", "run_folder", "tasks", "words", "trust"},
     "run": {"config", "errors", "run_folder", "terminal", "words"},
-    "report": {"config", "core", "errors", "run_folder", "words"},
-    "rollout_command": {"config", "engine", "errors", "host", "prepare", "run_folder", "tasks"},
+    "report": {"config", "core", "errors", "run_folder", "terminal", "words"},
+    "rollout_command": {"config", "engine", "errors", "host", "prepare", "run_folder", "tasks", "terminal"},
     "evaluate": {
         "config",
         "core",
@@ -61,7 +61,7 @@ IMPORTS: dict[str, set[str]] = {
         "words",
         "trust",
     },
-    "cli": {"check", "config", "errors", "evaluate", "prepare", "report", "rollout_command", "run"},
+    "cli": {"check", "config", "errors", "evaluate", "prepare", "report", "rollout_command", "run", "terminal"},
 }
 # (part, part below) -> the files there that it may import, where not all of them.
 ONLY = {
