@@ -90,9 +90,26 @@ def _end(process: subprocess.Popen[bytes], run_id: str) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for left in psutil.process_iter():
+    for left in _others(lambda known: known == run_id):
         try:
-            if left.pid != os.getpid() and left.environ().get(RUN_ID) == run_id:
-                left.kill()
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            left.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """What `run_module` calls of this name have started on this machine and what is alive, this process apart."""
+    return _others(lambda known: known.rpartition(":")[0] == name)
+
+
+def _others(is_wanted: Callable[[str], bool]) -> list[psutil.Process]:
+    """Processes by the RUN_ID in their environment, which each has from its first instruction on."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            known = process.environ().get(RUN_ID)
+            if known and process.pid != os.getpid() and is_wanted(known):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # of another user, or it has ended, zombies included
+            continue
+    return found

@@ -25,8 +25,9 @@ def supervise(run: Run) -> int:
     Raises:
         RecipeError: another run goes on in the folder, or it cannot be written.
     """
-    with owned(run.folder.path):
-        return _supervise(run, plain_console(soft_wrap=True))
+    console = plain_console(soft_wrap=True)
+    with owned(run.folder.path, console.print):
+        return _supervise(run, console)
 
 
 def _supervise(run: Run, console: Console) -> int:
