@@ -11,7 +11,7 @@ they agree, but no such bound: its weight depends on the categories.)
 
 A category that is empty (-inf) where the other distribution's mass does not ask for it adds 0. Where a divergence is
 infinite by definition, it is +inf, and its gradient is finite: a clamp or a weight of 0 makes it harmless. Nothing
-but logits of NaN or +inf gives a NaN.
+but logits of NaN or +inf, or of nothing but -inf, gives a NaN.
 """
 
 from __future__ import annotations

@@ -209,7 +209,8 @@ class StepLoss:
         if self._token_losses_N is None:
             raise RuntimeError("there are no token losses: OpenRLHF's Actor did not run its forward hooks")
         layout = self._batch.layout
-        values_N = self._token_losses_N * self._batch.token_weights_N
+        weights_N = self._batch.token_weights_N
+        values_N = torch.where(weights_N == 0, 0.0, self._token_losses_N * weights_N)  # 0 of an infinite one, too
         self._info["skd_loss"] = (values_N.sum() / max(len(layout), 1)).detach()
         return aggregate_loss(
             layout.spread(values_N), action_mask, token_level_loss=self._objective.token_level_loss, **totals

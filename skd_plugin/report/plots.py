@@ -33,7 +33,7 @@ def write_plots(runs: list[RunRecord], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = metrics_of(runs)
     teachers = {teacher_line(metric.name) for metric in metrics}
-    written = []
+    written: list[Path] = []
     for metric in metrics:
         if metric.name in teachers:
             continue

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.report.values import LAST_ID, LAST_STEP, clean, drawable, is_whole
 from skd_plugin.run_folder import LeftOut, Record
+
+Kind = TypeVar("Kind", str, list)
 
 TOP = 5  # entries of the teacher's distribution that a page shows
 SOURCES = {source.letter: source for source in Source}
@@ -82,7 +85,7 @@ def _read(record: Record, line: int, left_out: LeftOut) -> Response:
     )
 
 
-def _field(record: Record, name: str, kind: type, size: int | None) -> list | str:
+def _field(record: Record, name: str, kind: type[Kind], size: int | None) -> Kind:
     if name not in record:
         raise _Wrong(f"{name} is missing")
     value = record[name]

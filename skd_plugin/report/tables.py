@@ -35,12 +35,12 @@ class Cell:
 
 
 def gate(run: RunRecord) -> str:
-    method = METHODS.get(run.option("skd.rollout.method"))
+    method = METHODS.get(run.text("skd.rollout.method") or "")
     return _gate(run) if method is None else method.label.format(gate=_gate(run))
 
 
 def _gate(run: RunRecord) -> str:
-    name = run.option("skd.rollout.gate") or "top_k"
+    name = run.text("skd.rollout.gate") or "top_k"
     confidence = run.option("skd.rollout.confidence") if name == CONFIDENT else None
     values = {"K": run.option("skd.rollout.top_k"), "threshold": run.option("skd.rollout.threshold"), "by": confidence}
     if name not in GATES or not GATES[name].has_top_k:

@@ -16,8 +16,9 @@ def is_whole(value: object, least: int, most: int) -> TypeGuard[int]:
 
 def drawable(value: object) -> float | None:
     """The number; None for what is none, is infinite or NaN, or too large to draw. true and false are no numbers."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and abs(value) <= LARGEST else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 def clean(text: str) -> str:

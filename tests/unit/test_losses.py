@@ -716,6 +716,27 @@ def test_a_student_that_is_nan_is_not_hidden(kind):
     assert value.isnan().tolist() == [False, True, False, False]
 
 
+@every_loss
+def test_a_student_without_a_token_is_nan_and_spoils_no_other(kind):
+    """All its logits are -inf: it has no distribution, and 0 / 0 is what every loss says of it."""
+    student, teacher, tokens = hostile("both masked")
+    targets = record(teacher.float(), 3, tokens=tokens)
+    expected = token_loss(kind)(student.float(), targets)
+    student[1] = -math.inf
+    logits = student.float().requires_grad_()
+    for against in (top_k_loss, whole_vocabulary_loss):
+        chosen = LossSettings(kind, BETA, ALPHA)
+        full = targets if against is top_k_loss else replace(targets, teacher_logp_NK=teacher.float().log_softmax(-1))
+        log_q = logits if against is top_k_loss else logits.log_softmax(-1)
+        value = make_token_loss(chosen, against=against)(log_q, full)
+        assert value.isnan().tolist() == [False, True, False, False]
+        if against is top_k_loss:
+            torch.testing.assert_close(value[[0, 2, 3]], expected[[0, 2, 3]])
+        logits.grad = None
+        value[[0, 2, 3]].sum().backward()
+        assert logits.grad[[0, 2, 3]].isfinite().all()
+
+
 def test_unknown_loss():
     with pytest.raises(KeyError):
         make_divergence("no_such_kind", beta=0.5, alpha=0.1)

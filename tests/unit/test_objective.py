@@ -189,6 +189,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts) -> None:
         step.gradient(kd=1.0, rl=0.0)
 
 
+@pytest.mark.parametrize("token_level", [True, False])
+def test_an_infinite_loss_without_a_weight_counts_as_nothing(parts, token_level: bool) -> None:
+    """`skd.loss.reweight` with a floor of 0 gives such weights."""
+
+    def weigh(trace) -> torch.Tensor:
+        return (torch.arange(len(trace)) > 0).float()  # of all responses together
+
+    step = Step(parts, {}, weighting=weigh)
+    expected = step.gradient(1.0, 0.0, token_level=token_level)
+    value = step.loss
+    step.batch.logits.data[(*step.position(0, 0), step.batch.traces[0].teacher_topk_ids[0, 0])] = -torch.inf
+    assert token_losses(*step.batch.all, LOSSES["forward_kl"]).isinf().sum() == 1
+    torch.testing.assert_close(step.gradient(1.0, 0.0, token_level=token_level), expected)
+    assert step.loss == pytest.approx(value, rel=1e-6)
+    assert step.infos[0]["skd_loss"].isfinite()
+
+
+def test_a_student_without_a_token_stops_the_run(parts) -> None:
+    """All its logits are -inf: no distribution, so no loss is right."""
+    step = Step(parts, {})
+    step.batch.logits.data[step.position(1, 1)] = -torch.inf
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .*a model's logits are not finite"):
+        step.gradient(kd=1.0, rl=0.0)
+
+
 class _PoisonedBackward(torch.autograd.Function):
     """Its value is its input; one element of its gradient is not finite."""
 
