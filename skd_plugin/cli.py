@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         say(f"skd {argv[0]}: {error}")
         return 2
+    except KeyboardInterrupt:  # before or after the work that has its own words for it
+        say(f"skd {argv[0]}: stopped by the user")
+        return 130
 
 
 @contextmanager

@@ -230,6 +230,11 @@ class RunFolder:
         return Status(self.path)
 
     @property
+    def ray_waits(self) -> Path:
+        """What Ray has too little of; there only while it waits for that."""
+        return self.path / "ray_waits.txt"
+
+    @property
     def log(self) -> Path:
         """What OpenRLHF, Ray and vLLM print."""
         return self.path / "host.log"

@@ -44,6 +44,7 @@ def main(run_dir: str) -> None:
         close_ray()
     import ray
 
+    from skd_plugin.host import waiting
     from skd_plugin.host.bind import bind, ray_options
 
     import_user_code(run.host)
@@ -51,6 +52,7 @@ def main(run_dir: str) -> None:
     ray.init(**ray_options(run, own_ray=own_ray))
     bind(run)
     status.stage("starting the engine and the trainer")
+    waiting.tell_while_starting(run.folder)
     sys.argv = [HOST_MODULE, *run.host_argv()]
     runpy.run_module(HOST_MODULE, run_name="__main__")
     if status.read()["stage"] != "saving":

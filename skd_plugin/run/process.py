@@ -87,7 +87,7 @@ def _end(process: subprocess.Popen[bytes], run_id: str) -> None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
             process.kill()
             process.wait()
     for left in _others(lambda known: known == run_id):

@@ -15,6 +15,7 @@ from skd_plugin.run.lock import owned
 from skd_plugin.run.places import link_places
 from skd_plugin.run.process import ELSEWHERE, last_error, run_module
 from skd_plugin.run.progress import Follower, summary_table
+from skd_plugin.run.still import Watch
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.terminal import plain_console, waiting
 
@@ -82,10 +83,16 @@ def _put_aside(folder: Path) -> Path:
 
 
 def _train(folder: RunFolder, console: Console) -> int:
-    follower = Follower(folder, console)
+    follower, watch = Follower(folder, console), Watch(folder, console.print)
+    folder.ray_waits.unlink(missing_ok=True)  # of a killed attempt
     with waiting(console, "starting") as tell:
         command = ["skd_plugin.host.launch", str(folder.path)]
-        status = run_module(command, folder.log, lambda: follower.show_news(tell), name=str(folder.path))
+
+        def look() -> None:
+            follower.show_news(tell)
+            watch.look()
+
+        status = run_module(command, folder.log, look, name=str(folder.path))
         follower.show_news(tell)
     return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -87,5 +88,25 @@ def test_nothing_outlives_ctrl_c(tmp_path: Path, module) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_module([module(SLEEP + code)], log, look)
+    for pid in map(int, log.read_text().split()):
+        wait_for(lambda pid=pid: gone(pid), "the end of both")
+
+
+def test_nothing_outlives_a_second_ctrl_c(tmp_path: Path, module) -> None:
+    """It comes while the process is given time to end: here from that process itself, which goes on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = tmp_path / "log"
+    again = "import os, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
+    code = again + SLEEP + "print(os.getpid(), subprocess.Popen(sleep).pid, flush=True)\nwhile True: time.sleep(1)"
+
+    def look() -> None:
+        if log.read_text().endswith("\n"):
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_module([module(code)], log, look)
+    finally:
+        signal.signal(signal.SIGINT, before)
     for pid in map(int, log.read_text().split()):
         wait_for(lambda pid=pid: gone(pid), "the end of both")
