@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from skd_plugin.host import on_cpu
 
@@ -106,11 +108,12 @@ class StudentSender:
 
         torch.cuda.empty_cache()
         for bucket, parameters in buckets(self._model):
-            with deepspeed.zero.GatheredParameters(parameters, enabled=self._args.ds.zero_stage == 3):
+            gathered = list(parameters.values())
+            with deepspeed.zero.GatheredParameters(gathered, enabled=self._args.ds.zero_stage == 3):
                 if self._use_cuda_ipc:
-                    self._send_by_ipc(bucket, flatten(parameters))
+                    self._send_by_ipc(bucket, flatten(self._model, parameters))
                 elif torch.distributed.get_rank() == 0:
-                    self._send_by_broadcast(bucket, flatten(parameters))
+                    self._send_by_broadcast(bucket, flatten(self._model, parameters))
         if torch.distributed.get_rank() == 0:
             ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
         torch.cuda.empty_cache()
@@ -150,27 +153,39 @@ class StudentSender:
         torch_dist_barrier_and_cuda_sync()
 
 
-def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, list[torch.nn.Parameter]]]:
-    """A model's parameters in their order, as many together as `BUCKET_BYTES` hold, of one dtype."""
+def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, dict[str, torch.nn.Parameter]]]:
+    """A model's parameters by their names, in their order, as many together as `BUCKET_BYTES` hold, of one dtype; and
+    what they are in its checkpoint, which is how vLLM knows them.
+    """
 
     def shape(parameter: torch.nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape beside the shard
 
-    def made(named: list[tuple[str, torch.nn.Parameter]]) -> tuple[Bucket, list[torch.nn.Parameter]]:
-        names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
-        return Bucket(names, [tuple(shape(p)) for p in parameters], parameters[0].dtype), parameters
+    def made(named: dict[str, torch.nn.Parameter]) -> tuple[Bucket, dict[str, torch.nn.Parameter]]:
+        dtype = next(iter(named.values())).dtype
+        shapes = {name: torch.empty(shape(p), dtype=dtype, device="meta") for name, p in named.items()}
+        known = as_checkpoint(model, shapes)
+        return Bucket(list(known), [tuple(tensor.shape) for tensor in known.values()], dtype), named
 
-    open_bucket: list[tuple[str, torch.nn.Parameter]] = []
+    open_bucket: dict[str, torch.nn.Parameter] = {}
     size = 0
     for name, parameter in model.named_parameters():
         num_bytes = shape(parameter).numel() * parameter.element_size()
-        if open_bucket and (size + num_bytes > BUCKET_BYTES or parameter.dtype != open_bucket[0][1].dtype):
+        full = size + num_bytes > BUCKET_BYTES
+        if open_bucket and (full or parameter.dtype != next(iter(open_bucket.values())).dtype):
             yield made(open_bucket)
-            open_bucket, size = [], 0
-        open_bucket.append((name, parameter))
+            open_bucket, size = {}, 0
+        open_bucket[name] = parameter
         size += num_bytes
     yield made(open_bucket)
 
 
-def flatten(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    return torch.cat([p.data.reshape(-1) for p in parameters])
+def flatten(model: torch.nn.Module, named: Mapping[str, torch.nn.Parameter]) -> torch.Tensor:
+    """Parameters of a bucket, whole, in the order of its names."""
+    known = as_checkpoint(model, {name: parameter.data for name, parameter in named.items()})
+    return torch.cat([tensor.reshape(-1) for tensor in known.values()])
+
+
+def as_checkpoint(model: torch.nn.Module, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under the names and in the parts in which transformers saves them; some models have others in memory."""
+    return revert_weight_conversion(model, named) if isinstance(model, PreTrainedModel) else named

@@ -46,6 +46,21 @@ def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, ma
     return tokenizers["student"]
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_experts(student: str) -> None:
+    """Raises RecipeError for a student with experts that is to be trained on a CPU: vLLM packs them there when it
+    loads them, and new weights would be written where nothing reads them.
+    """
+    text = load_model_config(student, "student").get_text_config()
+    if any((getattr(text, name, None) or 0) > 1 for name in EXPERTS):
+        raise RecipeError(
+            f"the student '{student}' is a mixture of experts, which on a CPU does not take new weights in the "
+            "engine; train it on a GPU, or take a dense student"
+        )
+
+
 def check_attention(configs: Mapping[str, Any]) -> None:
     """One engine holds the layers of both models in one group of caches, which knows full attention and windows of one
     size, in any mixture.

@@ -10,7 +10,7 @@ import pytest
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import common_vocab_size
-from skd_plugin.prepare.model_checks import check_output_head, check_pair, check_vocabularies
+from skd_plugin.prepare.model_checks import check_experts, check_output_head, check_pair, check_vocabularies
 from tests.recipes import PAIR
 
 
@@ -129,3 +129,15 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
             check_pair(*map(str, pair), **SIZES)
     with pytest.raises(RecipeError, match=r"the teacher .* cannot be loaded"):
         check_pair(str(tmp_path), str(PAIR / "student"), **SIZES)
+
+
+def test_a_student_with_experts_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    LlamaConfig(**small).save_pretrained(tmp_path / "dense")
+    check_experts(str(tmp_path / "dense"))
+    for kind in (MixtralConfig, Qwen3MoeConfig):
+        kind(**small).save_pretrained(tmp_path / kind.__name__)
+        with pytest.raises(RecipeError, match="is a mixture of experts, which on a CPU does not take new weights"):
+            check_experts(str(tmp_path / kind.__name__))

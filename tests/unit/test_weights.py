@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ def test_unpacked_weights_are_the_packed_ones() -> None:
     from skd_plugin.host.weight_sync import Bucket, flatten
 
     originals = [torch.randn(shape) for shape in ((2, 3), (4,), (), (1, 5, 2))]
-    parameters = [torch.nn.Parameter(tensor) for tensor in originals]
-    parameters[0] = torch.nn.Parameter(originals[0].T.contiguous().T)  # not contiguous in memory
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in zip("abcd", originals, strict=True)}
+    parameters["a"] = torch.nn.Parameter(originals[0].T.contiguous().T)  # not contiguous in memory
     bucket = Bucket(list("abcd"), [tuple(t.shape) for t in originals], torch.float32)
-    flat = flatten(parameters)
+    flat = flatten(torch.nn.Module(), parameters)
     assert flat.shape == (bucket.size,) == (6 + 4 + 1 + 10,)
     unpacked = bucket.unpack(flat)
     assert [name for name, _ in unpacked] == list("abcd")
@@ -54,10 +55,10 @@ def test_buckets_hold_every_parameter_once(model, limit: int, monkeypatch: pytes
     monkeypatch.setattr(weight_sync, "BUCKET_BYTES", limit)
     received = []
     for bucket, parameters in weight_sync.buckets(model):
-        assert {p.dtype for p in parameters} == {bucket.dtype}
+        assert {p.dtype for p in parameters.values()} == {bucket.dtype}
         num_bytes = bucket.size * torch.empty(0, dtype=bucket.dtype).element_size()
         assert len(parameters) == 1 or num_bytes <= limit
-        received += bucket.unpack(weight_sync.flatten(parameters))
+        received += bucket.unpack(weight_sync.flatten(model, parameters))
     expected = list(model.named_parameters())
     assert [name for name, _ in received] == [name for name, _ in expected]
     for (name, found), (_, wanted) in zip(received, expected, strict=True):
@@ -125,3 +126,39 @@ def test_hosts_own_way_is_closed(method: str) -> None:
     with pytest.raises(RuntimeError, match="would overwrite the teacher"):
         getattr(worker.extension, method)("w", torch.float32, (1,))
     assert worker.loaded == []
+
+
+SHAPE = dict(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+
+
+def families() -> dict[str, Any]:
+    from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+    heads = SHAPE | {"num_key_value_heads": 2}
+    return {
+        "llama": LlamaConfig(**heads, tie_word_embeddings=True),
+        "gpt_neox": GPTNeoXConfig(**SHAPE),
+        "mixtral": MixtralConfig(**heads, num_local_experts=4),
+        "qwen3_moe": Qwen3MoeConfig(**heads, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("limit", [1, 1 << 14, 1 << 20])
+def test_weights_travel_as_they_are_in_a_checkpoint(family: str, limit: int, tmp_path, monkeypatch) -> None:
+    """Names, parts and values of what transformers saves, whatever they are called in memory."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from skd_plugin.host import weight_sync
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(families()[family]).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", limit)
+    received = {}
+    for bucket, parameters in weight_sync.buckets(model):
+        received |= dict(bucket.unpack(weight_sync.flatten(model, parameters)))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert received.keys() == saved.keys()
+    assert all(torch.equal(received[name], saved[name]) for name in saved)

@@ -1,0 +1,49 @@
+"""Trained weights arrive in the engine's student, also where a model has other names in memory than on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import EOS, VOCAB, _make_tokenizer
+from tests.rules import make_rule
+
+pytestmark = pytest.mark.engine
+
+
+def test_a_student_with_other_names_in_memory(tiny_pair: Path, tmp_path: Path) -> None:
+    """GPT-NeoX: after the sync the engine's log-probabilities are those of the new weights in transformers."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    from skd_plugin.engine.offline import SKDEngine
+    from skd_plugin.host import on_cpu
+    from tests.specs import make_spec
+
+    on_cpu.install()
+    from skd_plugin.host import weight_sync
+
+    shape = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.3, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+    )  # fmt: skip
+    for name in ("first", "trained"):
+        AutoModelForCausalLM.from_config(shape).float().save_pretrained(tmp_path / name)
+        _make_tokenizer().save_pretrained(tmp_path / name)
+    options = {"max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "max_num_batched_tokens": 256}
+    teacher, student = str(tiny_pair / "teacher"), str(tmp_path / "first")
+    spec = make_spec(teacher=teacher, student=student, draft_len=2, max_len=48, teacher_top_k=8, options=options)
+    engine = SKDEngine(spec)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32).eval()
+    for bucket, parameters in weight_sync.buckets(trained):
+        engine.load_student(bucket.unpack(weight_sync.flatten(trained, parameters)))
+    samples = engine.generate([[1, 5, 6], [1, 9, 8, 7]], make_rule(top_k=4), 24, seed=1)
+    for sample in samples:
+        ids = sample.trace.response_ids.long()
+        with torch.no_grad():
+            logits = trained(torch.tensor([sample.prompt_ids + ids.tolist()])).logits[
+                0, len(sample.prompt_ids) - 1 : -1
+            ]
+        expected = logits.log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+        torch.testing.assert_close(sample.trace.student_logp, expected, atol=1e-4, rtol=0)
