@@ -462,6 +462,31 @@ def test_multi_turn_executor_keeps_the_engines_ids() -> None:
     assert response["skd"].response_ids.tolist() == _action_ids(response), "revisit skd_plugin/host/rollout_actor.py"
 
 
+# --- policy actor (host/policy_actor.py) ---
+
+
+def test_engines_are_asked_before_the_group_that_would_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that has not started answers with its error; in the group's rendezvous it would say nothing."""
+    import openrlhf.trainer.ray.ppo_actor as host
+
+    from skd_plugin.host import policy_actor
+
+    calls: list[str] = []
+
+    def get(refs: list[str]) -> None:
+        calls.extend(refs)
+        raise RuntimeError("no memory for the cache")
+
+    engine = SimpleNamespace(describe_skd=SimpleNamespace(remote=lambda: "asked"))
+    monkeypatch.setattr(policy_actor.ray, "get", get)
+    monkeypatch.setattr(host.ActorPPOTrainer, "_init_vllm_sync_group", lambda self, backend: calls.append("waits"))
+    trainer = object.__new__(policy_actor.SKDActorTrainer)
+    trainer.vllm_engines = [engine, engine]
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer._init_vllm_sync_group("gloo")
+    assert calls == ["asked", "asked"]
+
+
 # --- experience (host/samples.py) ---
 
 

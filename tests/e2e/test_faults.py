@@ -24,7 +24,13 @@ def kill_one(folder: Path, *names: str) -> str:
     return output
 
 
-@pytest.mark.parametrize("names", [("EngineCore",), ("ConfiguredRollout",)], ids=["engine", "rollout actor"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("EngineCore",), id="engine"),
+        pytest.param(("ConfiguredRollout",), id="rollout actor", marks=pytest.mark.soak),  # the same way out
+    ],
+)
 def test_a_dead_process_ends_the_run_with_one_error(tmp_path: Path, names: tuple[str, ...]) -> None:
     output = kill_one(tmp_path, *names)
     assert "The run failed:" in output and "host.log" in output
@@ -45,6 +51,7 @@ def test_a_full_disk_ends_the_run_with_advice(tmp_path: Path) -> None:
     assert not processes_with(folder)
 
 
+@pytest.mark.soak  # what it rests on is in tests/contract/test_openrlhf.py
 def test_an_engine_that_does_not_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
     process = start(tmp_path / "run", *UNMEASURED, "skd.vllm={kv_cache_memory_bytes: 1000}")
     output, _ = process.communicate(timeout=GUARD_S)
