@@ -11,14 +11,20 @@ export PYTHONDONTWRITEBYTECODE= # a run starts five processes that import thousa
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 
-# Whole runs need both cores for half of their time, and everything else together needs one: beside each other they take
-# less. What the others say comes at the end.
-log=$(mktemp)
-.venv/bin/python -m pytest --ignore tests/e2e >"$log" 2>&1 &
-others=$!
-trap 'kill "$others" 2>/dev/null || true; rm -f "$log"' EXIT
+# Whole runs mostly wait, for processes that start and for each other: beside one another and beside the other tests they
+# take less. Those that look at what one run leaves behind share it. What the others say comes at the end.
+log=$(mktemp -d)
+jobs=()
+trap 'kill "${jobs[@]}" 2>/dev/null || true; rm -rf "$log"' EXIT
+beside() {
+    .venv/bin/python -m pytest -o cache_dir=".pytest_cache/$1" "${@:2}" >"$log/$1" 2>&1 &
+    jobs+=($!)
+}
+one_run=(tests/e2e/test_{resume,sources,tasks,train}.py)
+beside others --ignore tests/e2e
+beside one_run "${one_run[@]}"
 status=0
-.venv/bin/python -m pytest tests/e2e -o cache_dir=.pytest_cache/e2e || status=$?
-wait "$others" || status=$?
-cat "$log"
+.venv/bin/python -m pytest tests/e2e "${one_run[@]/#/--ignore=}" || status=$?
+for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+cat "$log"/*
 exit "$status"
