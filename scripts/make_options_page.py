@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from skd_plugin.config.host_options import host_defaults
-from skd_plugin.config.host_support import default_of, support_of
+from skd_plugin.config.host_support import as_yaml, default_of, support_of
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
 from skd_plugin.config.schema import SKDConfig, TaskConfig, field_docs
 from skd_plugin.config.section import OneOf
@@ -80,7 +80,7 @@ def host_page() -> str:
         if name == "logger.wandb.run_name":
             default = "`ppo_` and the time"
         else:
-            default = "none" if default in (None, "") else f"`{_text(default)}`"
+            default = "none" if default in (None, "") else f"`{as_yaml(default)}`"
         cells = (f"`{name}`", default, default_of(name), kind, words)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([HOST_HEAD, "| option | OpenRLHF's default | ours | | |", "|---|---|---|---|---|", *rows]) + "\n"
@@ -107,11 +107,7 @@ def _default(field: FieldInfo, default: Any) -> str:
         return "required"
     if default is None:
         return "none"
-    return f"`{_text(default)}`".replace("`()`", "none")
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{as_yaml(default)}`".replace("`()`", "none")
 
 
 def _values(kind: Any, limits: list[Any]) -> str:
@@ -157,4 +153,4 @@ def _limits(limits: list[Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.writeas_yaml(page())

@@ -72,23 +72,30 @@ WITHOUT_EFFECT = {
 }
 
 
+def as_yaml(value: object) -> str:
+    """A value as a recipe says it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Support(NamedTuple):
     kind: str  # "honoured", "refused" or "without effect"
     words: str
 
 
+TABLES = (
+    {option: Support("honoured", "") for option in HONOURED},
+    {option: Support("honoured", words) for option, words in OTHERWISE.items()},
+    {option: Support("without effect", words) for option, words in WITHOUT_EFFECT.items()},
+    {
+        option: Support("refused", f"other than `{as_yaml(allowed)}`: {reason}")
+        for option, (allowed, reason) in FIXED.items()
+    },
+)
+
+
 def support_of(option: str) -> Support:
     """Raises KeyError for an option about which nothing has been decided."""
-    found = [
-        *([Support("honoured", "")] if option in HONOURED else []),
-        *([Support("honoured", OTHERWISE[option])] if option in OTHERWISE else []),
-        *([Support("without effect", WITHOUT_EFFECT[option])] if option in WITHOUT_EFFECT else []),
-        *(
-            [Support("refused", f"other than `{_text(FIXED[option][0])}`: {FIXED[option][1]}")]
-            if option in FIXED
-            else []
-        ),
-    ]
+    found = [table[option] for table in TABLES if option in table]
     if len(found) != 1:
         raise KeyError(
             f"OpenRLHF's option {option} stands in {len(found)} tables of config/host_support.py, not in one"
@@ -100,10 +107,6 @@ def support_of(option: str) -> Support:
 
 def default_of(option: str) -> str:
     """The default of a distillation run where it is not OpenRLHF's, in words; empty where it is."""
-    ours = [f"`{_text(DEFAULTS[option])}`"] if option in DEFAULTS else []
-    on_cpu = [f"`{_text(CPU_DEFAULTS[option])}` on a CPU"] if option in CPU_DEFAULTS else []
+    ours = [f"`{as_yaml(DEFAULTS[option])}`"] if option in DEFAULTS else []
+    on_cpu = [f"`{as_yaml(CPU_DEFAULTS[option])}` on a CPU"] if option in CPU_DEFAULTS else []
     return ", ".join(ours + on_cpu)
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
