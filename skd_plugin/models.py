@@ -31,11 +31,15 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def engine_end_ids(model: str, tokenizer: Any) -> frozenset[int]:
-    """Tokens at which vLLM ends a response of an engine with this model, and those of a tokenizer beside it."""
-    own = end_tokens(load_tokenizer(model, "engine"))
+def engine_end_ids(model: str, *tokenizers: Any) -> frozenset[int]:
+    """Tokens at which vLLM ends a response of an engine with this model.
+
+    Args:
+        tokenizers: the model's own, and those of which the end token counts too.
+    """
     listed = load_model_config(model, "engine").get_text_config().eos_token_id  # vLLM reads it where nothing else says
-    return generation_end_ids(model) | frozenset([*own, *end_tokens(tokenizer), *_listed(listed)])
+    of_tokenizers = (token for tokenizer in tokenizers for token in end_tokens(tokenizer))
+    return generation_end_ids(model) | frozenset([*of_tokenizers, *_listed(listed)])
 
 
 def response_text(tokenizer: Any, ids: Sequence[int], end_ids: Collection[int]) -> str:

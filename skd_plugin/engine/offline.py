@@ -29,7 +29,7 @@ class SKDEngine:
         self._trace_ids = count()
         self.description: EngineDescription = self._llm.collective_rpc("describe_skd")[0]
         self._tokenizer = load_tokenizer(spec.student, "student")
-        self._end_ids = engine_end_ids(spec.teacher, self._tokenizer)
+        self._end_ids = engine_end_ids(spec.teacher, self._llm.get_tokenizer(), self._tokenizer)
 
     def generate(
         self,

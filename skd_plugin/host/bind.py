@@ -79,7 +79,7 @@ def ray_options(run: Run, *, own_ray: bool) -> dict[str, Any]:
     """Arguments of ray.init: OpenRLHF's own environment, and what a CPU needs in every worker."""
     env = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     env = {name: value for name, value in env.items() if name not in os.environ}  # Ray refuses to be told twice
-    env |= {name: os.environ.get(name, "0") for name in (trust.REMOTE_CODE, trust.PICKLE_WEIGHTS)}
+    env[trust.REMOTE_CODE] = os.environ.get(trust.REMOTE_CODE, "0")
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     if run.cpu:
         env |= cpu.ENV

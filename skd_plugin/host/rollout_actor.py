@@ -52,7 +52,8 @@ class SKDRollout(HostRollout):
         self._tokenizer = load_tokenizer(spec.student, "student")
         executor: AgentExecutorBase = self.executor
         if of_tasks and isinstance(executor, SingleTurnAgentExecutor):  # an agent says what its response is worth
-            text_of = partial(response_text, self._tokenizer, end_ids=engine_end_ids(spec.teacher, self._tokenizer))
+            end_ids = engine_end_ids(spec.teacher, load_tokenizer(spec.teacher, "teacher"), self._tokenizer)
+            text_of = partial(response_text, self._tokenizer, end_ids=end_ids)
             executor = TaskRewards(executor, text_of, reward_timeout_s)
         if not unrewarded:
             executor = RewardedExecutor(
@@ -157,7 +158,7 @@ class _TraceFetcher:
                 batch, self._waiting = self._waiting, {}
                 abandoned, self._abandoned = self._abandoned, []
                 traces = (await call_worker(self._llm, "take_traces", [*batch, *abandoned]))[0]
-                for waiter, trace in zip(batch.values(), traces, strict=False):
+                for waiter, trace in zip(batch.values(), traces, strict=False):  # the abandoned ones come last
                     waiter.set_result(trace)
         return future.result()
 

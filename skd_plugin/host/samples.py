@@ -17,7 +17,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.batch import TRACE_KEY, per_token
-from skd_plugin.models import engine_end_ids, response_text
+from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 
 
 class SKDSamplesGenerator(SamplesGenerator):
@@ -39,7 +39,8 @@ class SKDSamplesGenerator(SamplesGenerator):
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
-        return engine_end_ids(self.args.skd.teacher.model_name_or_path, self.tokenizer)
+        teacher = self.args.skd.teacher.model_name_or_path
+        return engine_end_ids(teacher, load_tokenizer(teacher, "teacher"), self.tokenizer)
 
     def text(self, trace: Trace) -> str:
         return response_text(self.tokenizer, trace.response_ids.tolist(), self._end_ids)

@@ -83,7 +83,7 @@ def test_every_token_at_which_an_engine_ends(tiny_pair: Path, tmp_path: Path) ->
     for file, value in (("config.json", 6), ("generation_config.json", [7, 8])):
         content = json.loads((teacher / file).read_text())
         (teacher / file).write_text(json.dumps(content | {"eos_token_id": value}))
-    assert engine_end_ids(str(teacher), student) == {2, 5, 6, 7, 8}
+    assert engine_end_ids(str(teacher), load_tokenizer(str(teacher), "teacher"), student) == {2, 5, 6, 7, 8}
     (teacher / "generation_config.json").unlink()
     student.eos_token = None  # none at all is no crash
-    assert engine_end_ids(str(teacher), student) == {2, 6}
+    assert engine_end_ids(str(teacher), load_tokenizer(str(teacher), "teacher"), student) == {2, 6}
