@@ -19,7 +19,7 @@ from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
 from skd_plugin.tasks.label import Label, Sampling
 from skd_plugin.tasks.mixing import parts, shares
-from skd_plugin.tasks.reasoning_gym import PREFIX
+from skd_plugin.tasks.reasoning_gym import EVALUATING, PREFIX, ReasoningGym
 
 TASK_COLUMNS = {"data.input_key": "input", "data.label_key": "label"}
 
@@ -149,7 +149,8 @@ def _make(config: TaskConfig) -> Task:
             raise RecipeError(
                 f"task {kind.name} is scored by {package}, which is not installed; pip install 'skd_plugin[tasks]'"
             )
-    if getattr(kind, "evaluates", False) and not config.evaluating_checker:
+    evaluates = isinstance(kind, type) and issubclass(kind, ReasoningGym) and kind.dataset in EVALUATING
+    if evaluates and not config.evaluating_checker:
         raise RecipeError(
             f"skd.task: the checker of {kind.name} evaluates what the student wrote as code. It does so in a process "
             "that reaches no file and no network (docs/tasks.md); set skd.task.evaluating_checker=true to take it, or "

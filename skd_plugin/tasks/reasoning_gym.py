@@ -53,12 +53,8 @@ class ReasoningGym(Task):
     max_new_tokens = 512
     packages = ("reasoning_gym",)
     options = ("template",)
-    evaluates: ClassVar[bool] = False  # whether its checker evaluates answers as code
 
     template = "{question}\nGive the answer between <answer> and </answer>."
-
-    def __init_subclass__(cls) -> None:
-        cls.evaluates = getattr(cls, "dataset", None) in EVALUATING
 
     def __init__(self, template: str | None = None) -> None:
         self.template = template or self.template
