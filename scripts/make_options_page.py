@@ -153,4 +153,4 @@ def _limits(limits: list[Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    PAGE.writeas_yaml(page())
+    PAGE.write_text(page())

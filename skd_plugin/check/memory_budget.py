@@ -61,13 +61,20 @@ def make_budget(
         ranks=trainers,
         adam_offload=options["ds.adam_offload"],
         overlap_comm=options["ds.overlap_comm"],
-        micro_batch=options["train.micro_batch_size"],
-        max_len=options["data.max_len"],
+        tokens=_tokens_of_a_batch(options),
         checkpointing=options["actor.gradient_checkpointing_enable"],
         chunk=skd.loss.chunk if skd.loss.vocabulary == "full" else None,
         teacher_hidden=teacher.hidden,
     )
     return Budget(engine, trainer, requests)
+
+
+def _tokens_of_a_batch(options: HostOptions) -> int:
+    """The most that one forward of the training step may get on a device."""
+    longest = options["data.max_len"]
+    if options["train.dynamic_batch_enable"]:
+        return max(options["train.max_tokens_per_gpu"], longest)  # a longer sequence is a batch of its own
+    return options["train.micro_batch_size"] * longest
 
 
 def fits_twice(config: Any, skd: SKDConfig, options: HostOptions, device: int | None) -> bool:
@@ -163,12 +170,14 @@ def _colocated(budget: Budget, options: HostOptions) -> int:
 
 def _savings(options: HostOptions) -> list[str]:
     """What would help, cheapest first."""
-    colocated = options["train.colocate_all"]
+    colocated, dynamic = options["train.colocate_all"], options["train.dynamic_batch_enable"]
+    longest = options["data.max_len"]
     ways = [
         (colocated and not options["vllm.enable_sleep"], "openrlhf.vllm.enable_sleep=true"),
         (colocated and not options["ds.enable_sleep"], "openrlhf.ds.enable_sleep=true"),
         (colocated, "lower openrlhf.vllm.gpu_memory_utilization"),
-        (options["train.micro_batch_size"] > 1, "lower openrlhf.train.micro_batch_size"),
+        (dynamic and options["train.max_tokens_per_gpu"] > longest, "lower openrlhf.train.max_tokens_per_gpu"),
+        (not dynamic and options["train.micro_batch_size"] > 1, "lower openrlhf.train.micro_batch_size"),
         (not options["actor.gradient_checkpointing_enable"], "openrlhf.actor.gradient_checkpointing_enable=true"),
         (options["ds.zero_stage"] < 3, "openrlhf.ds.zero_stage=3"),
         (not options["ds.adam_offload"], "openrlhf.ds.adam_offload=true"),

@@ -1,7 +1,7 @@
 """A cost model of the memory of a run, per device. Estimates; docs/check.md has the formulas and what they leave out.
 
-Bytes everywhere. B sequences of a micro-batch, T tokens of the longest sequence, V vocabulary, H hidden size,
-L layers, P parameters of the student, d data-parallel ranks of the trainer.
+Bytes everywhere. N tokens of a micro-batch, V vocabulary, H hidden size, L layers,
+P parameters of the student, d data-parallel ranks of the trainer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from skd_plugin.trust import may_run_code
 
 GIB = 1 << 30
 
-# Of each of the B x T x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
+# Of each of the N x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
 LOGIT_BYTES = 24
 # Of each row of V logits in SKD's sampler, per entry; measured, 28 with few rejections, 45 with nothing else.
 SAMPLER_ROW_BYTES = 45
@@ -169,8 +169,7 @@ def trainer_memory(
     ranks: int,
     adam_offload: bool,
     overlap_comm: bool,
-    micro_batch: int,
-    max_len: int,
+    tokens: int,
     checkpointing: bool,
     chunk: int | None = None,
     teacher_hidden: int = 0,
@@ -181,6 +180,7 @@ def trainer_memory(
     8 P. Stage 1 splits the optimizer over d, stage 2 also the gradients, stage 3 also the weights.
 
     Args:
+        tokens: of one forward.
         chunk: tokens whose logits are in memory at once, of a loss over the full vocabulary; else those of all tokens
             are. Such a loss also needs the teacher's output head and the gradient of the student's, in float32.
         teacher_hidden: hidden size of the teacher, of such a loss.
@@ -188,7 +188,6 @@ def trainer_memory(
     p, width = student.parameters, 2 if mixed_precision else 4
     optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)
     step_gradients = 4 * p // (ranks if zero_stage >= 1 else 1) if mixed_precision else 0  # float32, while it steps
-    tokens = micro_batch * max_len
     heads = student.vocabulary * (4 * student.hidden + width * teacher_hidden) if chunk else 0
     return TrainerMemory(
         weights=width * p // (ranks if zero_stage == 3 else 1),

@@ -29,7 +29,7 @@ HONOURED = frozenset(
     data.input_template data.label_key data.max_len data.max_samples data.prompt_dataset data.prompt_probs
     data.prompt_split
     ds.adam_offload ds.attn_implementation ds.deepcompile ds.enable_sleep ds.experts_implementation
-    ds.grad_accum_dtype ds.overlap_comm ds.use_universal_ckpt ds.value_head_prefix ds.zero_stage
+    ds.grad_accum_dtype ds.overlap_comm ds.packing_samples ds.use_universal_ckpt ds.value_head_prefix ds.zero_stage
     ds.zpg
     eval.dataset eval.n_samples_per_prompt eval.split eval.steps eval.temperature
     logger.logging_steps logger.wandb.group logger.wandb.key logger.wandb.org logger.wandb.project
@@ -39,8 +39,8 @@ HONOURED = frozenset(
     reward.stop_properly_penalty_coef
     rollout.batch_size rollout.micro_batch_size rollout.n_samples_per_prompt
     train.agent_func_path train.batch_size train.colocate_actor_ref train.colocate_all train.colocate_critic_reward
-    train.ema_beta train.enable_ema train.full_determinism_enable train.max_epochs train.micro_batch_size
-    train.num_episodes train.seed
+    train.dynamic_batch_enable train.ema_beta train.enable_ema train.full_determinism_enable train.max_epochs
+    train.micro_batch_size train.num_episodes train.seed
     vllm.enable_prefix_caching vllm.enable_sleep vllm.enforce_eager vllm.gpu_memory_utilization vllm.num_engines
     vllm.sync_backend vllm.sync_with_ray vllm.tensor_parallel_size
     """.split()
@@ -53,6 +53,8 @@ OTHERWISE = {
     "ds.use_liger_kernel": "on a GPU; not tried here",
     "logger.tensorboard_dir": "`tensorboard` in the run folder",
     "logger.wandb.run_name": "the name of the run folder",
+    "rollout.max_tokens_per_gpu": "with `train.dynamic_batch_enable`; else `rollout.micro_batch_size` counts",
+    "train.max_tokens_per_gpu": "with `train.dynamic_batch_enable`; else `train.micro_batch_size` counts",
     "rollout.max_new_tokens": "`skd.rollout.max_new_tokens` goes first",
     "rollout.vllm_generate_batch_size": "only the value of `rollout.batch_size`: a step sends all its prompts at once",
 }
@@ -66,9 +68,7 @@ WITHOUT_EFFECT = {
     "ds.lora.dropout": "adapters are refused",
     "ds.lora.target_modules": "adapters are refused",
     "ds.ring_attn_head_stride": "ring attention is refused",
-    "rollout.max_tokens_per_gpu": "dynamic batches are refused",
     "train.async_queue_size": "the asynchronous trainer is refused",
-    "train.max_tokens_per_gpu": "dynamic batches are refused",
 }
 
 

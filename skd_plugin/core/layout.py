@@ -1,14 +1,16 @@
 """Where the response tokens of a batch are: in OpenRLHF's per-token tensors, and in the model's output.
 
 A causal model predicts token t + 1 at position t. OpenRLHF's per-token tensors are therefore [B, T - 1]: entry t
-belongs to token t + 1. This module is the only place that knows it.
+belongs to token t + 1. The model's output has the shape of the batch, or, where sequences are packed, is one row of
+all tokens without padding. This module is the only place that knows it.
 
-Shapes: B sequences of T tokens with their padding, N response tokens of the batch, row by row in their order.
+Shapes: B sequences of T tokens with their padding, S tokens without it, N response tokens of the batch, row by row in
+their order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -20,12 +22,23 @@ class ResponseLayout:
     action_mask: torch.Tensor  # bool [B, T - 1], true at the entries of response tokens
     row_N: torch.Tensor  # int64, sequence of each
     entry_N: torch.Tensor  # int64, its entry in the per-token tensors
+    output_row_N: torch.Tensor  # int64, row of the model's output that predicts it
+    output_place_N: torch.Tensor  # int64, place in that row
 
     @classmethod
     def of(cls, action_mask: torch.Tensor) -> ResponseLayout:
         """`action_mask`: [B, T - 1], any type; several spans a row are several turns."""
         mask = action_mask.bool()
-        return cls(mask, *mask.nonzero(as_tuple=True))
+        row_N, entry_N = mask.nonzero(as_tuple=True)
+        return cls(mask, row_N, entry_N, row_N, entry_N)
+
+    @classmethod
+    def packed(cls, action_mask: torch.Tensor, attention_mask: torch.Tensor) -> ResponseLayout:
+        """Of a batch whose model's output is [1, S, ...]: the tokens of `attention_mask` [B, T], row by row."""
+        layout = cls.of(action_mask)
+        place_BT = attention_mask.flatten().cumsum(0).view_as(attention_mask) - 1
+        place_N = place_BT[layout.row_N, layout.entry_N]
+        return replace(layout, output_row_N=torch.zeros_like(place_N), output_place_N=place_N)
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -38,16 +51,11 @@ class ResponseLayout:
         """The response tokens themselves [N]."""
         return sequences_BT[self.row_N, self.entry_N + 1]
 
-    def predictions(self, output_BT: torch.Tensor) -> torch.Tensor:
-        """What a model's output [B, T, ...] says of each response token, before it has seen it: [N, ...]."""
-        return output_BT[self.row_N, self.entry_N]
-
-    def packed_predictions(self, output_1S: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """`predictions` of a packed forward, whose output [1, S, ...] holds the S tokens of `attention_mask` [B, T]
-        without padding.
+    def predictions(self, output: torch.Tensor) -> torch.Tensor:
+        """What a model's output [B, T, ...] or [1, S, ...] says of each response token, before it has seen it:
+        [N, ...].
         """
-        place_BT = attention_mask.flatten().cumsum(0).view_as(attention_mask) - 1
-        return output_1S[0, place_BT[self.row_N, self.entry_N]]
+        return output[self.output_row_N, self.output_place_N]
 
     def take(self, values_BT: torch.Tensor) -> torch.Tensor:
         """Entries of a per-token tensor [B, T - 1] that belong to response tokens: [N]."""
@@ -58,17 +66,18 @@ class ResponseLayout:
         places = self.row_N.to(values_N.device), self.entry_N.to(values_N.device)
         return values_N.new_zeros(self.action_mask.shape).index_put(places, values_N)
 
-    def put(self, values_NM: torch.Tensor, output_BT: torch.Tensor) -> torch.Tensor:
-        """A model's output [B, T, M] with these values at the predictions of response tokens, 0 elsewhere.
+    def put(self, values_NM: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """A model's output with these values at the predictions of response tokens, 0 elsewhere: [B, T, M] or
+        [1, S, M].
 
         Args:
-            output_BT: any output of the model, of which batch, length, and device are taken.
+            output: any output of the model, of which both sizes are taken.
         """
-        shape = (*output_BT.shape[:2], values_NM.shape[1])
-        return values_NM.new_zeros(shape).index_put((self.row_N, self.entry_N), values_NM)
+        shape = (*output.shape[:2], values_NM.shape[1])
+        return values_NM.new_zeros(shape).index_put((self.output_row_N, self.output_place_N), values_NM)
 
     def to(self, device: torch.device) -> ResponseLayout:
-        return ResponseLayout(self.action_mask.to(device), self.row_N.to(device), self.entry_N.to(device))
+        return ResponseLayout(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def first_response_place(action_mask: torch.Tensor) -> int | None:

@@ -38,6 +38,9 @@ def bind(run: Run) -> None:
         """The first call of OpenRLHF's train(): from here on `args.skd` is everywhere that OpenRLHF's args are."""
         args.skd = run.skd
         if run.cpu:
+            args.ds.attn_implementation = run.host[
+                "ds.attn_implementation"
+            ]  # OpenRLHF packs for flash attention alone
             args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to OpenRLHF: plain float32, 3x faster on a CPU
         return get_strategy(args)
 

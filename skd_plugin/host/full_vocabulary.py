@@ -35,7 +35,8 @@ class FullVocabularyActor(Actor):
     """OpenRLHF's Actor, whose output head is asked for numbers of the response tokens instead of logits of all.
 
     Results are those of OpenRLHF, but that only response tokens have a log-probability or an entropy, 0 elsewhere, and
-    that `output["logits"]` holds the numbers [B, T, M]. A forward with `read_head` also leaves the token losses in
+    that `output["logits"]` holds the numbers [B, T, M], or
+    [1, S, M] where sequences are packed. A forward with `read_head` also leaves the token losses in
     `output["token_losses"]` [N].
     """
 
@@ -55,12 +56,13 @@ class FullVocabularyActor(Actor):
         read_head: HeadReader | None = None,
         **others: Any,
     ) -> Any:
-        layout = ResponseLayout.of(action_mask)
+        packed = self.packing_samples
+        layout = ResponseLayout.packed(action_mask, attention_mask) if packed else ResponseLayout.of(action_mask)
         tokens_N = layout.tokens(sequences)
         read = read_head or self._read_log_probs
 
         def numbers(hidden_BTH: torch.Tensor) -> torch.Tensor:
-            """What is read of every response token, where the model expects logits: float32 [B, T, 3]."""
+            """What is read of every response token, where the model expects logits: float32, [B, T, 3] or packed."""
             scores = read(layout.predictions(hidden_BTH), head.weight, tokens_N, return_entropy)
             known = [torch.zeros_like(scores.log_prob) if score is None else score for score in scores]
             return layout.put(torch.stack(known, dim=-1), hidden_BTH)

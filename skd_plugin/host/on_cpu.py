@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,37 +27,65 @@ def install() -> None:
     """
     cpu.install()
     if not torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is None:
-        _stub_flash_attention()
+        _stand_in_for_flash_attention()
 
 
-def _stub_flash_attention() -> None:
-    """OpenRLHF imports its packing helpers at import; packing itself is refused by the recipe checks."""
+def _stand_in_for_flash_attention() -> None:
+    """OpenRLHF imports flash-attn's helpers of packed sequences, which need no GPU. The attention itself is torch's,
+    which transformers keeps within each sequence by the position ids.
+    """
 
     def missing(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("flash-attn is not installed; turn off packing_samples and ring attention")
+        raise RuntimeError("flash-attn is not installed; turn off ring attention")
 
-    names = {
-        "flash_attn": (),
-        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
-        "flash_attn.utils": (),
-        "flash_attn.utils.distributed": ("all_gather",),
+    padding = {"index_first_axis": _index_first_axis, "rearrange": _rearrange}
+    padding |= {"pad_input": _pad_input, "unpad_input": _unpad_input}
+    modules: dict[str, dict[str, Callable[..., Any]]] = {
+        "flash_attn": {},
+        "flash_attn.bert_padding": padding,
+        "flash_attn.utils": {},
+        "flash_attn.utils.distributed": {"all_gather": missing},
     }
-    for module_name, functions in names.items():
-        module = types.ModuleType(module_name)
-        module.__spec__ = importlib.util.spec_from_loader(module_name, loader=None)
+    for name, functions in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
         module.__path__ = []
-        for function in functions:
-            setattr(module, function, missing)
-        sys.modules[module_name] = module
+        vars(module).update(functions)
+        sys.modules[name] = module
+
+
+def _rearrange(values_BT: torch.Tensor, pattern: str) -> torch.Tensor:
+    if pattern != "b s ... -> (b s) ...":
+        raise NotImplementedError(f"rearrange {pattern!r}: OpenRLHF asked for another pattern before")
+    return values_BT.flatten(0, 1)
+
+
+def _index_first_axis(rows: torch.Tensor, places_S: torch.Tensor) -> torch.Tensor:
+    return rows[places_S]
+
+
+def _unpad_input(values_BT: torch.Tensor, attention_mask: torch.Tensor) -> tuple[Any, ...]:
+    """(values [S, ...], their places in the flat batch [S], starts of the sequences [B + 1], the longest, lengths)."""
+    lengths_B = attention_mask.sum(-1, dtype=torch.int32)
+    places_S = attention_mask.flatten().nonzero().flatten()
+    starts = torch.nn.functional.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
+    return values_BT.flatten(0, 1)[places_S], places_S, starts, int(lengths_B.max()), lengths_B
+
+
+def _pad_input(rows_S: torch.Tensor, places_S: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """The inverse: [B, T, ...] with 0 where there is no token; differentiable, as `gather_and_pad_tensor` needs it."""
+    padded = rows_S.new_zeros((batch * length, *rows_S.shape[1:]))
+    return padded.index_put((places_S,), rows_S).unflatten(0, (batch, length))
 
 
 def adapt_trainer() -> None:
     """In the process of a DeepSpeed actor: the replay buffer's device, the weight-sync group, the parameter dtype, the
-    optimizer.
+    optimizer, the gathering of ZeRO-3.
     """
     if torch.cuda.is_available():
         return
     import deepspeed.ops
+    import deepspeed.runtime.zero.partition_parameters as partition_parameters
     import openrlhf.trainer.ppo_utils.replay_buffer as replay_buffer
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     import openrlhf.utils.deepspeed.deepspeed as host_strategy
@@ -69,6 +98,7 @@ def adapt_trainer() -> None:
     adapt_weight_sync()
     rebind(ppo_actor, "stateless_init_process_group", gloo_process_group)
     rebind(host_strategy, "get_train_ds_config", _with_torch_adam)
+    rebind(partition_parameters, "dist", _GatherOnCpu(partition_parameters.dist))
     # An operator of inference over several ranks, which DeepSpeed would compile first; without it gloo does that.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
 
@@ -105,3 +135,21 @@ class _TorchOnCpu:
     @staticmethod
     def device(name: str) -> torch.device:
         return torch.device("cpu" if name.startswith("cuda") else name)
+
+
+class _GatherOnCpu:
+    """`deepspeed.comm` as ZeRO-3 sees it where it gathers parameters. It starts one operation for each and waits for
+    the last one alone, which on a GPU ends last; gloo's end in any order, so that a parameter could be read half-way.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def all_gather_into_tensor(self, *args: Any, **kwargs: Any) -> Any:
+        handle = self._comm.all_gather_into_tensor(*args, **kwargs)
+        if handle is not None:
+            handle.wait()
+        return handle

@@ -8,14 +8,13 @@ from typing import Any
 import openrlhf.trainer.ray.ppo_actor as host
 import ray
 import torch
-from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
 from skd_plugin import trust
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu
-from skd_plugin.host.batch import OptimizerStepBatches
+from skd_plugin.host.batch import DynamicBatches, OptimizerStepBatches
 from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyDistillation
 from skd_plugin.host.objective import Distillation, Objective, TopKDistillation, finite_gradients
 from skd_plugin.host.weight_sync import StudentSender
@@ -41,10 +40,15 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss, tolerance)
         # OpenRLHF's ppo_train looks the function up in its module; this process serves one actor.
         weighting = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab)
-        batches = OptimizerStepBatches(iter_grad_accum_global_norm, weighting, skd.objective.replaced_tokens)
+        batches = OptimizerStepBatches(weighting, skd.objective.replaced_tokens, packed=self.args.ds.packing_samples)
         rebind(host, "iter_grad_accum_global_norm", batches)
+        if self.args.train.dynamic_batch_enable:  # OpenRLHF's ppo_train calls no such function for them
+            self.replay_buffer = DynamicBatches(batches, self.replay_buffer)
 
     def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # With dynamic batches DeepSpeed believes that each one ends a step, and ZeRO-1 and 2 forget what came before
+        # the last: it must be told. Otherwise it is told what it knows.
+        self.actor.model.set_gradient_accumulation_boundary(experience.batch.ends_step)
         embeddings = self.actor.model.get_input_embeddings()
         with (
             finite_gradients(embeddings, self.step),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+ONE_RANK = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", **ONE_RANK, **os.environ}
 os.environ.setdefault("MASTER_PORT", "29631")
 
 import torch
@@ -41,7 +43,7 @@ STUDENT = ROOT / "recipes" / "models" / "arithmetic" / "student"
 NUM_SAMPLES, PROMPT_LEN = 8, 6
 
 
-def make_args(run_dir: Path, options: dict[str, Any]) -> SimpleNamespace:
+def make_args(run_dir: Path, options: dict[str, Any], skd: Sequence[str] = ()) -> SimpleNamespace:
     overrides = [f"openrlhf.{key}={json.dumps(value)}" for key, value in options.items()]
     run = load_run(
         ROOT / "recipes" / "quickstart.yaml",
@@ -50,7 +52,7 @@ def make_args(run_dir: Path, options: dict[str, Any]) -> SimpleNamespace:
             "skd.rollout.method=on_policy", "skd.objective.kd_coef=0", "skd.objective.rl_coef=1",
             "openrlhf.rollout.batch_size=4", "openrlhf.rollout.n_samples_per_prompt=2",
             "openrlhf.rollout.micro_batch_size=4", "openrlhf.train.batch_size=8",
-            "openrlhf.train.micro_batch_size=2", "openrlhf.train.max_epochs=2", *overrides,
+            "openrlhf.train.micro_batch_size=2", "openrlhf.train.max_epochs=2", *overrides, *skd,
         ],
     )  # fmt: skip
     args = hierarchize(host_parser().parse_args(run.host_argv()))

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import deepspeed
 import pytest
 import torch
 
@@ -68,6 +70,20 @@ HASHES = [  # host code, hash, our file, what we assume of it
      "it gives the token count of the whole optimizer step"),
     ("openrlhf.utils.loss_utils:_optimizer_step_loss_norm", "834364231837", "host/batch.py",
      "it gives the token count of the whole optimizer step"),
+    ("openrlhf.utils.loss_utils:_get_dp_group", "2849f5a64713", "host/batch.py",
+     "it gives the ranks over which totals are"),
+    ("openrlhf.utils.loss_utils:get_loss_batch_info", "8b7047698cc3", "host/batch.py",
+     "with dynamic batches it takes the totals from the replay buffer"),
+    ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer", "2fb773b70f71", "host/batch.py",
+     "its dynamic items are lists of samples, of which it makes one micro-batch, and it says which ends a step"),
+    ("openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step", "4016d2217a1f", "host/critic.py",
+     "it steps where the replay buffer says so, without telling DeepSpeed"),
+    ("openrlhf.models.ring_attn_utils:unpad_and_slice_tensor", "f26aeb272274", "host/batch.py",
+     "the packed row holds the tokens of the attention mask, row by row, and positions start anew in each sequence"),
+    ("openrlhf.models.ring_attn_utils:gather_and_pad_tensor", "a28afec045e5", "host/on_cpu.py",
+     "it pads by flash-attn's pad_input"),
+    (f"{EXPERIENCE}:balance_experiences", "9e24862c1af3", "host/batch.py",
+     "it splits and joins samples, traces with them"),
     (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "host/controller.py",
      "it calls generate_samples, train_step, save_logs_and_checkpoints and evaluate, in this order, with these keys"),
     (f"{PPO}:PPOTrainer.evaluate", "977859287716", "host/controller.py", "our evaluate takes its place"),
@@ -136,6 +152,13 @@ SIGNATURES = [
     (f"{PPO}:PPOTrainer.__init__",
      "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
      "host/controller.py"),
+    ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",
+     "sample_batch_size limit cpu_offload packing_samples dynamic_batch", "host/batch.py"),
+    ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__getitem__", "idx", "host/batch.py"),
+    ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.collate_fn", "batch", "host/batch.py"),
+    ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch", "strategy", "host/batch.py"),
+    ("openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step", "experience step loss_batch_info",
+     "host/critic.py"),
     (f"{PPO}:PPOTrainer.fit", "global_step", "host/controller.py"),
     (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "host/controller.py"),
     (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states", "host/controller.py"),
@@ -762,6 +785,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="these adapt
 @pytest.fixture
 def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adaptations of a trainer process, undone afterwards."""
+    import deepspeed.runtime.zero.partition_parameters as partition_parameters
     import openrlhf.trainer.ppo_utils.replay_buffer as replay_buffer
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     import openrlhf.utils.distributed_util as distributed_util
@@ -774,6 +798,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
         (host_utils, "convert_to_torch_dtype"),
         (ppo_actor, "stateless_init_process_group"),
         (distributed_util, "stateless_init_process_group"),
+        (partition_parameters, "dist"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     on_cpu.adapt_trainer()
@@ -783,6 +808,36 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replay_buffer_lives_on_the_cpu(adapted: None) -> None:
     buffer = find("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer")(2)
     assert buffer.target_device == torch.device("cpu"), "revisit adapt_trainer in skd_plugin/host/on_cpu.py"
+
+
+@without_cuda
+def test_gathering_waits_for_every_parameter(adapted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 waits for the last of them, which on a CPU may end first."""
+    import deepspeed.runtime.zero.partition_parameters as partition_parameters
+
+    source = inspect.getsource(partition_parameters.Init)
+    assert "h = dist.all_gather_into_tensor(" in source and "launch_handles[-1].wait()" in source, (
+        "revisit _GatherOnCpu in skd_plugin/host/on_cpu.py"
+    )
+    handle = MagicMock()
+    monkeypatch.setattr(deepspeed.comm, "all_gather_into_tensor", lambda *args, **kwargs: handle)
+    assert partition_parameters.dist.all_gather_into_tensor(async_op=True) is handle
+    handle.wait.assert_called_once_with()
+
+
+@without_cuda
+def test_padding_helpers_are_those_of_flash_attention() -> None:
+    """Shapes and values that OpenRLHF's packing expects; tests/contract/test_packing.py runs it."""
+    from flash_attn.bert_padding import index_first_axis, pad_input, rearrange, unpad_input
+
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 0]])
+    values = torch.arange(9.0).view(3, 3, 1)
+    rows, places, starts, longest, lengths = unpad_input(values, mask)
+    assert rows.flatten().tolist() == [0, 1, 2, 4, 6, 7] == places.tolist()
+    assert starts.tolist() == [0, 3, 4, 6] and starts.dtype == torch.int32 and longest == 3
+    assert lengths.tolist() == [3, 1, 2]
+    assert torch.equal(pad_input(rows, places, 3, 3), values * mask[..., None])
+    assert torch.equal(index_first_axis(rearrange(values, "b s ... -> (b s) ..."), places), rows)
 
 
 @without_cuda

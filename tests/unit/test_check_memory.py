@@ -132,8 +132,7 @@ def trainer(size, **changes):
         ranks=8,
         adam_offload=False,
         overlap_comm=False,
-        micro_batch=2,
-        max_len=1024,
+        tokens=2 * 1024,
         checkpointing=False,
     )
     return trainer_memory(size, **(settings | changes))
@@ -176,7 +175,7 @@ def test_full_vocabulary_has_logits_of_one_chunk_and_both_heads(sizes):
     (docs/full_vocabulary.md); by this 1.01."""
     found = trainer(sizes[1], chunk=128, teacher_hidden=3584)
     assert found.logits == 128 * 151936 * LOGIT_BYTES + 151936 * (4 * 896 + 2 * 3584)
-    few = trainer(sizes[1], micro_batch=1, max_len=64, chunk=128, teacher_hidden=0)
+    few = trainer(sizes[1], tokens=64, chunk=128, teacher_hidden=0)
     assert few.logits == 64 * 151936 * LOGIT_BYTES + 151936 * 4 * 896
     given = options(**{"rollout.batch_size": 64, "train.micro_batch_size": 2, "data.max_len": 1024})
     full = make_budget(*sizes, skd(loss={"vocabulary": "full"}), given, cpu=False, device=GPU)
@@ -263,9 +262,7 @@ def test_budget_reads_the_hosts_options(sizes):
     assert found.engine.budget == int(0.9 * GPU)
     assert found.engine.teacher == BIG_PARAMETERS * 2 // 4
     assert found.engine.sampler == 34 * 3 * 152064 * SAMPLER_ROW_BYTES
-    expected = trainer(
-        sizes[1], zero_stage=3, adam_offload=True, micro_batch=4, max_len=512, checkpointing=True, ranks=8
-    )
+    expected = trainer(sizes[1], zero_stage=3, adam_offload=True, tokens=4 * 512, checkpointing=True, ranks=8)
     assert found.trainer == expected
 
 
@@ -313,6 +310,16 @@ def test_a_trainer_that_does_not_fit_is_told_what_helps():
     assert found.level == "failed"
     assert found.remedy.startswith("lower openrlhf.train.micro_batch_size")
     assert "gradient_checkpointing" in found.remedy and "zero_stage=3" in found.remedy
+
+
+def test_dynamic_batches_count_tokens():
+    dynamic = {"train.dynamic_batch_enable": True, "train.micro_batch_size": 32, "data.max_len": 1024}
+    found = check(**dynamic, **{"train.max_tokens_per_gpu": 100_000})[2]
+    assert found.level == "failed" and found.remedy.startswith("lower openrlhf.train.max_tokens_per_gpu")
+    padded = check(**{"train.micro_batch_size": 4, "data.max_len": 1024})[2]
+    assert check(**dynamic, **{"train.max_tokens_per_gpu": 4096})[2].found == padded.found
+    longest = check(**{"train.micro_batch_size": 1, "data.max_len": 1024})[2]
+    assert check(**dynamic, **{"train.max_tokens_per_gpu": 512})[2].found == longest.found
 
 
 def test_colocated_models_share_the_device():

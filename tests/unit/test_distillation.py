@@ -29,11 +29,9 @@ def even(trace: Trace) -> torch.Tensor:
 
 def batches(weighting=even, replaced_tokens: str = "exclude"):
     """What makes the micro-batches of an optimizer step."""
-    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
-
     from skd_plugin.host.batch import OptimizerStepBatches
 
-    return OptimizerStepBatches(iter_grad_accum_global_norm, weighting, replaced_tokens)
+    return OptimizerStepBatches(weighting, replaced_tokens, packed=False)
 
 
 def token_losses(logits, sequences, mask, traces, loss) -> torch.Tensor:

@@ -32,10 +32,15 @@ def test_a_token_is_predicted_one_position_before(layout: ResponseLayout) -> Non
     assert layout.predictions(output).squeeze(1).tolist() == [7 * row + place - 1 for row, place in RESPONSE]
 
 
-def test_a_packed_output_is_read_at_the_same_tokens(layout: ResponseLayout) -> None:
+def test_a_packed_output_is_read_and_written_at_the_same_tokens(layout: ResponseLayout) -> None:
     padded = torch.randn(3, 7, 5)
     packed = padded[ATTENTION.bool()][None]
-    assert torch.equal(layout.packed_predictions(packed, ATTENTION), layout.predictions(padded))
+    of_packed = ResponseLayout.packed(layout.action_mask, ATTENTION)
+    assert torch.equal(of_packed.predictions(packed), layout.predictions(padded))
+    values = torch.randn(4, 2)
+    output = of_packed.put(values, packed)
+    assert output.shape == (1, 12, 2) and torch.equal(output[0], layout.put(values, padded)[ATTENTION.bool()])
+    assert torch.equal(of_packed.tokens(SEQUENCES), layout.tokens(SEQUENCES))
 
 
 def test_spread_and_take_are_inverse(layout: ResponseLayout) -> None:

@@ -238,6 +238,9 @@ class _Model(torch.nn.Module):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.embeddings
 
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        assert is_boundary is True
+
     def loss(self, poison: float = 0.0) -> torch.Tensor:
         logits = self.head(self.embeddings(torch.tensor([[1, 2, 3]])).tanh())
         return _PoisonedBackward.apply(logits, poison).logsumexp(-1).sum()
@@ -265,12 +268,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(parts, mo
     trainer.actor = SimpleNamespace(model=model)
     trainer.objective = SimpleNamespace(step=lambda student, experience: nullcontext())
     trainer.step = 7
+    last = SimpleNamespace(ends_step=True)
     with pytest.raises(FloatingPointError, match=r"the gradient of step 7 is not finite.*Lower openrlhf\.actor"):
-        trainer.training_step(SimpleNamespace(poison=poison))
+        trainer.training_step(SimpleNamespace(poison=poison, batch=last))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for p in model.parameters():
         p.grad = None
-    trainer.training_step(SimpleNamespace(poison=0.5))
+    trainer.training_step(SimpleNamespace(poison=0.5, batch=last))
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
