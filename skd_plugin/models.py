@@ -62,6 +62,40 @@ def load_model_config(name: str, role: str) -> Any:
         raise RecipeError(f"the {role} '{name}' cannot be loaded: {first_line(error)}") from error
 
 
+def count_parameters(config: Any) -> int:
+    """Of a model by its configuration, without its weights; a tied one counts once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
+    return sum(parameter.numel() for parameter in model.parameters())  # yields a tied one once
+
+
+FLOAT32_TOLERANCE = 0.01  # nats, mean over the tokens of a micro-batch; 1e-5 is usual
+HALF_TOLERANCE = 0.25  # logits are rounded to about 0.1
+
+
+def mean_tolerance(dtype: torch.dtype | str) -> float:
+    """Nats a token, in the mean, by which rounding alone moves log-probs between vLLM and transformers."""
+    return FLOAT32_TOLERANCE if dtype in (torch.float32, "float32") else HALF_TOLERANCE
+
+
+def load_causal_model(name: str, dtype: torch.dtype, **placement: Any) -> Any:
+    """A model as transformers reads it, for a comparison with what the engine made of the same files."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=trust.may_run_code(), **placement
+    ).eval()
+
+
+@torch.no_grad()
+def response_logits(model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> torch.Tensor:
+    """Float32 [R, V]: row t is what the model says after the prompt and t response tokens; R may be 0."""
+    ids = torch.tensor([[*prompt_ids, *response_ids]], device=model.device)
+    return model(ids).logits[0, len(prompt_ids) - 1 : -1].float().cpu()
+
+
 def generation_end_ids(name: str) -> frozenset[int]:
     """End tokens of the model's generation_config.json; empty where it has none."""
     from transformers import GenerationConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.trust import may_run_code
+from skd_plugin.models import count_parameters
 
 GIB = 1 << 30
 
@@ -59,15 +59,6 @@ def model_size(config: Any) -> ModelSize:
         vocabulary=text.vocab_size,
         latent=latent + text.qk_rope_head_dim if latent else 0,
     )
-
-
-def count_parameters(config: Any) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code())
-    return sum(parameter.numel() for parameter in model.parameters())  # yields a tied one once
 
 
 @dataclass(frozen=True)

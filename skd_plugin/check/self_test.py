@@ -1,6 +1,7 @@
 """The self-test: the teacher as its own student. Every proposal must stay, and there must be nothing to learn.
 
-This shows that SKD's sampler is the one that runs, and that vLLM and transformers agree on the model.
+This shows that SKD's sampler is the one that runs, and that vLLM and transformers agree on the model. Then the pair of
+the recipe: they must agree on the teacher and on the student, side by side in one engine, too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from skd_plugin.check.self_test_process import Measured, Outcome, Trial
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.arguments import engine_for
+from skd_plugin.models import mean_tolerance
 from skd_plugin.run.process import run_quietly
 
 NUM_PROMPTS = 4
 NEW_TOKENS = 48
+
+
+TWO_MODELS = (
+    "Sampling and training see two models: try openrlhf.ds.attn_implementation=sdpa, skd.vllm={dtype: float32}, or "
+    "another vLLM attention backend"
+)
 
 
 @dataclass(frozen=True)
@@ -47,19 +55,33 @@ def make_trial(model: str, skd: SKDConfig, options: HostOptions, prompts: list[l
 
 
 def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -> list[Finding]:
-    """Both halves in processes of their own; what they print goes to self-test.log in `folder`."""
-    log = folder / "self-test.log"
-    trial.write(folder)
-    for half, doing in (("sample", "self-test: the engine"), ("compare", "self-test: transformers")):
-        progress(doing)
-        error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)
-        if error is not None:
-            return [Finding("self-test", f"{doing.split(': ')[1]} failed: {error}", "failed", f"read {log}")]
-    outcome = Outcome.read(folder)
+    """What they print goes to self-test.log in `folder`."""
+    outcome = _run(trial, folder, progress)
+    if isinstance(outcome, Finding):
+        return [outcome]
     return [
         check_parts(outcome.description, outcome.scheduler),
         *judge(outcome.measured, outcome.dtype, outcome.kept_by_a_shut_gate),
     ]
+
+
+def run_pair_test(trial: Trial, student: str, folder: Path, progress: Callable[[str], None]) -> Finding:
+    """The engine of `trial` with the student in its own place."""
+    outcome = _run(replace(trial, spec=replace(trial.spec, student=student)), folder, progress)
+    return outcome if isinstance(outcome, Finding) else judge_pair(outcome.measured, outcome.dtype)
+
+
+def _run(trial: Trial, folder: Path, progress: Callable[[str], None]) -> Outcome | Finding:
+    """Both halves in processes of their own."""
+    log = folder / "self-test.log"
+    trial.write(folder)
+    engine = "the engine" if trial.spec.student == trial.spec.teacher else "the engine of teacher and student"
+    for half, doing in (("sample", engine), ("compare", "transformers")):
+        progress(f"self-test: {doing}")
+        error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)
+        if error is not None:
+            return Finding("self-test", f"{doing} failed: {error}", "failed", f"read {log}")
+    return Outcome.read(folder)
 
 
 def judge(measured: Measured, dtype: str, kept_by_a_shut_gate: int) -> list[Finding]:
@@ -118,18 +140,31 @@ def _loss(measured: Measured, dtype: str, limits: Tolerance) -> Finding:
 
 
 def _gap(measured: Measured, dtype: str, limits: Tolerance) -> Finding:
-    name = "vLLM/transformers"
     found = (
         f"log-probs of the same tokens differ by {measured.max_teacher_gap:.1e} at most, by "
         f"{measured.mean_teacher_gap:.1e} in the mean (as draft model: {measured.max_draft_gap:.1e} at most; usual in "
         f"{dtype}: below {limits.gap:g})"
     )
     if measured.max_teacher_gap <= limits.gap and measured.max_draft_gap <= limits.gap:
+        return Finding("vLLM/transformers", found)
+    return Finding("vLLM/transformers", found, "warning", TWO_MODELS)
+
+
+def judge_pair(measured: Measured, dtype: str) -> Finding:
+    """As what a run stops at: means over tokens (host/teacher_check.py, host/objective.py)."""
+    name, limit = "teacher and student", mean_tolerance(dtype)
+    found = (
+        f"in one engine, against transformers: log p of the same tokens differs by {measured.mean_teacher_gap:.1e} in "
+        f"the mean and {measured.max_teacher_gap:.1e} at most, log q by {measured.mean_draft_gap:.1e} and "
+        f"{measured.max_draft_gap:.1e}"
+    )
+    if measured.mean_teacher_gap <= limit and measured.mean_draft_gap <= limit:
         return Finding(name, found)
+    # A NaN is the student's: nothing was drafted.
+    which = "student" if measured.mean_teacher_gap <= limit else "teacher"
     return Finding(
         name,
-        found,
-        "warning",
-        "sampling and training see two models: try openrlhf.ds.attn_implementation=sdpa, skd.vllm={dtype: float32}, "
-        "or another vLLM attention backend",
+        f"{found}; in {dtype}, {limit:g} is rounding",
+        "failed",
+        f"the {which} is not read by vLLM as transformers reads it: a run would end at its first step. {TWO_MODELS}",
     )

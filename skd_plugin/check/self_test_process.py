@@ -1,4 +1,4 @@
-"""The self-test's own process: the engine with one model in both places, then the same tokens through transformers.
+"""The self-test's own process: an engine, then the same tokens through its models by transformers.
 
 python -m skd_plugin.check.self_test_process sample|compare FOLDER
 
@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +19,7 @@ from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
-from skd_plugin.trust import may_run_code
+from skd_plugin.models import load_causal_model, response_logits
 
 if TYPE_CHECKING:  # the half that compares does without vLLM
     from skd_plugin.engine.offline import SKDEngine
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the half that compares does without vLLM
 
 @dataclass(frozen=True)
 class Trial:
-    spec: EngineSpec  # one model is teacher and student
+    spec: EngineSpec  # of one model in both places, or of the pair
     prompts: list[list[int]]
     max_new_tokens: int
 
@@ -74,7 +74,8 @@ class Measured:
     max_loss: float
     max_teacher_gap: float  # |log-prob by the engine - by transformers| of an emitted token
     mean_teacher_gap: float
-    max_draft_gap: float  # the same for the engine's draft model
+    max_draft_gap: float  # the same for the engine's draft model and the student by transformers
+    mean_draft_gap: float
 
 
 @dataclass(frozen=True)
@@ -96,32 +97,34 @@ class Outcome:
         return cls(**{**content, "measured": Measured(**content["measured"])})
 
 
-@torch.no_grad()
-def compare(trial: Trial, traces: list[Trace], dtype: str) -> Measured:
-    """What the engine says against a plain forward of the same model by transformers, one sequence at a time."""
-    from transformers import AutoModelForCausalLM
+def compare(trial: Trial, drawn: Drawn, dtype: str) -> Measured:
+    """What the engine says against plain forwards of its models by transformers, one sequence at a time."""
+    vocab = drawn.description["vocab_size"]
 
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        trial.spec.teacher, dtype=getattr(torch, dtype), trust_remote_code=may_run_code(), **placement
-    ).eval()
-    logits = [_response_logits(model, prompt, trace) for prompt, trace in zip(trial.prompts, traces, strict=True)]
-    return measure(Trace.join(traces), torch.cat(logits))
+    def logits_of(model: str) -> torch.Tensor:
+        placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+        loaded = load_causal_model(model, getattr(torch, dtype), **placement)
+        responses = zip(trial.prompts, drawn.traces, strict=True)
+        rows = [response_logits(loaded, prompt, trace.response_ids.tolist()) for prompt, trace in responses]
+        return torch.cat(rows)[:, :vocab]
 
-
-def _response_logits(model: Any, prompt: list[int], trace: Trace) -> torch.Tensor:
-    """Float32 [R, V]: row t is what follows the prompt and t response tokens."""
-    ids = torch.tensor([[*prompt, *trace.response_ids.tolist()]], device=model.device)
-    return model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+    of_teacher_RV = logits_of(trial.spec.teacher)
+    alone = trial.spec.student == trial.spec.teacher
+    return measure(Trace.join(drawn.traces), of_teacher_RV, of_teacher_RV if alone else logits_of(trial.spec.student))
 
 
-def measure(tokens: Trace, logits_RV: torch.Tensor) -> Measured:
-    """`logits_RV`: transformers' logits at every token of the joined traces."""
+def measure(tokens: Trace, logits_RV: torch.Tensor, student_logits_RV: torch.Tensor) -> Measured:
+    """
+    Args:
+        logits_RV: transformers' logits of the teacher at every token of the joined traces, over the common ids.
+        student_logits_RV: those of the student.
+    """
     ids_R = tokens.response_ids.long()[:, None]
-    logp_R = logits_RV.log_softmax(-1).gather(1, ids_R).squeeze(1)
+    logp_R, logq_R = (rows.log_softmax(-1).gather(1, ids_R).squeeze(1) for rows in (logits_RV, student_logits_RV))
     loss_R = top_k_loss(forward_kl)(logits_RV, Targets.of(tokens, logits_RV.device))
     teacher_gap_R = (tokens.teacher_logp - logp_R).abs()
     drafted = tokens.source != Source.UNDRAFTED
+    draft_gap_D = (tokens.student_logp - logq_R)[drafted].abs()
     return Measured(
         tokens=len(tokens),
         proposed=int(drafted.sum()),
@@ -132,7 +135,8 @@ def measure(tokens: Trace, logits_RV: torch.Tensor) -> Measured:
         max_loss=loss_R.max().item(),
         max_teacher_gap=teacher_gap_R.max().item(),
         mean_teacher_gap=teacher_gap_R.mean().item(),
-        max_draft_gap=(tokens.student_logp - logp_R)[drafted].abs().max().item() if drafted.any() else float("nan"),
+        max_draft_gap=draft_gap_D.max().item() if len(draft_gap_D) else float("nan"),
+        mean_draft_gap=draft_gap_D.mean().item(),
     )
 
 
@@ -154,7 +158,7 @@ def main(half: str, folder: Path) -> None:
         return
     drawn: Drawn = torch.load(folder / "samples.pt", weights_only=False)
     scheduler, dtype = arguments["scheduler_cls"].split(".")[-1], arguments["dtype"]
-    measured = compare(trial, drawn.traces, dtype)
+    measured = compare(trial, drawn, dtype)
     Outcome(drawn.description, scheduler, dtype, drawn.kept_by_a_shut_gate, measured).write(folder)
 
 

@@ -18,6 +18,11 @@ from skd_plugin.errors import RecipeError, unknown_key
 
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
+    compare: bool = Field(
+        True,
+        description="the first responses are read by transformers' teacher too, on the controller's CPU, and a run "
+        "whose engine has another one ends; seconds, for a teacher of 70 B minutes and its weights in memory",
+    )
 
 
 GATED = [name for name, method in METHODS.items() if method.has_gate]

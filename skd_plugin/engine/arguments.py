@@ -99,6 +99,7 @@ class EngineDescription(TypedDict):
     draft_len: int
     teacher_top_k: int
     loss_temperature: float
+    dtype: str  # of the weights, as torch names it
     vocab_size: int  # ids that both models have
     teacher_vocab_size: int
     student_vocab_size: int

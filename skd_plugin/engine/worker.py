@@ -72,6 +72,7 @@ class SKDWorker(VllmWorker):
             "draft_len": runner.num_spec_tokens,
             "teacher_top_k": self._skd_recorder.teacher_top_k,
             "loss_temperature": self._skd_recorder.loss_temperature,
+            "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "vocab_size": sizes.common,
             "teacher_vocab_size": sizes.teacher,
             "student_vocab_size": sizes.student,

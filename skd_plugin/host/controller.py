@@ -19,6 +19,7 @@ from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.metrics import rollout_metrics
 from skd_plugin.core.rng import derive_seed
+from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.engine.sampling_rule import RulePlan
 from skd_plugin.host import by_task
 from skd_plugin.host.batch import trace_of
@@ -26,6 +27,7 @@ from skd_plugin.host.evaluation import HeldOut
 from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.run_prompts import RunPrompts
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker, SKDSamplesGenerator
+from skd_plugin.host.teacher_check import compare_teachers
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.seams import plain_class, rebind
 from skd_plugin.tasks import reward
@@ -92,6 +94,7 @@ class SKDTrainer(HostTrainer):
             by_checker=options.reward.remote_url == [reward.__file__],
         )
         self._evaluated_step: int | None = None
+        self._teacher_gap: float | None = None  # of its log-probs, see compare_teachers; None before the first step
 
     @property
     def _step(self) -> int:
@@ -159,6 +162,8 @@ class SKDTrainer(HostTrainer):
             names = [self._task_of(sample) for sample in rollout_samples]
             metrics |= by_task.rollout_by_task(traces, names, draft_len)
         self._record_traces(rollout_samples, global_step + 1)
+        if self._teacher_gap is None and self.skd.teacher.compare:
+            self._teacher_gap = metrics["skd/teacher_gap"] = self._compare_teachers(rollout_samples)
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
         self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
@@ -167,6 +172,10 @@ class SKDTrainer(HostTrainer):
         metrics["time/train"] = time.monotonic() - started
         metrics["tokens"] = sum(map(len, traces))
         return {**status, STEP_METRICS: metrics}, step
+
+    def _compare_teachers(self, samples: list[Experience]) -> float:
+        engine: EngineDescription = ray.get(self.vllm_engines[0].describe_skd.remote())
+        return compare_teachers(samples, engine, quantised="quantization" in self.skd.vllm)
 
     def _begin_step(self, global_step: int) -> Coefficients:
         progress = min(global_step / max(self.planned_steps, 1), 1.0)

@@ -18,11 +18,8 @@ from skd_plugin.host.batch import DynamicBatches, OptimizerStepBatches
 from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyDistillation
 from skd_plugin.host.objective import Distillation, Objective, TopKDistillation, finite_gradients
 from skd_plugin.host.weight_sync import StudentSender
-from skd_plugin.models import common_vocab_size, load_output_head
+from skd_plugin.models import common_vocab_size, load_output_head, mean_tolerance
 from skd_plugin.seams import plain_class, rebind
-
-FLOAT32_TOLERANCE = 0.01  # nats, mean over the tokens of a micro-batch; 1e-5 is usual
-HALF_TOLERANCE = 0.25  # logits are rounded to about 0.1
 
 HostPolicy = plain_class(host.PolicyModelActor)
 
@@ -76,7 +73,7 @@ def _student_tolerance(model: Any, vocab: int, *, full: bool) -> float | None:
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
     if drops or getattr(config, "attention_dropout", 0) or (config.vocab_size != vocab and not full):
         return None
-    return FLOAT32_TOLERANCE if next(model.parameters()).dtype == torch.float32 else HALF_TOLERANCE
+    return mean_tolerance(next(model.parameters()).dtype)
 
 
 def _top_k(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:

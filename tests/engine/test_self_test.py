@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from skd_plugin import cli
-from skd_plugin.check.self_test import judge
+from skd_plugin.check.self_test import judge, judge_pair
 from skd_plugin.check.self_test_process import Drawn, Trial, compare, sample
 from skd_plugin.core import gates
 from skd_plugin.engine.offline import SKDEngine
@@ -57,7 +57,7 @@ def drawn(teacher_twice: SKDEngine, trial: Trial) -> Drawn:
 
 def levels(trial: Trial, drawn: Drawn) -> list[str]:
     dtype = trial.spec.arguments()["dtype"]
-    found = compare(trial, drawn.traces, dtype)
+    found = compare(trial, drawn, dtype)
     return [finding.level for finding in judge(found, dtype, drawn.kept_by_a_shut_gate)]
 
 
@@ -78,8 +78,12 @@ def test_a_trace_that_lies(trial, drawn):
 
 
 def test_a_student_that_is_not_the_teacher(trial):
-    engine = SKDEngine(with_models(trial, student=STUDENT).spec)
-    assert levels(trial, sample(engine, trial))[0] == "failed"
+    pair = with_models(trial, student=STUDENT)
+    drawn = sample(SKDEngine(pair.spec), trial)
+    assert levels(trial, drawn)[0] == "failed"
+    dtype = pair.spec.arguments()["dtype"]
+    assert judge_pair(compare(pair, drawn, dtype), dtype).level == "ok"
+    assert judge_pair(compare(trial, drawn, dtype), dtype).level == "failed"  # transformers has another student
 
 
 def test_a_gate_that_keeps_nothing(trial, teacher_twice, monkeypatch):
@@ -105,6 +109,7 @@ def test_the_command_starts_it(capsys, monkeypatch, tmp_path):
     assert cli.main(["check", str(RECIPE), *small]) == 0
     output = capsys.readouterr().out
     assert "SKDSampler and SKDDrafter are in place" in output and "self-test: loss" in output
+    assert "in one engine, against transformers: log p" in output
     assert "SKDScheduler" in output and not list(tmp_path.glob("skd-check-*"))
 
 

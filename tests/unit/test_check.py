@@ -29,7 +29,7 @@ from skd_plugin.check.model_pair import (
     load_pair,
 )
 from skd_plugin.check.rollout_words import check_rule
-from skd_plugin.check.self_test import judge
+from skd_plugin.check.self_test import judge, judge_pair
 from skd_plugin.check.self_test_process import Measured, measure
 from skd_plugin.check.subject import read_subject
 from skd_plugin.config import versions
@@ -338,6 +338,7 @@ GOOD = Measured(
     max_teacher_gap=1e-4,
     mean_teacher_gap=1e-5,
     max_draft_gap=1e-4,
+    mean_draft_gap=1e-5,
 )
 
 
@@ -367,6 +368,21 @@ def test_verdict_of_the_self_test(changes, dtype, levels):
     assert all(bool(f.remedy) == (f.level != "ok") for f in findings)
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype", "who"),
+    [
+        ({}, "float32", None),
+        ({"mean_teacher_gap": 0.1}, "bfloat16", None),
+        ({"mean_teacher_gap": 0.1}, "float32", "teacher"),
+        ({"mean_draft_gap": 0.5}, "bfloat16", "student"),
+        ({"mean_draft_gap": math.nan}, "float32", "student"),
+    ],
+)
+def test_verdict_of_the_pair(changes, dtype, who):
+    found = judge_pair(replace(GOOD, **changes), dtype)
+    assert found.level == ("failed" if who else "ok") and (who is None or f"the {who} is not read" in found.remedy)
+
+
 def test_a_gate_that_never_rejects_is_found_out():
     found = judge(GOOD, "float32", kept_by_a_shut_gate=1)[0]
     assert found.level == "failed" and "keeps what K = 0 rejects" in found.remedy
@@ -394,10 +410,10 @@ def test_figures_of_traces():
         teacher_topk_ids=top.indices.int(),
         teacher_topk_logp=top.values,
     )
-    found = measure(trace, logits)
+    found = measure(trace, logits, logits)
     assert (found.tokens, found.proposed, found.accepted, found.needless) == (3, 2, 1, 0)
     same = replace(trace, rejected_ids=torch.tensor([NOTHING, 1, NOTHING], dtype=torch.int32))
-    assert measure(same, logits).needless == 1
+    assert measure(same, logits, logits).needless == 1
     assert found.widest_rejection == pytest.approx(0.5)
     gap = abs(float(own[1] - logits[1].log_softmax(-1)[1]))
     assert found.max_teacher_gap == found.max_draft_gap == pytest.approx(gap)

@@ -17,7 +17,6 @@ from skd_plugin.check.memory_model import (
     LOGIT_BYTES,
     RUNTIME,
     SAMPLER_ROW_BYTES,
-    count_parameters,
     engine_memory,
     in_gib,
     model_size,
@@ -26,6 +25,7 @@ from skd_plugin.check.memory_model import (
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
+from skd_plugin.models import count_parameters
 
 GPU = 80 * GIB
 

@@ -1,0 +1,89 @@
+"""Whether the engine's teacher is the model of its files: transformers reads the first responses of a run, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from skd_plugin.core.layout import ResponseLayout
+from skd_plugin.core.trace import Trace
+from skd_plugin.engine.arguments import EngineDescription
+from skd_plugin.host.batch import trace_of
+from skd_plugin.models import count_parameters, load_causal_model, load_model_config, mean_tolerance, response_logits
+
+LENGTH = 1024  # tokens that are read in all, prompts included; more where a window of attention is wider
+BEYOND = 64  # tokens behind such a window
+RESPONSES = 4  # at most
+
+
+def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *, quantised: bool) -> float:
+    """Mean difference of log p of the same tokens, nats: by the engine (in the traces) and by transformers.
+
+    The longest responses are read, on this process's CPU, before a run has updated anything. NaN where the weights do
+    not fit into what memory is free: the log says so.
+
+    Args:
+        quantised: the engine was asked to round the teacher's weights; how far it is from them is then no fault.
+
+    Raises:
+        RuntimeError: the difference is more than rounding makes.
+    """
+    teacher, dtype = engine["teacher"], getattr(torch, engine["dtype"])
+    config = load_model_config(teacher, "teacher")
+    needed, free = count_parameters(config) * dtype.itemsize, psutil.virtual_memory().available
+    if needed > free:
+        print(
+            f"the engine's teacher is not compared with transformers': it takes {needed / 2**30:.0f} GiB of ordinary "
+            f"memory, and {free / 2**30:.0f} GiB are free here. skd check compares them on a GPU"
+        )
+        return float("nan")
+    window = getattr(config.get_text_config(), "sliding_window", None) or 0
+    with _all_cores():
+        model = load_causal_model(teacher, dtype)
+        gaps = [_gaps(model, engine["vocab_size"], *text) for text in _texts(samples, max(LENGTH, window + BEYOND))]
+    gap = torch.cat(gaps).mean().item()
+    limit = mean_tolerance(dtype)
+    if not gap <= limit and not quantised:
+        raise RuntimeError(
+            f"the teacher in the engine is not the model of its files: log p of {sum(map(len, gaps))} sampled tokens "
+            f"is {gap:.4f} nats a token away from what transformers computes, where {limit:g} is rounding. vLLM "
+            f"computes this architecture in another way, or loads the weights wrongly: {teacher}. Nothing was "
+            "updated. Run skd check, and report it"
+        )
+    return gap
+
+
+def _texts(samples: Sequence[Experience], length: int) -> Iterator[tuple[list[int], ResponseLayout, Trace]]:
+    """The longest sequences, cut to `length` tokens together; where their responses are; what the engine said."""
+    left = length
+    for sample in sorted(samples, key=lambda sample: -sample.sequences.shape[1])[:RESPONSES]:
+        ids = sample.sequences[0, :left].tolist()
+        layout = ResponseLayout.of(sample.action_mask[:, : len(ids) - 1])
+        if len(layout):
+            yield ids, layout, trace_of(sample).slice(0, len(layout))
+        left -= len(ids)
+        if left < 2:
+            return
+
+
+def _gaps(model: Any, vocab: int, ids: list[int], layout: ResponseLayout, trace: Trace) -> torch.Tensor:
+    """|log p by the engine - by transformers| of the response tokens: float32 [N]."""
+    first = int(layout.entry_N[0])  # the prompt's last token
+    logp_RV = response_logits(model, ids[: first + 1], ids[first + 1 :])[:, :vocab].log_softmax(-1)
+    return (trace.teacher_logp - logp_RV[layout.entry_N - first, trace.response_ids.long()]).abs()
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Ray gives an actor one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(psutil.Process().cpu_affinity()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,89 @@
+"""The engine's teacher against transformers', on the first responses of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from skd_plugin.core.trace import Trace
+from skd_plugin.host.batch import TRACE_KEY
+
+PROMPT = 5
+
+
+@pytest.fixture
+def check():
+    from skd_plugin.host import on_cpu
+
+    on_cpu.install()
+    from skd_plugin.host import teacher_check
+
+    return teacher_check
+
+
+def response(model, length: int, seed: int, *, turns: bool = False):
+    """A rollout sample whose trace says what the model says; with several turns, tokens 3 and 4 are an agent's."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 20, (1, PROMPT + length))
+    mask = torch.zeros(1, PROMPT + length - 1, dtype=torch.bool)
+    mask[:, PROMPT - 1 :] = True
+    if turns:
+        mask[:, PROMPT + 2 : PROMPT + 4] = False
+    with torch.no_grad():
+        logp = model(ids).logits[0, :-1].log_softmax(-1)
+    own = logp.gather(1, ids[0, 1:, None]).squeeze(1)[mask[0]]
+    tokens = ids[0, 1:][mask[0]]
+    blank = {name: value.new_zeros(len(own), *value.shape[1:]) for name, value in vars(Trace.empty(2)).items()}
+    trace = Trace(**{**blank, "response_ids": tokens.int(), "teacher_logp": own})
+    return SimpleNamespace(sequences=ids, action_mask=mask, info={TRACE_KEY: [trace]})
+
+
+@pytest.fixture
+def told(tiny_pair: Path):
+    """(model, what an engine says of itself)."""
+    path = str(tiny_pair / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    return model, {"teacher": path, "dtype": "float32", "vocab_size": model.config.vocab_size}
+
+
+def test_the_same_teacher(check, told) -> None:
+    model, engine = told
+    samples = [response(model, n, n, turns=n > 6) for n in (3, 12, 7, 9, 5, 1)]
+    assert check.compare_teachers(samples, engine, quantised=False) < 1e-5
+
+
+def test_another_teacher_ends_the_run_with_both_names_of_the_fault(check, told) -> None:
+    model, engine = told
+    sample = response(model, 12, 0)
+    (trace,) = sample.info[TRACE_KEY]
+    sample.info[TRACE_KEY] = [replace(trace, teacher_logp=trace.teacher_logp - 0.5)]
+    with pytest.raises(RuntimeError, match=r"log p of 12 sampled tokens is 0\.5000 nats a token away"):
+        check.compare_teachers([sample], engine, quantised=False)
+    assert check.compare_teachers([sample], engine, quantised=True) == pytest.approx(0.5, abs=1e-4)
+    sample.info[TRACE_KEY] = [replace(trace, teacher_logp=trace.teacher_logp * float("nan"))]
+    with pytest.raises(RuntimeError, match="nan nats a token away"):
+        check.compare_teachers([sample], engine, quantised=False)
+
+
+def test_long_texts_are_cut_and_go_beyond_a_window(check, told, monkeypatch) -> None:
+    model, _ = told
+    monkeypatch.setattr(check, "LENGTH", 12)
+    samples = [response(model, n, n) for n in (4, 20, 6)]
+    (ids, layout, trace), *others = check._texts(samples, 12)
+    assert not others and len(ids) == 12 and len(layout) == len(trace) == 7
+    assert trace.response_ids.tolist() == ids[PROMPT:]
+    first, second, third = check._texts(samples, 42)
+    assert [len(ids) for ids, *_ in (first, second, third)] == [25, 11, 6]
+    assert len(list(check._texts(samples, 40))) == 2  # the third would end inside its prompt
+
+
+def test_a_teacher_without_room_is_said(check, told, monkeypatch, capsys) -> None:
+    model, engine = told
+    monkeypatch.setattr(check.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert check.compare_teachers([response(model, 3, 0)], engine, quantised=False) != 0
+    assert "is not compared with transformers'" in capsys.readouterr().out
