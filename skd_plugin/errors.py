@@ -17,5 +17,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the one that goes on after it, the nearest known one, or nothing."""
     known = list(known)
-    near = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = [other for other in known if other.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
