@@ -20,10 +20,18 @@ def _gate(rollout: RolloutConfig) -> str:
     rule = GATES[rollout.gate_name].words.format(
         top_k=_value(rollout.top_k), threshold=_value(rollout.threshold or 0.0)
     )
-    gate = f"{proposes}; one stays if {rule}; else one of the teacher's takes its place"
+    gate = f"{proposes}; one stays if {rule}; else {_otherwise(rollout)}"
     return METHODS[rollout.method].words.format(
         proposes=proposes, gate=gate, mix=rollout.mix, stage_share=rollout.stage_share
     )
+
+
+def _otherwise(rollout: RolloutConfig) -> str:
+    if (leg := rollout.hand_over) is None:
+        return "one of the teacher's takes its place"
+    until = "" if leg.until_entropy is None else f", or until its entropy is {leg.until_entropy:g} nats or less"
+    most = "" if leg.most is None else f", at most {count(leg.most, 'time')} a response"
+    return f"the teacher writes {count(leg.tokens, 'token')}{until}{most}"
 
 
 def _value(value: float | ScheduleConfig | TargetAcceptanceConfig) -> str:

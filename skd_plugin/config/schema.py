@@ -12,6 +12,7 @@ from skd_plugin.config.section import Section, one_of, refuse_idle
 from skd_plugin.core.gates import CONFIDENCES, CONFIDENT, GATE_OPTIONS, GATES, RELEASED, Gate, gate_of_option
 from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings
 from skd_plugin.core.methods import METHODS
+from skd_plugin.core.sampling import KEEP_ALL
 from skd_plugin.core.token_weights import WEIGHTINGS
 from skd_plugin.errors import RecipeError, unknown_key
 
@@ -36,6 +37,27 @@ def _explained(words: dict[str, str]) -> str:
 
 def _methods_with(option: str) -> str:
     return ", ".join(name for name, method in METHODS.items() if method.option == option)
+
+
+class HandOverConfig(Section):
+    """Legs of the teacher (core/hand_over.py)."""
+
+    tokens: int = Field(ge=1, description="that the teacher writes, the replacing one among them")
+    most: int | None = Field(
+        2, ge=1, description="legs of a response; after them the student's proposals stay. null: any number"
+    )
+    until_entropy: float | None = Field(
+        None, ge=0, description="nats: a leg ends early where the teacher's entropy is this or less"
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of core.sampling.SamplingSettings."""
+        return {
+            "hand_over_len": self.tokens,
+            "hand_overs": KEEP_ALL if self.most is None else self.most,
+            "hand_over_until": -1.0 if self.until_entropy is None else self.until_entropy,
+        }
 
 
 class RolloutConfig(Section):
@@ -67,6 +89,9 @@ class RolloutConfig(Section):
         "sample", description="the teacher's token in place of a rejected one: sampled, or its most probable"
     )
     write_back: bool = Field(True, description="false: rejected tokens stay in the text and are only flagged")
+    hand_over: HandOverConfig | None = Field(
+        None, description="where the gate rejects, the teacher writes on before the student takes over again"
+    )
     top_k_decay_len: int | None = Field(None, ge=1, description="response tokens over which K falls to 1")
     reference_compat: bool = Field(False, description="rank and temperatures as in SKD's released code")
     draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
@@ -146,6 +171,7 @@ class RolloutConfig(Section):
         needs = {
             "write_back: false": not self.write_back,
             "top_k_decay_len": self.top_k_decay_len is not None,
+            "hand_over": self.hand_over is not None,
             "reference_compat": self.reference_compat,
         }
         for name, given in needs.items():
@@ -160,6 +186,8 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"gate '{self.gate}' writes the student's second answer back; leave write_back: false out"
             )
+        if self.hand_over is not None and not self.write_back:
+            raise ValueError("hand_over lets the teacher write on, and write_back: false lets it write nothing")
         if self.replacement == "argmax" and not gate.replaces_from_teacher:
             raise ValueError(
                 f"gate '{self.gate}' draws replacements from {gate.replaced_from}, without which the next token's "
@@ -211,6 +239,13 @@ class LossConfig(Section):
     chunk: int = Field(128, ge=1, description="of vocabulary full: tokens whose logits are in memory at once")
     accepted_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that the gate kept")
     replaced_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that it replaced")
+    handed_weight: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="factor of tokens of the teacher's legs (rollout.hand_over), after the replacing one; default: "
+        "replaced_weight",
+    )
     clamp: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="upper limit of a token's loss; no gradient above it"
     )
@@ -387,6 +422,12 @@ class SKDConfig(Section):
             raise ValueError(
                 f"gate '{rollout.gate}' replaces from {gate.replaced_from}, not from p; use replaced_tokens: exclude"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weight_of_legs(self) -> SKDConfig:
+        effects = {"handed_weight": self.rollout.hand_over is not None}
+        refuse_idle(self.loss, effects, "the teacher has no legs (rollout.hand_over)")
         return self
 
     @model_validator(mode="after")

@@ -259,6 +259,17 @@ def keep_where_certain(proposals: Proposals) -> torch.Tensor:
     return (entropy_N <= proposals.settings.threshold) | keep_top_k(proposals)
 
 
+def keep_where_foreseen(proposals: Proposals) -> torch.Tensor:
+    """Keeps all where argmax p1 is among the K largest q1, else only argmax p1: m = q where foreseen, m_1 elsewhere.
+
+    A prefix after which the student has no thought of what the teacher would write is one that went wrong: the trigger
+    of Relay-OPD (arXiv 2607.26057), which looks at a list of words only. K = V is the student, K = 0 is `top_k` of 1.
+    """
+    first_N = proposals.teacher_logits_NV.argmax(-1)
+    foreseen_N = teacher_rank(proposals.student_logp_NV, first_N) < proposals.top_k_N
+    return foreseen_N | (proposals.draft_N == first_N)
+
+
 def from_student_inside(proposals: Proposals) -> torch.Tensor:
     """q on the teacher's top-K, for a student that is asked a second time.
 
@@ -348,6 +359,12 @@ GATES: dict[str, Gate] = {
         has_top_k=True,
         threshold=Threshold(1, highest=math.log),
         confidence="entropy",
+    ),
+    "foreseen": Gate(
+        keep_where_foreseen,
+        "the student has the teacher's first choice among its own {top_k} first, or has proposed it",
+        has_top_k=True,
+        decays=True,
     ),
     "chance": Gate(
         keep_by_chance,

@@ -57,8 +57,15 @@ class Targets:
 
     @property
     def replaced_N(self) -> torch.Tensor:
-        """bool: the gate rejected the student's proposal here; everything else counts as accepted."""
-        return (self.source_N == Source.REPLACED) | (self.source_N == Source.FLAGGED)
+        """bool: the gate rejected the student's proposal here, or handed over to the teacher before; everything else
+        counts as accepted.
+        """
+        return (self.source_N == Source.REPLACED) | (self.source_N == Source.FLAGGED) | self.handed_N
+
+    @property
+    def handed_N(self) -> torch.Tensor:
+        """bool: inside a leg of the teacher, after its first token."""
+        return self.source_N == Source.HANDED
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]
@@ -303,12 +310,13 @@ def clamped(inner: TokenLoss, limit: float) -> TokenLoss:
     return lambda student_logits_NV, targets: inner(student_logits_NV, targets).clamp_max(limit)
 
 
-def weighted(inner: TokenLoss, accepted_weight: float, replaced_weight: float) -> TokenLoss:
+def weighted(inner: TokenLoss, accepted_weight: float, replaced_weight: float, handed_weight: float) -> TokenLoss:
     """A constant factor for each origin of a token."""
 
     def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
         values_N = inner(student_logits_NV, targets)
         weights_N = torch.where(targets.replaced_N, replaced_weight, accepted_weight).to(values_N.dtype)
+        weights_N = weights_N.masked_fill(targets.handed_N, handed_weight)
         return torch.where(weights_N == 0, 0.0, values_N * weights_N)  # 0 of an infinite one, too
 
     return loss
@@ -332,6 +340,7 @@ class LossSettings:
     temperature: float = 1.0  # of both models in a divergence
     accepted_weight: float = 1.0
     replaced_weight: float = 1.0
+    handed_weight: float | None = None  # None: replaced_weight
     clamp: float | None = None  # nats; applied before the weights. None: no limit
 
 
@@ -362,6 +371,8 @@ def make_token_loss(
         loss = by_source(loss, named(settings.replaced_kind))
     if settings.clamp is not None:
         loss = clamped(loss, settings.clamp)
-    if (settings.accepted_weight, settings.replaced_weight) != (1.0, 1.0):
-        loss = weighted(loss, settings.accepted_weight, settings.replaced_weight)
+    handed_weight = settings.replaced_weight if settings.handed_weight is None else settings.handed_weight
+    weights = settings.accepted_weight, settings.replaced_weight, handed_weight
+    if weights != (1.0, 1.0, 1.0):
+        loss = weighted(loss, *weights)
     return loss if vocab is None else on_common_vocabulary(loss, vocab)

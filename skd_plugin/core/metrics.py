@@ -86,9 +86,9 @@ def draft_waste(traces: Sequence[Trace], draft_len: int) -> float:
 
 
 def _accept_rate(responses: Responses) -> float:
-    """References are no proposals, whoever drafted them."""
+    """Of what was put to the gate: not references, whoever drafted them, nor the teacher's legs."""
     source = responses.tokens.source
-    proposed = responses.drafted & ~responses.tokens.is_from(Source.REFERENCE)
+    proposed = responses.drafted & ~responses.tokens.is_from(Source.REFERENCE, Source.HANDED)
     return (source[proposed] == Source.ACCEPTED).float().mean().item()
 
 
@@ -147,6 +147,14 @@ _ALL = [
         "tokens of a student that was asked again",
         percent=True,
         compute=_share_from(Source.RESAMPLED),
+        rare=True,
+    ),
+    Metric(
+        "skd/handed_frac",
+        "Handed share",
+        "tokens of the teacher's legs, after the replacing one",
+        percent=True,
+        compute=_share_from(Source.HANDED),
         rare=True,
     ),
     Metric(

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import torch
 
-KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept
+KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept; a limit that nothing reaches
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class SamplingSettings:
     threshold: float = 0.0  # of the gates that have one
     top_k_decay_len: int = 0  # response tokens over which K falls to 1; 0: K stays
     write_back: bool = True  # False: a rejected proposal stays in the text and is only flagged
+    hand_over_len: int = 0  # tokens that the teacher writes from a rejection on (core/hand_over.py); 0: no legs
+    hand_overs: int = KEEP_ALL  # legs of a response, at most
+    hand_over_until: float = -1.0  # nats; a leg ends where the teacher's entropy is this or less. Below 0: never
     student_temperature: float = 1.0  # of the proposals
     student_top_p: float = 1.0
     teacher_temperature: float = 1.0  # of the tokens in place of rejected ones

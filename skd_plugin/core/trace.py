@@ -23,13 +23,14 @@ class Source(IntEnum):
     REFERENCE = 3  # of a given text
     RESAMPLED = 4  # drawn from the student a second time, inside what the gate keeps
     FLAGGED = 5  # rejected by the gate, but left in the text (the control without write-back)
+    HANDED = 6  # the teacher's, in a leg that a rejection began; put to no gate
 
     @property
     def letter(self) -> str:
         return _LETTERS[self]
 
 
-_LETTERS = "sturaf"  # by the codes of `Source`, in their order
+_LETTERS = "sturafh"  # by the codes of `Source`, in their order
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Trace:
 
     response_ids: torch.Tensor  # int32 [R]
     source: torch.Tensor  # uint8 [R], codes of `Source`
-    rejected_ids: torch.Tensor  # int32 [R], the student's proposal that was thrown away; NOTHING elsewhere
+    # int32 [R], the student's proposal where another token was drawn, be it the same; NOTHING elsewhere
+    rejected_ids: torch.Tensor
     draft_rank: torch.Tensor  # int32 [R], rank of the student's proposal under the teacher; NOTHING if undrafted
     student_logp: torch.Tensor  # float32 [R], log q(emitted token)
     teacher_logp: torch.Tensor  # float32 [R], log p(emitted token)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from skd_plugin.core.hand_over import Legs
 from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import references
@@ -23,6 +24,7 @@ class InFlight:
 
     params: RequestParams
     proposed_logp_LV: torch.Tensor | None = None  # log q of the student's proposals that wait for the teacher
+    leg: tuple[int, int] = (0, 0)  # where the response stands among the teacher's legs: `Legs` of it
 
 
 class RequestRows(NamedTuple):
@@ -34,6 +36,7 @@ class RequestRows(NamedTuple):
     is_forced_B: torch.Tensor  # bool
     forced_BF: torch.Tensor  # references, as `references.padded` makes them
     settings: SettingRows
+    hands_over: bool  # some request has legs of the teacher
 
 
 class RequestTable:
@@ -99,6 +102,21 @@ class RequestTable:
             taken.append(request.proposed_logp_LV[:count])
             request.proposed_logp_LV = None
         return torch.cat(taken)
+
+    def legs(self, request_ids: Sequence[str]) -> Legs:
+        """Where the responses stand before their next token."""
+        states = torch.tensor([self._of(request_id).leg for request_id in request_ids], device=self._device)
+        return Legs(*states.unbind(1))
+
+    def keep_legs(self, request_ids: Sequence[str], counts: Sequence[int], after_B: Legs) -> None:
+        """Where those that have emitted tokens now stand. A token that is emitted once more, behind a preemption,
+        moves nothing.
+        """
+        for request_id, count, left, begun in zip(
+            request_ids, counts, *map(torch.Tensor.tolist, after_B), strict=True
+        ):
+            if count:
+                self._of(request_id).leg = left, begun
 
     def record(self, trace_ids: Sequence[int], counts: Sequence[int], tokens: Trace) -> None:
         """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on. Those of a
@@ -178,4 +196,5 @@ class RequestTable:
             is_forced_B=column([p.forced_ids is not None for p in params], torch.bool),
             forced_BF=references.padded([p.forced_ids for p in params], self._device),
             settings=SettingRows.of([p.settings for p in params], self._device),
+            hands_over=any(p.settings.hand_over_len for p in params),
         )

@@ -14,6 +14,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core.gates import GATES, Proposals, Verdict, assemble_block, judge
+from skd_plugin.core.hand_over import Legs, hand_over
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request_table import RequestRows, RequestTable
@@ -65,18 +66,21 @@ class SKDSampler:
         counts_B = torch.tensor(counts, device=logits.device)
         logits_rows_N = metadata.target_logits_indices[real]
         draft_N = metadata.draft_token_ids[real].long()
+        ids = self._runner.input_batch.req_ids
         request_N = torch.arange(len(counts_B), device=logits.device).repeat_interleave(counts_B)
         place_N = torch.arange(len(draft_N), device=logits.device) - (counts_B.cumsum(0) - counts_B)[request_N]
         proposals = Proposals(
             draft_N=draft_N,
             teacher_logits_NV=logits[logits_rows_N].float(),
-            student_logp_NV=self._table.take_proposals(self._runner.input_batch.req_ids, counts),
+            student_logp_NV=self._table.take_proposals(ids, counts),
             position_N=self._lengths()[request_N] + place_N,
             seed_N=batch.seed_B[request_N],
             prompt_len_N=batch.prompt_len_B[request_N],
             settings=batch.settings.repeat(counts_B),
         )
         verdict = _judge(proposals, request_N, batch)
+        if batch.hands_over:
+            verdict, after_N = hand_over(proposals, verdict, self._table.legs(ids), request_N, place_N)
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
             shape = (len(counts_B), self._runner.num_spec_tokens + 1)
@@ -85,6 +89,10 @@ class SKDSampler:
         kept_N = verdict.token_N == draft_N
         token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
         emitted_M = (token_BL[request_N, place_N] != NOTHING).nonzero().squeeze(1)
+        emitted_B = (token_BL != NOTHING).sum(1)
+        if batch.hands_over:
+            last_B = (counts_B.cumsum(0) - counts_B + emitted_B - 1).clamp_min(0)
+            self._table.keep_legs(ids, counts, Legs(*(state_N[last_B] for state_N in after_N)))
         tokens = self._recorder.drafted(
             verdict.token_N[emitted_M],
             verdict.source_N[emitted_M],
@@ -94,7 +102,7 @@ class SKDSampler:
             teacher_logp_MV=proposals.teacher_logits_NV[emitted_M].log_softmax(-1),
             teacher_hidden_MJ=self._hidden(logits_rows_N[emitted_M]),
         )
-        self._table.record([params.trace_id for params in batch.params], (token_BL != NOTHING).sum(1).tolist(), tokens)
+        self._table.record([params.trace_id for params in batch.params], emitted_B.tolist(), tokens)
         return token_BL.to(torch.int32)
 
     def _undrafted(self, batch: RequestRows, rows: list[int]) -> torch.Tensor:

@@ -104,6 +104,7 @@ def _gated(
         threshold=0.0 if threshold is None else _value("threshold", threshold, progress, controlled),
         top_k_decay_len=rollout.top_k_decay_len or 0,
         write_back=rollout.write_back,
+        **({} if rollout.hand_over is None else rollout.hand_over.settings),
     )
     if not rollout.reference_compat:
         return settings

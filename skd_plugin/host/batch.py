@@ -22,7 +22,7 @@ TRACE_KEY = "skd"  # of a response, and of Experience.info
 TINY = 1e-20  # in place of a total of 0
 
 # Tokens with a policy gradient beside the student's own, by skd.objective.replaced_tokens.
-TEACHER_SOURCES: dict[str, tuple[Source, ...]] = {"exclude": (), "importance": (Source.REPLACED,)}
+TEACHER_SOURCES: dict[str, tuple[Source, ...]] = {"exclude": (), "importance": (Source.REPLACED, Source.HANDED)}
 
 
 def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:

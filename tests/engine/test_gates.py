@@ -33,6 +33,7 @@ RULES = {
     "confident": make_rule(top_k=2, gate="confident", threshold=0.08, student_temperature=1.2),
     "margin": make_rule(top_k=3, gate="confident_margin", threshold=0.12),
     "entropy": make_rule(top_k=3, gate="confident_entropy", threshold=2.4),
+    "foreseen": make_rule(top_k=8, gate="foreseen"),
     "chance": make_rule(top_k=0, gate="chance", threshold=0.4, teacher_top_p=0.8),
     "interpolated": make_rule(
         top_k=0, gate="interpolated", threshold=0.5, student_temperature=0.7, teacher_temperature=1.3
@@ -55,6 +56,7 @@ def accept_set(
         "top_k": in_top_k,
         "ask_again": in_top_k,
         "top_k_of_nucleus": in_top_k & (p > 0),
+        "foreseen": everything if q1[order[0]] >= q1.sort(descending=True).values[top_k - 1] else p1 == p1.max(),
         "top_p": before < settings.threshold,
         "floor": p1 >= settings.threshold,
         "typical": p1 >= min(settings.threshold, math.sqrt(settings.threshold) * math.exp(-entropy(p1))),
@@ -146,6 +148,9 @@ SAME = {  # rule -> the rule with which it must agree token for token, because b
     "floor, 0": (make_rule(top_k=0, gate="floor", threshold=0.0), STUDENT),
     "typical, 0": (make_rule(top_k=0, gate="typical", threshold=0.0), STUDENT),
     "top_p, above 1": (make_rule(top_k=0, gate="top_p", threshold=1.1), STUDENT),
+    "foreseen, V": (make_rule(top_k=VOCAB, gate="foreseen"), STUDENT),
+    "foreseen, 0": (make_rule(top_k=0, gate="foreseen"), make_rule(top_k=1)),
+    "hand over, 1": (make_rule(top_k=3, hand_over_len=1), make_rule(top_k=3)),
     "ask_again, V": (make_rule(top_k=VOCAB, gate="ask_again"), STUDENT),
     "confident, 0": (make_rule(top_k=1, gate="confident", threshold=0.0), STUDENT),
     "margin, 0": (make_rule(top_k=1, gate="confident_margin", threshold=0.0), STUDENT),

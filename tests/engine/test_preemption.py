@@ -23,6 +23,7 @@ SEEDS = list(range(NUMBER))
 RULES = {
     "skd": make_rule(top_k=4),
     "asked again": make_rule(top_k=3, gate="ask_again"),
+    "legs of the teacher": make_rule(top_k=4, hand_over_len=5, hand_overs=3, hand_over_until=2.0),
     "on policy": make_rule(top_k=VOCAB),
     "references beside samples": make_rule(top_k=4, reference_share=0.5),
     "the student alone": make_rule(top_k=4).student_only(0.0),

@@ -23,6 +23,7 @@ class Request:
     prompt: list[int]
     top_k: int
     gate: str
+    leg: int  # tokens of a leg of the teacher; 0: none
     limit: int
     seed: int
     reference: str | None  # given texts end where the test wants them to end
@@ -31,7 +32,7 @@ class Request:
     def rule(self) -> SamplingRule:
         if self.reference is not None:
             return make_rule(top_k=VOCAB, reference_share=1.0)
-        return make_rule(top_k=self.top_k, gate=self.gate)
+        return make_rule(top_k=self.top_k, gate=self.gate, hand_over_len=self.leg, hand_overs=2)
 
 
 @st.composite
@@ -42,6 +43,7 @@ def requests(draw: st.DrawFn) -> Request:
         prompt=prompt,
         top_k=draw(st.sampled_from([1, 2, 5, 31, VOCAB])),
         gate=draw(st.sampled_from(["top_k", "ask_again"])),
+        leg=draw(st.sampled_from([0, 0, 1, 3])),
         limit=draw(st.integers(1, MAX_LEN - len(prompt))),
         seed=draw(st.integers(0, 2**31)),
         reference=draw(st.none() | st.text(LETTERS, min_size=1, max_size=12)),
@@ -68,11 +70,15 @@ def check(request: Request, sample) -> None:
         expected = [LETTERS.index(char) + 3 for char in request.reference] + [EOS]
         assert ids == expected[: request.limit] and set(trace.source.tolist()) == {Source.REFERENCE}
         return
-    again = {Source.RESAMPLED} if request.gate == "ask_again" else set()
-    assert set(trace.source.tolist()) <= {Source.ACCEPTED, Source.REPLACED} | again
+    others = {Source.RESAMPLED} if request.gate == "ask_again" else set()
+    others |= {Source.HANDED} if request.leg > 1 else set()
+    assert set(trace.source.tolist()) <= {Source.ACCEPTED, Source.REPLACED} | others
     kept = trace.source == Source.ACCEPTED
     assert (trace.rejected_ids[kept] == NOTHING).all() and (trace.rejected_ids[~kept] != NOTHING).all()
-    assert ((trace.draft_rank < request.top_k) == kept).all()
+    gated = trace.source != Source.HANDED
+    if request.leg:  # after two legs nothing is put to the gate
+        gated &= (trace.source == Source.REPLACED).cumsum(0) - (trace.source == Source.REPLACED).long() < 2
+    assert ((trace.draft_rank < request.top_k) == kept)[gated].all()
     assert (trace.kl > -1e-5).all() and (trace.teacher_logp <= 0).all() and (trace.student_logp <= 0).all()
 
 

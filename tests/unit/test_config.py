@@ -140,7 +140,7 @@ def test_what_the_losses_have_and_what_the_recipe_offers_for_them() -> None:
     assert used == set(PARAMETERS) <= set(LossConfig.model_fields)
     assert {field.name for field in fields(LossSettings)} <= set(LossConfig.model_fields)
     settings = LossConfig(kind="jsd", beta=0.25, replaced_kind="cross_entropy", clamp=3, accepted_weight=0.5).settings
-    assert settings == LossSettings("jsd", 0.25, 0.1, "cross_entropy", 1.0, 0.5, 1.0, 3.0)
+    assert settings == LossSettings("jsd", 0.25, 0.1, "cross_entropy", 1.0, 0.5, clamp=3.0)
 
 
 def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:
@@ -236,11 +236,12 @@ def test_base_recipe_repeats_no_other_default() -> None:
 
 
 def test_every_option_of_ours_has_a_flag_and_its_default() -> None:
-    config = SKDConfig(teacher={"model_name_or_path": "t"}, task={"name": "arithmetic"})
+    rollout = {"hand_over": {"tokens": 1}}
+    config = SKDConfig(teacher={"model_name_or_path": "t"}, task={"name": "arithmetic"}, rollout=rollout)
     real = flatten(config.model_dump() | {"vllm": None}, "skd.") | {"skd.vllm": {}}
     docs = field_docs()
     assert set(docs) == set(real)
-    required = {"skd.teacher.model_name_or_path", "skd.task.name"}
+    required = {"skd.teacher.model_name_or_path", "skd.task.name", "skd.rollout.hand_over.tokens"}
     assert {k: v for k, (v, _) in docs.items() if k not in required} == {
         k: v for k, v in real.items() if k not in required
     }

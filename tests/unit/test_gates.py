@@ -18,7 +18,7 @@ from skd_plugin.core.trace import Source
 VOCAB = 12
 SETTINGS = {
     "top_k": 0.0, "ask_again": 0.0, "top_p": 0.6, "floor": 0.05, "typical": 0.09, "confident": 0.2,
-    "confident_margin": 0.15, "confident_entropy": 1.6, "top_k_of_nucleus": 0.0,
+    "confident_margin": 0.15, "confident_entropy": 1.6, "top_k_of_nucleus": 0.0, "foreseen": 0.0,
 }  # fmt: skip
 NUCLEUS = 0.5  # of the teacher; only the last gate looks at it
 TOP_K = 3
@@ -52,6 +52,8 @@ def accept_set(gate: str, threshold: float, p: list[float], q: list[float]) -> s
         return top_k
     if gate == "top_k_of_nucleus":
         return {v for place, v in enumerate(order) if sum(p[u] for u in order[:place]) < NUCLEUS} & top_k
+    if gate == "foreseen":
+        return set(order) if order[0] in sorted(range(VOCAB), key=lambda v: -q[v])[:TOP_K] else {order[0]}
     first, second = sorted(q, reverse=True)[:2]
     everything = set(order)
     if gate == "confident_margin":
@@ -101,6 +103,7 @@ def test_sets_of_the_test_are_not_trivial():
         ("confident_margin", 1.1, 0, False),
         ("confident_entropy", math.log(VOCAB), 0, True),
         ("confident_entropy", 0.0, 0, False),
+        ("foreseen", 0.0, VOCAB, True),
         ("ask_again", 0.0, VOCAB, True),
         ("ask_again", 0.0, 0, False),
         ("chance", 0.0, 0, True),

@@ -478,7 +478,7 @@ def test_hard_label_has_no_temperature():
 
 CODES = [
     Source.ACCEPTED, Source.REPLACED, Source.UNDRAFTED, Source.REFERENCE, Source.RESAMPLED, Source.FLAGGED,
-    Source.REPLACED, Source.ACCEPTED,
+    Source.HANDED, Source.ACCEPTED,
 ]  # fmt: skip
 
 
@@ -491,16 +491,18 @@ def test_provenance_against_a_plain_loop(kind, replaced_kind):
     options = dict(replaced_kind=replaced_kind, temperature=2.0)
     # Between two values, so that no row's own rounding decides on which side of it a token lies.
     limit = token_loss(kind, **options)(student, targets).sort().values[3:5].mean().item()
-    value = token_loss(kind, **options, accepted_weight=0.5, replaced_weight=3.0, clamp=limit)(student, targets)
+    weights = dict(accepted_weight=0.5, replaced_weight=3.0, handed_weight=2.0)
+    value = token_loss(kind, **options, **weights, clamp=limit)(student, targets)
     value.sum().backward()
     gradient, student.grad = student.grad, None
     expected = []
     for n, code in enumerate(CODES):
-        replaced = code in (Source.REPLACED, Source.FLAGGED)
+        replaced = code in (Source.REPLACED, Source.FLAGGED, Source.HANDED)
         own_kind = replaced_kind or kind if replaced else kind
         row = torch.tensor([n])
         own = token_loss(own_kind, temperature=2.0)(student[row], targets.select(row))[0]
-        expected.append((3.0 if replaced else 0.5) * (own if own <= limit else torch.tensor(limit)))
+        weight = {Source.HANDED: 2.0}.get(code, 3.0 if replaced else 0.5)
+        expected.append(weight * (own if own <= limit else torch.tensor(limit)))
     torch.stack(expected).sum().backward()
     torch.testing.assert_close(value, torch.stack(expected))
     torch.testing.assert_close(gradient, student.grad)

@@ -16,7 +16,7 @@ from skd_plugin.core.trace import NOTHING, Source, Trace
 NAN = float("nan")
 # SAME: replaced by the very token proposed; LOST: a token of a reference after a preemption, which nobody drafted.
 KEPT, SWAPPED, SAME, UNKNOWN = "kept swapped same unknown".split()
-GIVEN, LOST, AGAIN, MARKED = "given lost again marked".split()
+GIVEN, LOST, AGAIN, MARKED, LED = "given lost again marked led".split()
 
 
 def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Trace:
@@ -24,7 +24,8 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
     drafted = torch.tensor([kind not in (UNKNOWN, LOST) for kind in kinds], dtype=torch.bool)
     codes = {KEPT: Source.ACCEPTED, SWAPPED: Source.REPLACED, SAME: Source.REPLACED, UNKNOWN: Source.UNDRAFTED}
     codes |= {GIVEN: Source.REFERENCE, LOST: Source.REFERENCE, AGAIN: Source.RESAMPLED, MARKED: Source.FLAGGED}
-    rejected = {kind: NOTHING for kind in codes} | {SWAPPED: 9, SAME: 5, AGAIN: 9, MARKED: 5}
+    codes |= {LED: Source.HANDED}
+    rejected = {kind: NOTHING for kind in codes} | {SWAPPED: 9, SAME: 5, AGAIN: 9, MARKED: 5, LED: 9}
     known = torch.where(drafted, 1.0, NAN)
     return Trace(
         response_ids=torch.full((count,), 5, dtype=torch.int32),
@@ -65,6 +66,11 @@ def test_origins_that_not_every_run_has() -> None:
         assert metrics[f"skd/{name}_frac"] == pytest.approx(count / 10), name
     plain = rollout_metrics([make_trace([KEPT, SWAPPED])], draft_len=2)
     assert not {"skd/reference_frac", "skd/resampled_frac", "skd/flagged_frac"} & set(plain)
+
+
+def test_a_leg_of_the_teacher_is_put_to_no_gate() -> None:
+    metrics = rollout_metrics([make_trace([KEPT, SWAPPED, LED, LED, LED])], draft_len=2)
+    assert metrics["skd/accept_rate"] == 1 / 2 and metrics["skd/handed_frac"] == pytest.approx(3 / 5)
 
 
 def test_a_reference_has_no_rate_of_acceptance() -> None:
@@ -145,7 +151,7 @@ def test_pages_name_every_metric_and_no_other() -> None:
 
 def test_every_metric_of_a_step_is_in_the_table() -> None:
     """Also those that a trace tells only sometimes; each has words for people."""
-    kinds = [GIVEN, KEPT, AGAIN, MARKED, SWAPPED, UNKNOWN]
+    kinds = [GIVEN, KEPT, AGAIN, MARKED, SWAPPED, UNKNOWN, LED]
     told = {name for name, metric in METRICS.items() if metric.compute}
     assert set(rollout_metrics([make_trace(kinds)], draft_len=2)) == told
     for name, metric in {**METRICS, **EVALUATIONS}.items():

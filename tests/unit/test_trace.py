@@ -66,9 +66,9 @@ def test_json_is_strict(trace):
 def test_letters_follow_the_codes():
     """A trace file is read by people and by the report: a letter never changes its meaning."""
     letters = {"s": Source.ACCEPTED, "t": Source.REPLACED, "u": Source.UNDRAFTED}
-    letters |= {"r": Source.REFERENCE, "a": Source.RESAMPLED, "f": Source.FLAGGED}
+    letters |= {"r": Source.REFERENCE, "a": Source.RESAMPLED, "f": Source.FLAGGED, "h": Source.HANDED}
     assert {source.letter: source for source in Source} == letters
-    assert [source.letter for source in sorted(Source)] == list("sturaf")
+    assert [source.letter for source in sorted(Source)] == list("sturafh")
 
 
 def test_slices_join_to_the_whole(trace):
@@ -96,5 +96,5 @@ def test_tokens_are_found_by_their_sources():
     """The student's own: drawn from its whole distribution and left in the text; an answer inside the gate is not."""
     every = trace_of(torch.arange(len(Source)), source=torch.tensor(list(Source), dtype=torch.uint8))
     assert [Source(code) for code in every.source[every.students_own].tolist()] == [Source.ACCEPTED, Source.FLAGGED]
-    assert every.is_from(Source.REPLACED, Source.RESAMPLED).tolist() == [False, True, False, False, True, False]
+    assert every.is_from(Source.REPLACED, Source.RESAMPLED).tolist() == [False, True, False, False, True, False, False]
     assert not every.is_from().any() and every.is_from().shape == (len(Source),)

@@ -26,6 +26,7 @@
     ["r", "reference", "of a given text"],
     ["a", "resampled", "drawn from the student again, inside what the gate keeps"],
     ["f", "flagged", "rejected by the gate, but left in the text"],
+    ["h", "handed", "the teacher's, in a leg that a rejection began"],
   ];
   const LEVELS = {
     kl: [0.01, 0.05, 0.2, 0.5, 1.5],
