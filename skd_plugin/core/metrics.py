@@ -201,6 +201,7 @@ _ALL = [
         percent=True,
         compute=lambda responses: draft_waste(responses.traces, responses.draft_len),
     ),
+    Metric("skd/teacher_gap", "Teacher's gap", "log p of the engine against transformers, nats a token; first step"),
     Metric("skd/top_k", "K of the gate", "in the step"),
     Metric("skd/threshold", "Threshold of the gate", "in the step"),
     Metric("skd/kd_coef", "Weight of the distillation", "in the loss of two terms"),
