@@ -22,3 +22,12 @@ def trace_of(response_ids: torch.Tensor, **known: Any) -> Trace:
     blank = {name: torch.zeros(shapes.get(name, count), dtype=DTYPES.get(name, torch.float32)) for name in names}
     blank["rejected_ids"].fill_(NOTHING)
     return Trace(**{**blank, "response_ids": response_ids.to(torch.int32), **known})
+
+
+def same_trace(one: Trace, other: Trace) -> None:
+    for field in fields(Trace):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "teacher_topk_ids" or not mine.is_floating_point():
+            assert torch.equal(mine, theirs), field.name
+        else:
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=False, msg=field.name)

@@ -13,7 +13,7 @@ import torch
 
 from skd_plugin.core.hand_over import Legs
 from skd_plugin.core.sampling import SettingRows
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Trace
 from skd_plugin.engine import references
 from skd_plugin.engine.request import RequestParams
 
@@ -25,6 +25,8 @@ class InFlight:
     params: RequestParams
     proposed_logp_LV: torch.Tensor | None = None  # log q of the student's proposals that wait for the teacher
     leg: tuple[int, int] = (0, 0)  # where the response stands among the teacher's legs: `Legs` of it
+    emitted: int = 0  # tokens of the response
+    last_id: int = NOTHING  # the last of them
 
 
 class RequestRows(NamedTuple):
@@ -128,20 +130,27 @@ class RequestTable:
                 self._parts.setdefault(trace_id, []).append(tokens.slice(start, start + count))
             start += count
 
-    def last_token(self, trace_id: int, place: int) -> int:
+    def note_emitted(self, request_ids: Sequence[str], blocks: Sequence[Sequence[int]]) -> None:
+        """The tokens that a step gave each request; some got none."""
+        for request_id, block in zip(request_ids, blocks, strict=True):
+            if block:
+                request = self._of(request_id)
+                request.emitted, request.last_id = request.emitted + len(block), block[-1]
+
+    def last_token(self, request_id: str, place: int) -> int:
         """The last token of a response, which stands at `place` in it, and is to be emitted once more.
 
         At any other place it would be a token that no student has proposed; `take` raises that error.
         """
-        parts = self._parts.get(trace_id, [])
-        if place != sum(map(len, parts)) - 1:
+        request = self._of(request_id)
+        if place != request.emitted - 1:
             self._fault = RuntimeError(
                 f"vLLM asked for token {place} of a response without drafts for it: a token of the teacher would "
                 "stand there that no student proposed. Its scheduler is not skd_plugin's, or a newer vLLM works in "
                 "another way; run pytest tests/contract"
             )
             return 0
-        return int(parts[-1].response_ids[-1])
+        return request.last_id
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops requests that have ended, however they did; their traces stay."""

@@ -31,10 +31,11 @@ class SKDSampler:
     """
 
     def __init__(
-        self, runner: Any, table: RequestTable, recorder: Recorder, hidden_SJ: torch.Tensor | None = None
+        self, runner: Any, table: RequestTable, recorder: Recorder | None, hidden_SJ: torch.Tensor | None = None
     ) -> None:
         """
         Args:
+            recorder: None: no trace is kept.
             hidden_SJ: what the teacher's head made the logits of, row by row; a sampler that has it is one step's.
         """
         self._runner, self._table, self._recorder = runner, table, recorder
@@ -88,11 +89,15 @@ class SKDSampler:
 
         kept_N = verdict.token_N == draft_N
         token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
-        emitted_M = (token_BL[request_N, place_N] != NOTHING).nonzero().squeeze(1)
-        emitted_B = (token_BL != NOTHING).sum(1)
+        blocks = [[token for token in block if token != NOTHING] for block in token_BL.tolist()]
+        emitted = list(map(len, blocks))
+        self._table.note_emitted(ids, blocks)
         if batch.hands_over:
-            last_B = (counts_B.cumsum(0) - counts_B + emitted_B - 1).clamp_min(0)
+            last_B = (counts_B.cumsum(0) - counts_B + counts_B.new_tensor(emitted) - 1).clamp_min(0)
             self._table.keep_legs(ids, counts, Legs(*(state_N[last_B] for state_N in after_N)))
+        if self._recorder is None:
+            return token_BL.to(torch.int32)
+        emitted_M = (token_BL[request_N, place_N] != NOTHING).nonzero().squeeze(1)
         tokens = self._recorder.drafted(
             verdict.token_N[emitted_M],
             verdict.source_N[emitted_M],
@@ -102,7 +107,7 @@ class SKDSampler:
             teacher_logp_MV=proposals.teacher_logits_NV[emitted_M].log_softmax(-1),
             teacher_hidden_MJ=self._hidden(logits_rows_N[emitted_M]),
         )
-        self._table.record([params.trace_id for params in batch.params], emitted_B.tolist(), tokens)
+        self._table.record([params.trace_id for params in batch.params], emitted, tokens)
         return token_BL.to(torch.int32)
 
     def _undrafted(self, batch: RequestRows, rows: list[int]) -> torch.Tensor:
@@ -112,13 +117,13 @@ class SKDSampler:
         runner, position_B = self._runner, self._lengths().tolist()
         known = []
         for row in rows:
-            params = batch.params[row]
+            request_id, params = runner.input_batch.req_ids[row], batch.params[row]
             if runner.discard_request_mask.np[row]:
                 known.append(params.first_token)  # not yet read to its end: the runner throws this token away
             elif position_B[row] < params.prompt_len:
                 known.append(params.first_token)
             else:
-                known.append(self._table.last_token(params.trace_id, position_B[row] - params.prompt_len))
+                known.append(self._table.last_token(request_id, position_B[row] - params.prompt_len))
         return torch.tensor(known, dtype=torch.int32, device=runner.device)
 
     def _hidden(self, logits_rows: Any) -> torch.Tensor:

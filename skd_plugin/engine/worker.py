@@ -39,7 +39,9 @@ class SKDWorker(VllmWorker):
             options["skd_teacher_top_k"],
             vocabulary.sizes(self.vllm_config).common,
         )
-        self._skd_recorder = Recorder(options["skd_teacher_top_k"], options["skd_loss_temperature"])
+        recorder = Recorder(options["skd_teacher_top_k"], options["skd_loss_temperature"])
+        # The ranks of an engine sample the same tokens, each for itself, and the first is asked for their traces.
+        self._skd_recorder = recorder if self.rank == 0 else None
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
         runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder)
         self._skd_hidden = options["skd_teacher_hidden"]
@@ -56,7 +58,8 @@ class SKDWorker(VllmWorker):
         return super().sample_tokens(grammar_output)
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
-        return self._skd_requests.take(trace_ids)
+        """Those of the first rank; the others have none."""
+        return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
@@ -64,14 +67,15 @@ class SKDWorker(VllmWorker):
     def describe_skd(self) -> EngineDescription:
         """What is really in place, for the start-up check."""
         runner, sizes = self.model_runner, vocabulary.sizes(self.vllm_config)
+        options = self.vllm_config.additional_config
         return {
             "sampler": type(runner._sample).__qualname__,
             "drafter": type(runner.drafter).__qualname__,
             "teacher": runner.model_config.model,
             "student": runner.speculative_config.draft_model_config.model,
             "draft_len": runner.num_spec_tokens,
-            "teacher_top_k": self._skd_recorder.teacher_top_k,
-            "loss_temperature": self._skd_recorder.loss_temperature,
+            "teacher_top_k": options["skd_teacher_top_k"],
+            "loss_temperature": options["skd_loss_temperature"],
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "vocab_size": sizes.common,
             "teacher_vocab_size": sizes.teacher,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
-import torch
 
-from skd_plugin.core.trace import Source, Trace
-from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.core.trace import Source
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.scheduler import SKDScheduler
 from tests.conftest import VOCAB
 from tests.rules import make_rule
+from tests.traces import same_trace
 
 pytestmark = pytest.mark.engine
 LETTERS = "abcdefghijklmnopqrstuvwxyz +="
@@ -86,19 +83,3 @@ def test_responses_are_those_of_a_roomy_engine(
         assert (one.text, one.finish) == (other.text, other.finish)
         same_trace(one.trace, other.trace)
         assert not one.trace.is_from(Source.UNDRAFTED).any()
-
-
-def same_trace(one: Trace, other: Trace) -> None:
-    for field in fields(Trace):
-        mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "teacher_topk_ids" or not mine.is_floating_point():
-            assert torch.equal(mine, theirs), field.name
-        else:
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=False, msg=field.name)
-
-
-def test_a_token_without_a_proposal_is_an_error() -> None:
-    table = RequestTable({}, torch.device("cpu"), teacher_top_k=2, vocab_size=5)
-    assert table.last_token(7, 3) == 0
-    with pytest.raises(RuntimeError, match="vLLM asked for token 3 of a response without drafts for it"):
-        table.take([7])

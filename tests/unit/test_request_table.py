@@ -87,6 +87,17 @@ def test_an_ended_request_leaves_its_trace_alone(worker: Worker) -> None:
     assert [len(trace) for trace in worker.table.take([1, 2])] == [0, 0]
 
 
+def test_a_request_that_goes_on_after_a_preemption_repeats_its_last_token(worker: Worker) -> None:
+    """On every rank of an engine, also on those that keep no traces."""
+    worker.table.note_emitted(["a", "b"], [[4, 5], []])
+    worker.table.note_emitted(["a", "b"], [[6], [7]])
+    assert (worker.table.last_token("a", 2), worker.table.last_token("b", 0)) == (6, 7)
+    worker.table.take([1, 2])
+    assert worker.table.last_token("a", 3) == 0
+    with pytest.raises(RuntimeError, match="vLLM asked for token 3 of a response without drafts for it"):
+        worker.table.take([1])
+
+
 def test_tokens_after_the_last_look_go_nowhere(worker: Worker) -> None:
     """A request that was cut off, by a stop string or by who asked for it, may go on for a step."""
     worker.table.rows(["a", "b"])
