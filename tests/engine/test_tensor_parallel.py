@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from skd_plugin.engine.scheduler import SKDScheduler
 from tests.conftest import _make_model
 from tests.rules import make_rule
 from tests.traces import same_trace
@@ -33,8 +34,14 @@ def kept(worker: Any) -> int:
     return len(worker._skd_requests._parts)
 
 
-def test_two_ranks_sample_what_one_does(engine, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_sample_what_one_does(
+    engine, pair: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    preempted: list[Any] = []
+    preempt = SKDScheduler._preempt_request
+    monkeypatch.setattr(SKDScheduler, "_preempt_request", lambda *a, **k: preempted.append(a) or preempt(*a, **k))
     one, two = engine(3, pair), engine(3, pair, tensor_parallel_size=2, **TIGHT)
+    request.addfinalizer(two._llm.llm_engine.engine_core.shutdown)
     replies: list[list[Any]] = []
     call = two._llm.collective_rpc
 
@@ -50,6 +57,7 @@ def test_two_ranks_sample_what_one_does(engine, pair: Path, monkeypatch: pytest.
     before = sampled(one)
     for mine, theirs in zip(sampled(two), before, strict=True):
         same_trace(mine.trace, theirs.trace)
+    assert preempted, "the second rank was never asked for a last token"
     assert [len(traces) for traces in replies[-1]] == [len(PROMPTS), 0]
     assert call(kept) == [0, 0], "a rank keeps what nobody will fetch"
     trained = list(_make_model(64, 1, seed=6).state_dict().items())
