@@ -23,6 +23,22 @@ RESERVED = {
     "async_scheduling": "off: the sampler must see each step's tokens before the next",
 }
 
+# Ways to spread one engine over more processes: the value at which nothing is spread, and why no other is taken.
+# OpenRLHF places, and counts in the group of the weight sync, engines x its own tensor_parallel_size.
+UNPLACED = "OpenRLHF would place no GPUs for it, and the weights of the student would not reach it"
+SPREAD: dict[str, tuple[Any, str]] = {
+    "tensor_parallel_size": (1, "set openrlhf.vllm.tensor_parallel_size, by which OpenRLHF places an engine's GPUs"),
+    "pipeline_parallel_size": (1, f"{UNPLACED}; set openrlhf.vllm.tensor_parallel_size"),
+    "data_parallel_size": (1, f"{UNPLACED}; set openrlhf.vllm.num_engines"),
+    "prefill_context_parallel_size": (1, UNPLACED),
+    "decode_context_parallel_size": (1, "nobody has tried it with a draft model's cache"),
+    "nnodes": (1, f"{UNPLACED}; Ray places an engine on several nodes by itself"),
+    "enable_expert_parallel": (
+        False,
+        "vLLM does not give it to a draft model, and its workers on a CPU crash with it",
+    ),
+}
+
 # Arguments that are a whole number of things.
 COUNTS = {
     "max_model_len",
@@ -30,9 +46,6 @@ COUNTS = {
     "max_num_batched_tokens",
     "kv_cache_memory_bytes",
     "block_size",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
 }
 
 
@@ -67,6 +80,9 @@ def check_vllm(options: Mapping[str, Any], *, max_len: int, draft_len: int) -> N
             raise RecipeError(f"skd.vllm.{name} cannot be set, as the engine would not be SKD's: {RESERVED[name]}")
         if name not in engine_arguments():
             raise RecipeError(f"skd.vllm: {unknown_key(name, engine_arguments())}; vLLM's EngineArgs lists them")
+        allowed, reason = SPREAD.get(name, (value, ""))
+        if value != allowed and value is not None:
+            raise RecipeError(f"skd.vllm.{name} is {value!r}, but must be {allowed!r}: {reason}")
         if name in COUNTS and value is not None and not (type(value) is int and value >= 1):
             raise RecipeError(f"skd.vllm.{name} is {value!r}, but must be a whole number, 1 or more")
     share = options.get("gpu_memory_utilization")

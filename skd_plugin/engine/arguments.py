@@ -77,6 +77,8 @@ class EngineSpec:
         if self.cpu:
             arguments.pop("gpu_memory_utilization", None)  # there a share of all memory, and not of a GPU's
             arguments.pop("enable_sleep_mode", None)  # there is nothing to free, and vLLM refuses it
+            if arguments.get("distributed_executor_backend") == "ray":  # OpenRLHF's, for an engine of several ranks
+                arguments["distributed_executor_backend"] = "mp"  # vLLM's of Ray knows no CPU
         return arguments
 
     def _of_device(self) -> dict[str, Any]:

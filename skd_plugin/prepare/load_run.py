@@ -105,6 +105,7 @@ class Models:
             teacher_top_k=self.skd.loss.teacher_top_k,
             max_len=self.max_len,
             draft_len=self.skd.rollout.draft_len,
+            tensor_parallel=self.options["vllm.tensor_parallel_size"],
         )
 
     @cached_property

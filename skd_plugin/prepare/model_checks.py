@@ -11,16 +11,20 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.models import load_model_config, load_tokenizer, output_head_names
 
 
-def check_pair(teacher: str, student: str, *, top_k: int, teacher_top_k: int, max_len: int, draft_len: int) -> Any:
+def check_pair(
+    teacher: str, student: str, *, top_k: int, teacher_top_k: int, max_len: int, draft_len: int, tensor_parallel: int
+) -> Any:
     """Returns the student's tokenizer.
 
     Raises:
-        RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), or a context is too short.
+        RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), a context is too short, or
+            a model cannot be split over the ranks of an engine.
     """
     for role, name in (("teacher", teacher), ("student", student)):
         trust.refuse_pickles(name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
     check_attention(configs)
+    check_heads(configs, tensor_parallel)
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
@@ -59,6 +63,27 @@ def check_experts(student: str) -> None:
             f"the student '{student}' is a mixture of experts, which on a CPU does not take new weights in the "
             "engine; train it on a GPU, or take a dense student"
         )
+
+
+def check_heads(configs: Mapping[str, Any], tensor_parallel: int) -> None:
+    """vLLM gives each rank of an engine the same number of heads, of the teacher and of the student; key-value heads
+    that are fewer than ranks it copies.
+
+    Raises:
+        RecipeError: they cannot be dealt out so.
+    """
+    if tensor_parallel == 1:
+        return
+    for role, config in configs.items():
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
+            raise RecipeError(
+                f"openrlhf.vllm.tensor_parallel_size is {tensor_parallel}, but the {role} has {heads} attention heads "
+                f"and {kv_heads} of keys and values, which cannot be shared out evenly: both models are split over "
+                "the GPUs of an engine. Take a number that divides the heads of both"
+            )
 
 
 def check_attention(configs: Mapping[str, Any]) -> None:

@@ -185,6 +185,14 @@ def test_options_of_the_user_win_over_all_others(cpu: bool) -> None:
     assert make_spec(openrlhf={"seed": 2}).arguments({"seed": 3})["seed"] == 3
 
 
+@pytest.mark.parametrize(("cpu", "executor"), [(True, "mp"), (False, "ray")])
+def test_an_engine_of_several_ranks_is_rays_on_gpus_alone(cpu: bool, executor: str) -> None:
+    spec = make_spec(cpu=cpu, openrlhf={"tensor_parallel_size": 2})
+    given = {"distributed_executor_backend": "ray"}  # as OpenRLHF's create_vllm_engines has it
+    assert spec.arguments(given)["distributed_executor_backend"] == executor
+    assert spec.arguments(given | {"distributed_executor_backend": "uni"})["distributed_executor_backend"] == "uni"
+
+
 def test_the_student_alone_reads_whole_prompts() -> None:
     arguments = make_spec(max_len=20000).plain_arguments()
     assert (arguments["model"], arguments["max_model_len"]) == ("student", 20000)

@@ -8,7 +8,7 @@ import pytest
 
 from skd_plugin.config.host_options import host_defaults, host_parser
 from skd_plugin.config.host_ranges import RANGES, Range, check_ranges
-from skd_plugin.config.vllm_options import COUNTS, RESERVED, engine_arguments
+from skd_plugin.config.vllm_options import COUNTS, RESERVED, SPREAD, engine_arguments
 from skd_plugin.errors import RecipeError
 
 NUMERIC = {action.dest for action in host_parser()._actions if action.type in (int, float)}
@@ -63,6 +63,13 @@ def test_ranges(allowed: Range, good: tuple, bad: tuple, words: str) -> None:
         ("skd.vllm.max_num_seq=8", r"skd\.vllm: unknown key 'max_num_seq'; did you mean 'max_num_seqs'\?"),
         ("skd.vllm.max_num_seqs=0", r"skd\.vllm\.max_num_seqs is 0, but must be a whole number, 1 or more"),
         ("skd.vllm.max_num_seqs=true", r"skd\.vllm\.max_num_seqs is True, but must be a whole number"),
+        *(
+            (
+                f"skd.vllm.{name}={'true' if allowed is False else 2}",
+                rf"skd\.vllm\.{name} is .*, but must be {allowed}: ",
+            )
+            for name, (allowed, _) in SPREAD.items()
+        ),
         ("skd.vllm.max_model_len=64", r"skd\.vllm\.max_model_len is 64, but .*data\.max_len = \d+ .* needs \d+"),
     ],
 )
@@ -79,7 +86,9 @@ def test_an_engine_argument_that_is_ours(quickstart, name: str) -> None:
 
 def test_engine_arguments_are_vllms() -> None:
     """As its own class has them, which costs ten seconds to import."""
-    assert COUNTS | set(RESERVED) | {"seed", "dtype", "download_dir", "enforce_eager"} <= engine_arguments()
+    assert (
+        COUNTS | set(RESERVED) | set(SPREAD) | {"seed", "dtype", "download_dir", "enforce_eager"} <= engine_arguments()
+    )
     assert len(engine_arguments()) > 100
 
 

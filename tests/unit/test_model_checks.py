@@ -31,7 +31,7 @@ def pair(tmp_path: Path):
     return make
 
 
-SIZES = dict(top_k=3, teacher_top_k=8, max_len=176, draft_len=2)
+SIZES = dict(top_k=3, teacher_top_k=8, max_len=176, draft_len=2, tensor_parallel=1)
 
 
 def test_fitting_pair_gives_the_students_tokenizer(pair) -> None:
@@ -52,6 +52,21 @@ def test_logits_that_are_more_than_a_product_are_refused(pair, role: str, option
 @pytest.mark.parametrize(("option", "value"), [("final_logit_softcapping", None), ("logits_scaling", 1.0)])
 def test_options_that_leave_the_logits_alone_are_accepted(pair, option: str, value: float | None) -> None:
     check_output_head(pair(teacher={option: value})["teacher"], "teacher")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "fits"), [(2, 4, 4, True), (4, 8, 2, True), (2, 5, 5, False), (4, 20, 10, False)]
+)
+def test_heads_are_shared_out_evenly(pair, ranks: int, heads: int, kv_heads: int, fits: bool) -> None:
+    changes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    folders = pair(teacher={"num_attention_heads": 8, "num_key_value_heads": 8}, student=changes)
+    if fits:
+        check_pair(**folders, **SIZES | {"tensor_parallel": ranks})
+        return
+    with pytest.raises(
+        RecipeError, match=f"size is {ranks}, but the student has {heads} attention heads and {kv_heads} of"
+    ):
+        check_pair(**folders, **SIZES | {"tensor_parallel": ranks})
 
 
 def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:
