@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
+from skd_plugin.core.losses import forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
+from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import NOTHING, Source, Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.models import load_causal_model, response_logits

@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from skd_plugin.config.movable import VALUE_FORMS, Movable, Scheduled, TargetAcceptanceConfig, extremes, value_at
 from skd_plugin.config.section import Section, one_of, refuse_idle
 from skd_plugin.core.gates import CONFIDENCES, CONFIDENT, GATE_OPTIONS, GATES, RELEASED, Gate, gate_of_option
-from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings
+from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings, RegionSettings
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL
+from skd_plugin.core.targets import REGIONS
 from skd_plugin.core.token_weights import WEIGHTINGS
 from skd_plugin.errors import RecipeError, unknown_key
 
@@ -220,6 +221,20 @@ def _of_losses(parameter: str) -> str:
     return f"of {names}: {PARAMETERS[parameter]}"
 
 
+class RegionConfig(Section):
+    """Another loss for some tokens (core/targets.py)."""
+
+    where: Annotated[str, one_of(REGIONS)] = Field(description=_explained({n: r.words for n, r in REGIONS.items()}))
+    kind: LossKind = Field(description="the loss there")
+    threshold: float | None = Field(None, ge=0, allow_inf_nan=False, description="of the region, if it has one")
+
+    @model_validator(mode="after")
+    def _threshold_belongs_to_the_region(self) -> RegionConfig:
+        if (self.threshold is None) == REGIONS[self.where].has_threshold:
+            raise ValueError(f"region '{self.where}' {'needs a' if self.threshold is None else 'has no'} threshold")
+        return self
+
+
 class LossConfig(Section):
     kind: LossKind = Field(
         "forward_kl",
@@ -227,6 +242,12 @@ class LossConfig(Section):
         + _explained({name: loss.words for name, loss in LOSSES.items()}),
     )
     replaced_kind: LossKind | None = Field(None, description="the same, for replaced tokens; default: kind")
+    regions: tuple[RegionConfig, ...] = Field(
+        (),
+        description="the same, for tokens of a kind: a list of {where, kind, threshold}; a token of several has the "
+        "loss of the first. "
+        + _explained({name: region.words.format(threshold="threshold") for name, region in REGIONS.items()}),
+    )
     beta: float = Field(0.5, gt=0, lt=1, description=_of_losses("beta"))
     alpha: float = Field(0.1, ge=0, lt=1, description=_of_losses("alpha"))
     temperature: float = Field(
@@ -253,19 +274,27 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> LossConfig:
-        kinds = {self.kind, self.replaced_kind or self.kind}
+        kinds = self.kinds
         losses = [LOSSES[kind] for kind in kinds]
         effects = {name: any(name in loss.parameters for loss in losses) for name in PARAMETERS}
         effects["temperature"] = any(loss.has_temperature for loss in losses)
         refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
         if self.accepted_weight == self.replaced_weight == 0:
             raise ValueError("accepted_weight and replaced_weight are both 0: no token would be trained")
+        if self.replaced_kind is not None and any(region.where == "replaced" for region in self.regions):
+            raise ValueError("replaced_kind is the loss of region 'replaced', which regions names, too: leave one out")
         return self
+
+    @property
+    def kinds(self) -> set[str]:
+        """Losses that some tokens have."""
+        return {self.kind, self.replaced_kind or self.kind, *(region.kind for region in self.regions)}
 
     @property
     def settings(self) -> LossSettings:
         """What core.losses.make_token_loss makes a loss of."""
-        return LossSettings(**{field.name: getattr(self, field.name) for field in fields(LossSettings)})
+        given = {field.name: getattr(self, field.name) for field in fields(LossSettings)}
+        return LossSettings(**given | {"regions": tuple(RegionSettings(**dict(own)) for own in self.regions)})
 
 
 class Coefficients(NamedTuple):
@@ -426,17 +455,21 @@ class SKDConfig(Section):
 
     @model_validator(mode="after")
     def _weight_of_legs(self) -> SKDConfig:
-        effects = {"handed_weight": self.rollout.hand_over is not None}
-        refuse_idle(self.loss, effects, "the teacher has no legs (rollout.hand_over)")
+        has_legs = self.rollout.hand_over is not None
+        refuse_idle(self.loss, {"handed_weight": has_legs}, "the teacher has no legs (rollout.hand_over)")
+        if not has_legs and any(region.where == "handed" for region in self.loss.regions):
+            raise ValueError(
+                "loss.regions: there is no token in 'handed' without legs of the teacher (rollout.hand_over)"
+            )
         return self
 
     @model_validator(mode="after")
     def _labels_of_flagged_tokens(self) -> SKDConfig:
-        for kind in (self.loss.kind, self.loss.replaced_kind):
-            if not self.rollout.write_back and kind is not None and LOSSES[kind].of_labels is not None:
+        for kind in sorted(self.loss.kinds):
+            if not self.rollout.write_back and LOSSES[kind].of_labels is not None:
                 raise ValueError(
                     f"rollout.write_back: false leaves rejected tokens in the text, and {kind} would teach them; "
-                    "use a divergence as loss.kind and loss.replaced_kind"
+                    "use a divergence as loss.kind, loss.replaced_kind and in loss.regions"
                 )
         return self
 
@@ -459,6 +492,8 @@ class SKDConfig(Section):
                     f"method '{name}' learns the teacher's tokens, so skd.loss.{option} is {method.loss} and not "
                     f"'{loss[option]}'; for another loss on the teacher's text use method: teacher"
                 )
+        if loss.get("regions"):
+            raise ValueError(f"method '{name}' learns every token by {method.loss}, so there are no skd.loss.regions")
         return {**given, "loss": {**loss, "kind": method.loss}}
 
 

@@ -17,56 +17,13 @@ but logits of NaN or +inf, or of nothing but -inf, gives a NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from skd_plugin.core.trace import Source, Trace
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a rollout knows of N tokens to be learned. Log-probabilities are the teacher's, in nats.
-
-    `teacher_rest_N` is the one entry that depends on the temperature tau of the loss: the engine that records it must
-    have been started with the same `loss_temperature`.
-    """
-
-    teacher_ids_NK: torch.Tensor  # int64, the K most probable tokens
-    teacher_logp_NK: torch.Tensor  # float32, their log p at temperature 1 over the whole vocabulary
-    teacher_rest_N: torch.Tensor  # float32, log of the sum of p^(1 / tau) over all but the K and the emitted token
-    token_N: torch.Tensor  # int64, the emitted token
-    token_teacher_logp_N: torch.Tensor  # float32, its log p at temperature 1
-    source_N: torch.Tensor  # uint8, codes of core.trace.Source
-
-    @classmethod
-    def of(cls, trace: Trace, device: torch.device) -> Targets:
-        return cls(
-            teacher_ids_NK=trace.teacher_topk_ids.to(device=device, dtype=torch.int64),
-            teacher_logp_NK=trace.teacher_topk_logp.to(device),
-            teacher_rest_N=trace.teacher_rest_tempered.to(device),
-            token_N=trace.response_ids.to(device=device, dtype=torch.int64),
-            token_teacher_logp_N=trace.teacher_logp.to(device),
-            source_N=trace.source.to(device),
-        )
-
-    def select(self, rows: torch.Tensor | slice) -> Targets:
-        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    @property
-    def replaced_N(self) -> torch.Tensor:
-        """bool: the gate rejected the student's proposal here, or handed over to the teacher before; everything else
-        counts as accepted.
-        """
-        return (self.source_N == Source.REPLACED) | (self.source_N == Source.FLAGGED) | self.handed_N
-
-    @property
-    def handed_N(self) -> torch.Tensor:
-        """bool: inside a leg of the teacher, after its first token."""
-        return self.source_N == Source.HANDED
-
+from skd_plugin.core.targets import REGIONS, RegionTest, Targets
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]
 # (student's logits [N, V] of any float type, with gradient; targets) -> [N], float32 (float64 for float64 logits)
@@ -291,15 +248,16 @@ def soften(log_p_NV: torch.Tensor, temperature: float) -> torch.Tensor:
     return log_p_NV if temperature == 1 else (log_p_NV / temperature).log_softmax(-1)
 
 
-def by_source(accepted: TokenLoss, replaced: TokenLoss) -> TokenLoss:
-    """One loss where the gate kept the student's token, another where it rejected it (CA-OPD, arXiv 2609.02401)."""
+def by_region(elsewhere: TokenLoss, regions: Sequence[tuple[RegionTest, TokenLoss]]) -> TokenLoss:
+    """A loss for each region of tokens; a token of several regions has that of the first, one of none `elsewhere`."""
+    losses = [loss for _, loss in regions] + [elsewhere]
 
     def loss(student_logits_NV: torch.Tensor, targets: Targets) -> torch.Tensor:
-        rows = [targets.replaced_N.logical_not().nonzero().squeeze(1), targets.replaced_N.nonzero().squeeze(1)]
-        parts = [
-            part(student_logits_NV[own], targets.select(own))
-            for part, own in zip((accepted, replaced), rows, strict=True)
-        ]
+        which_N = torch.full_like(targets.token_N, len(regions))
+        for index, (contains, _) in reversed(list(enumerate(regions))):
+            which_N = torch.where(contains(targets), index, which_N)
+        rows = [(which_N == index).nonzero().squeeze(1) for index in range(len(losses))]
+        parts = [part(student_logits_NV[own], targets.select(own)) for part, own in zip(losses, rows, strict=True)]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
     return loss
@@ -330,18 +288,33 @@ def on_common_vocabulary(inner: TokenLoss, vocab: int) -> TokenLoss:
 
 
 @dataclass(frozen=True)
+class RegionSettings:
+    """Another loss for some tokens."""
+
+    where: str  # a name of `REGIONS`
+    kind: str  # a name of `LOSSES`
+    threshold: float | None = None  # of the region, if it has one
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """The loss of a token in a recipe; docs/losses.md explains each option."""
 
     kind: str  # a name of `LOSSES`
     beta: float  # a parameter, see `PARAMETERS`
     alpha: float  # likewise
-    replaced_kind: str | None = None  # as `kind`, for replaced tokens; None: they have no other
+    replaced_kind: str | None = None  # region `replaced` for short, before all others; None: no such region
+    regions: tuple[RegionSettings, ...] = ()
     temperature: float = 1.0  # of both models in a divergence
     accepted_weight: float = 1.0
     replaced_weight: float = 1.0
     handed_weight: float | None = None  # None: replaced_weight
     clamp: float | None = None  # nats; applied before the weights. None: no limit
+
+    @property
+    def all_regions(self) -> tuple[RegionSettings, ...]:
+        replaced = () if self.replaced_kind is None else (RegionSettings("replaced", self.replaced_kind),)
+        return (*replaced, *self.regions)
 
 
 def make_token_loss(
@@ -367,8 +340,9 @@ def make_token_loss(
         return against(make_divergence(kind, beta=settings.beta, alpha=settings.alpha), settings.temperature)
 
     loss = named(settings.kind)
-    if settings.replaced_kind not in (None, settings.kind):
-        loss = by_source(loss, named(settings.replaced_kind))
+    if settings.all_regions:
+        regions = [(REGIONS[own.where].test(own.threshold), named(own.kind)) for own in settings.all_regions]
+        loss = by_region(loss, regions)
     if settings.clamp is not None:
         loss = clamped(loss, settings.clamp)
     handed_weight = settings.replaced_weight if settings.handed_weight is None else settings.handed_weight

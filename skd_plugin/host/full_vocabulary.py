@@ -20,7 +20,8 @@ from openrlhf.models import Actor, aggregate_loss
 
 from skd_plugin.core.chunked import Scores, chunked_log_probs, chunked_loss
 from skd_plugin.core.layout import ResponseLayout
-from skd_plugin.core.losses import Targets, TokenLoss
+from skd_plugin.core.losses import TokenLoss
+from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.batch import MicroBatch
 

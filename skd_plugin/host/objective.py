@@ -13,7 +13,8 @@ import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
 from skd_plugin.config.schema import Coefficients
-from skd_plugin.core.losses import Targets, TokenLoss
+from skd_plugin.core.losses import TokenLoss
+from skd_plugin.core.targets import Targets
 from skd_plugin.host.batch import MicroBatch, Totals
 
 

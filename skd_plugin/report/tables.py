@@ -62,6 +62,8 @@ def kind_of_loss(run: RunRecord) -> str | None:
     words = [str(kind)]
     if replaced := run.option("skd.loss.replaced_kind"):
         words.append(f"({replaced} on replaced tokens)")
+    if run.option("skd.loss.regions"):
+        words.append("(others in regions)")
     if (tau := run.option("skd.loss.temperature")) not in (None, 1, 1.0):
         words.append(f"at temperature {tau}")
     if (by := run.option("skd.loss.reweight.by")) not in (None, "none"):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from skd_plugin.core.losses import Targets, categories
+from skd_plugin.core.losses import categories
+from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import Trace
 from tests.conftest import EOS, LOSS_TEMPERATURE, MAX_LEN, VOCAB
 from tests.rules import make_rule

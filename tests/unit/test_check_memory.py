@@ -24,7 +24,8 @@ from skd_plugin.check.memory_model import (
 )
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.core.losses import Targets, forward_kl, top_k_loss
+from skd_plugin.core.losses import forward_kl, top_k_loss
+from skd_plugin.core.targets import Targets
 from skd_plugin.models import count_parameters
 
 GPU = 80 * GIB
@@ -201,6 +202,8 @@ def test_bytes_of_a_logit_are_those_of_the_training_step():
         teacher_rest_N=teacher_NC[:, -1],
         token_N=ids_NK[:, 0],
         token_teacher_logp_N=teacher_NC[:, 0],
+        token_student_logp_N=teacher_NC[:, 0],
+        teacher_entropy_N=teacher_NC[:, 0],
         source_N=torch.zeros(2 * 127, dtype=torch.uint8),
     )
     batch_N, time_N = torch.ones(2, 127).nonzero(as_tuple=True)

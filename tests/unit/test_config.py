@@ -80,10 +80,14 @@ def test_refused_value_of_ours(override: str, message: str) -> None:
         ({"kind": "cross_entropy", "temperature": 2.0}, "temperature = 2.0 has no effect: the loss is cross_entropy"),
         ({"kind": "jsd", "replaced_kind": "cross_entropy", "alpha": 0.2}, "alpha = 0.2 .*is cross_entropy and jsd"),
         ({"accepted_weight": 0, "replaced_weight": 0}, "are both 0: no token would be trained"),
+        ({"regions": [{"where": "flat", "kind": "jsd"}]}, "region 'flat' needs a threshold"),
+        ({"regions": [{"where": "replaced", "kind": "jsd", "threshold": 1}]}, "region 'replaced' has no threshold"),
+        ({"regions": [{"where": "replaced", "kind": "jsd"}], "replaced_kind": "jsd"}, "leave one out"),
+        ({"regions": [{"where": "flat", "kind": "jsd", "threshold": 1}], "alpha": 0.3}, "alpha = 0.3 has no effect"),
     ],
 )
 def test_loss_options_that_do_not_fit_together(loss: dict, message: str) -> None:
-    with pytest.raises(RecipeError, match=rf"skd\.loss: .*{message}"):
+    with pytest.raises(RecipeError, match=rf"skd\.loss(\.regions\.0)?: .*{message}"):
         parse_skd({"teacher": {"model_name_or_path": "t"}, "loss": loss})
 
 
@@ -94,6 +98,7 @@ def test_loss_options_that_do_not_fit_together(loss: dict, message: str) -> None
         {"kind": "cross_entropy", "replaced_kind": "skew_reverse_kl", "alpha": 0.3, "temperature": 2.0},
         {"kind": "forward_kl", "replaced_kind": "cross_entropy", "accepted_weight": 0, "clamp": 5},
         {"reweight": {"by": "rank", "floor": 0}},
+        {"kind": "reverse_kl", "regions": [{"where": "flat", "threshold": 1.0, "kind": "jsd"}], "beta": 0.2},
     ],
 )
 def test_loss_options_become_a_loss(loss: dict) -> None:
@@ -140,7 +145,7 @@ def test_what_the_losses_have_and_what_the_recipe_offers_for_them() -> None:
     assert used == set(PARAMETERS) <= set(LossConfig.model_fields)
     assert {field.name for field in fields(LossSettings)} <= set(LossConfig.model_fields)
     settings = LossConfig(kind="jsd", beta=0.25, replaced_kind="cross_entropy", clamp=3, accepted_weight=0.5).settings
-    assert settings == LossSettings("jsd", 0.25, 0.1, "cross_entropy", 1.0, 0.5, clamp=3.0)
+    assert settings == LossSettings("jsd", 0.25, 0.1, "cross_entropy", accepted_weight=0.5, clamp=3.0)
 
 
 def test_loss_page_has_every_option_and_its_recipe_lines_are_valid() -> None:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from skd_plugin.core.losses import (
     LOSSES,
     LossSettings,
-    Targets,
+    RegionSettings,
     categories,
     make_divergence,
     make_token_loss,
     top_k_loss,
     whole_vocabulary_loss,
 )
+from skd_plugin.core.targets import REGIONS, Targets
 from skd_plugin.core.trace import Source
 
 BETA, ALPHA = 0.3, 0.2
@@ -104,6 +105,8 @@ def record(teacher: torch.Tensor, top_k: int, tau: float = 1.0, tokens: list[int
         teacher_rest_N=(full.scatter(1, torch.cat([ids, token[:, None]], 1), float("-inf")) / tau).logsumexp(-1),
         token_N=token,
         token_teacher_logp_N=full.gather(1, token[:, None]).squeeze(1),
+        token_student_logp_N=torch.zeros(len(token)),
+        teacher_entropy_N=torch.special.entr(full.exp()).sum(-1),
         source_N=torch.zeros(len(token), dtype=torch.uint8),
     )
 
@@ -506,6 +509,68 @@ def test_provenance_against_a_plain_loop(kind, replaced_kind):
     torch.stack(expected).sum().backward()
     torch.testing.assert_close(value, torch.stack(expected))
     torch.testing.assert_close(gradient, student.grad)
+
+
+REGION_OF = {  # the definition of each, of one token: log p, log q, H(p), source
+    "replaced": lambda p, q, h, s: s in (Source.REPLACED, Source.FLAGGED, Source.HANDED),
+    "handed": lambda p, q, h, s: s == Source.HANDED,
+    "distrusted": lambda p, q, h, s: min(math.exp(p - q), 1) < 0.4,
+    "flat": lambda p, q, h, s: h > 2.1,
+}
+THRESHOLDS = {"distrusted": 0.4, "flat": 2.1}
+
+
+def region_case() -> tuple[torch.Tensor, torch.Tensor, Targets]:
+    """Tokens of every region, and of several; of one nothing is known of the student."""
+    student, teacher, targets = make_case(24, 20, 5, tau=2.0)
+    logq = student.log_softmax(-1).gather(1, targets.token_N[:, None]).squeeze(1) + torch.linspace(0, 1, 24)
+    logq[3] = math.nan
+    return student, teacher, replace(with_sources(targets, CODES * 3), token_student_logp_N=logq)
+
+
+def region_members(name: str, targets: Targets) -> list[bool]:
+    columns = (targets.token_teacher_logp_N, targets.token_student_logp_N, targets.teacher_entropy_N, targets.source_N)
+    rows = zip(*(x.double().tolist() for x in columns), strict=True)
+    return [False if math.isnan(row[1]) and name == "distrusted" else REGION_OF[name](*row) for row in rows]
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_are_those_of_their_definition(name):
+    _, _, targets = region_case()
+    expected = region_members(name, targets)
+    assert REGIONS[name].test(THRESHOLDS.get(name))(targets).tolist() == expected
+    assert 1 < sum(expected) < 23
+
+
+def test_regions_in_order_against_a_plain_loop():
+    """Value and gradient: reverse KL, with the forward KL on outliers, another on flat places, and labels on legs."""
+    student, _, targets = region_case()
+    chosen = {"handed": "cross_entropy", "distrusted": "forward_kl", "flat": "jsd"}
+    regions = tuple(RegionSettings(name, kind, THRESHOLDS.get(name)) for name, kind in chosen.items())
+    student = student.double().requires_grad_()
+    loss = token_loss("reverse_kl", regions=regions, temperature=2.0)
+    value = loss(student, targets)
+    value.sum().backward()
+    gradient, student.grad = student.grad, None
+    members = {name: region_members(name, targets) for name in chosen}
+    expected, used = [], set()
+    for n in range(24):
+        kind = next((kind for name, kind in chosen.items() if members[name][n]), "reverse_kl")
+        row = torch.tensor([n])
+        expected.append(token_loss(kind, temperature=2.0)(student[row], targets.select(row))[0])
+        used.add(kind)
+    assert len(used) == 4
+    torch.stack(expected).sum().backward()
+    torch.testing.assert_close(value, torch.stack(expected))
+    torch.testing.assert_close(gradient, student.grad)
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), student.detach().requires_grad_())
+
+
+def test_replaced_kind_is_the_region_of_replaced_tokens():
+    student, _, targets = region_case()
+    short = token_loss("jsd", replaced_kind="cross_entropy")(student, targets)
+    long = token_loss("jsd", regions=(RegionSettings("replaced", "cross_entropy"),))(student, targets)
+    assert torch.equal(short, long)
 
 
 @pytest.mark.parametrize("code", [Source.ACCEPTED, Source.REPLACED])
