@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import vllm.model_executor.layers.utils as layers
 from vllm.config import VllmConfig, replace
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.trace import NOTHING
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
+from skd_plugin.engine.student_prompt import StudentPrompts, own_table
 from skd_plugin.seams import rebind
 
 
@@ -47,7 +51,7 @@ class Drafting:
 
     def __init__(self, rows: RequestRows, position_B: torch.Tensor) -> None:
         self.rows = rows
-        self.position_B = position_B  # int64, of the next token to draft
+        self.position_B = position_B  # int64, of the next token to draft, to the student
         self.logp_BV: list[torch.Tensor] = []  # log q at temperature 1, a tensor a drafted token
 
 
@@ -99,7 +103,8 @@ class SKDDrafter(DraftModelProposer):
         read_B = common_attn_metadata.seq_lens.to(torch.int64)  # tokens of each request that the teacher has read
         # prepare_inputs_padded leaves the rejected drafts in these lengths
         kept_B = read_B if num_rejected_tokens_gpu is None else read_B - num_rejected_tokens_gpu
-        drafting = Drafting(self._table.rows(request_ids), kept_B + 1)  # set_inputs_first_pass adds the sampled one
+        rows = self._table.rows(request_ids)
+        drafting = Drafting(rows, kept_B + 1 - rows.shift_B)  # set_inputs_first_pass adds the sampled one
         tokens_BL = super().propose(
             common_attn_metadata=common_attn_metadata,
             sampling_metadata=drafting,
@@ -108,6 +113,64 @@ class SKDDrafter(DraftModelProposer):
         )
         self._table.keep_proposals(request_ids, torch.stack(drafting.logp_BV, dim=1))
         return tokens_BL
+
+    def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, torch.Tensor, Any]:
+        """The tokens that the student reads before it drafts: their number, places to sample at [B], attention."""
+        _, sample_B, attention = laid_out = super().set_inputs_first_pass(*args, **kwargs)
+        rows = self._table.rows(self._runner.input_batch.req_ids)
+        if rows.student_prompts is None:
+            return laid_out
+        return self._on_own_prompts(rows, rows.student_prompts, sample_B, attention)
+
+    def _on_own_prompts(
+        self, rows: RequestRows, prompts: StudentPrompts, sample_B: torch.Tensor, attention: Any
+    ) -> tuple[int, torch.Tensor, Any]:
+        """vLLM's tokens of the step, for a student that stands `shift` places before the teacher: its positions, the
+        tokens of its own prompts, and the blocks and slots that follow from them.
+        """
+        device, size = self.device, self.block_size
+        first_B = self._runner.input_batch.num_computed_tokens_cpu[: len(rows.params)]  # before this step
+        reading = prompts.reading(first_B, attention.query_start_loc_cpu.numpy())
+        number = len(reading.row_N)
+        starts, shift_B = torch.from_numpy(reading.starts), torch.from_numpy(prompts.shift_B)
+        kept_N, row_N, ids_N = torch.from_numpy(np.stack(reading[:3])).to(device)
+        position_N = self.positions[kept_N] - rows.shift_B[row_N]  # below 0 where nothing of the student begins yet
+        unwritten_N = (attention.slot_mapping[kept_N] < 0) | (position_N < 0)
+        position_N = position_N.clamp(min=0)
+        has_begun_B = torch.from_numpy(reading.has_begun_B).to(device)
+        table_BW = own_table(attention.block_table_tensor, rows.shift_B // size, has_begun_B)
+        slot_N = table_BW[row_N, position_N // size].long() * size + position_N % size
+        self.input_ids[:number] = torch.where(ids_N == NOTHING, self.input_ids[kept_N].long(), ids_N)
+        self.positions[:number] = position_N
+        own_starts = starts.to(device)
+        left_out_B = (attention.query_start_loc - own_starts)[1:]  # tokens, of a request and those before it
+        own = attention.replace(
+            query_start_loc=own_starts,
+            query_start_loc_cpu=starts,
+            seq_lens=_fewer(attention.seq_lens, rows.shift_B),
+            num_actual_tokens=number,
+            max_query_len=int(np.diff(reading.starts).max()),
+            block_table_tensor=table_BW,
+            slot_mapping=slot_N.masked_fill(unwritten_N, PADDING_SLOT_ID),
+            _seq_lens_cpu=_fewer(attention._seq_lens_cpu, shift_B),
+            seq_lens_cpu_upper_bound=_fewer(attention.seq_lens_cpu_upper_bound, shift_B),
+            _num_computed_tokens_cpu=None,  # made anew of the lengths by those who ask
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        return number, torch.maximum(sample_B - left_out_B, own_starts[:-1]), own
+
+    def _update_positions_dependent_metadata(
+        self, positions: torch.Tensor, common_attn_metadata: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """What is drafted behind a part of a prompt is thrown away. It must not be written, either: the student may
+        stand in a block there that another request reads.
+        """
+        rows = self._table.rows(self._runner.input_batch.req_ids)
+        if rows.student_prompts is not None:
+            whole_B = positions >= rows.prompt_len_B - 1
+            common_attn_metadata.block_table_tensor = common_attn_metadata.block_table_tensor * whole_B[:, None]
+        return super()._update_positions_dependent_metadata(positions, common_attn_metadata, *args, **kwargs)
 
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: Drafting
@@ -122,3 +185,8 @@ class SKDDrafter(DraftModelProposer):
         drafting.logp_BV.append(logits_BV.log_softmax(-1))
         drafting.position_B = drafting.position_B + 1
         return token_B, None
+
+
+def _fewer(lengths_B: torch.Tensor | None, shift_B: torch.Tensor) -> Any:
+    """Lengths of the student's sequences, of those of the teacher's, where there are any."""
+    return None if lengths_B is None else (lengths_B - shift_B).clamp(min=1).to(lengths_B.dtype)

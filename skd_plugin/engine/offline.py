@@ -40,6 +40,7 @@ class SKDEngine:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         texts: Sequence[str | None] | None = None,
+        teacher_prompts: Sequence[Sequence[int]] | None = None,
         sampling_params: Any = None,
         progress: bool = False,
     ) -> list[Sample]:
@@ -48,10 +49,11 @@ class SKDEngine:
         Args:
             sampling_params: vLLM's, for stop strings and further stop tokens.
             texts: the prompts' references, for a rule that asks for them; which prompts these are depends on `seed`.
+            teacher_prompts: where the teacher reads others than the student.
         """
         from vllm import SamplingParams
 
-        number = len(prompts)
+        number, nothing = len(prompts), [None] * len(prompts)
         rules = [rule] * number if isinstance(rule, SamplingRule) else rule
         limits = [max_new_tokens] * number if isinstance(max_new_tokens, int) else max_new_tokens
         own_seeds = [derive_seed(seed, index) for index in range(number)] if seeds is None else seeds
@@ -66,9 +68,10 @@ class SKDEngine:
                 choice_seed=seed,
                 max_new_tokens=limit,
                 reference=reference,
+                teacher_ids=teacher_ids,
             )
-            for prompt, own_rule, limit, own_seed, reference in zip(
-                prompts, rules, limits, own_seeds, texts or [None] * number, strict=True
+            for prompt, own_rule, limit, own_seed, reference, teacher_ids in zip(
+                prompts, rules, limits, own_seeds, texts or nothing, teacher_prompts or nothing, strict=True
             )
         ]
         outputs = self._llm.generate(

@@ -1,7 +1,8 @@
 """The life of a request, the same in OpenRLHF's actor and in the offline engine: prepared, sampled, finished.
 
 vLLM reads the prompt without its last token, which SKD's sampler forces as the first output: so the student proposes
-every token of the response. `finish_request` takes that token off again.
+every token of the response. `finish_request` takes that token off again. The prompt that vLLM reads is the teacher's;
+where the student has another one, it goes along with the request (engine/student_prompt.py).
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class RequestParams:
     """How one request is sampled: what the engine's worker is told of it."""
 
     trace_id: int  # names the trace when it is fetched; unique in the engine
-    prompt_len: int  # tokens
-    first_token: int  # last token of the prompt, forced as the first output
+    prompt_len: int  # tokens of the student's prompt
+    first_token: int  # last token of the teacher's prompt, forced as the first output
     seed: int  # of the request's own random stream
     settings: SamplingSettings
     forced_ids: list[int] | None = None  # a reference: every token of it is proposed and kept
+    student_ids: list[int] | None = None  # the student's prompt, where it is not the teacher's
+    shift: int = 0  # tokens that the teacher's prompt has more than the student's
 
     def to_extra_args(self) -> dict[str, Any]:
         return {EXTRA_ARGS_KEY: asdict(self)}
@@ -85,21 +88,23 @@ class RequestParams:
 class Request:
     """What vLLM is asked."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # the student's
+    teacher_ids: list[int]  # the teacher's prompt, often the same
     params: RequestParams
     sampling_params: Any  # vLLM's SamplingParams
 
     @property
     def read_ids(self) -> list[int]:
         """The prompt that vLLM is given to read."""
-        return self.prompt_ids[:-1]
+        return self.teacher_ids[:-1]
 
 
 @dataclass(frozen=True)
 class Sample:
     """A finished response."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # the student's
+    teacher_ids: list[int]  # the teacher's prompt, often the same
     trace: Trace
     text: str
     finish: str  # "stop" or "length"
@@ -116,9 +121,12 @@ def prepare_request(
     choice_seed: int,
     max_new_tokens: int,
     reference: str | None,
+    teacher_ids: Sequence[int] | None = None,
 ) -> Request:
     """
     Args:
+        prompt_ids: the student's.
+        teacher_ids: the teacher's prompt, where it is another one.
         sampling_params: vLLM's; of them stay the stop strings, further stop tokens and the form of the text.
         tokenizer: the student's.
         seed: of the request's own random stream.
@@ -130,16 +138,22 @@ def prepare_request(
         MissingReference: the rule asks for a reference, and there is none.
     """
     refuse_unsupported(sampling_params)
-    if len(prompt_ids) < 2:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids)} token(s); SKD needs at least 2, because the student proposes the first "
-            "response token from the prompt's last one. Begin prompts with a BOS token or a template."
-        )
+    student, teacher = list(prompt_ids), list(prompt_ids if teacher_ids is None else teacher_ids)
+    _check_prompts(student, teacher)
     forced_ids = None
     if is_chosen(rule.reference_share, choice_seed, prompt_ids):
         forced_ids = reference_ids(reference, tokenizer, prompt_ids)
         max_new_tokens = min(max_new_tokens, len(forced_ids))
-    params = RequestParams(trace_id, len(prompt_ids), prompt_ids[-1], seed, rule.settings, forced_ids)
+    params = RequestParams(
+        trace_id=trace_id,
+        prompt_len=len(student),
+        first_token=teacher[-1],
+        seed=seed,
+        settings=rule.settings,
+        forced_ids=forced_ids,
+        student_ids=None if student == teacher else student,
+        shift=len(teacher) - len(student),
+    )
     sampling_params = deepcopy(sampling_params)
     sampling_params.logprobs = None
     sampling_params.detokenize = bool(sampling_params.stop)  # else no text is needed before the end
@@ -148,7 +162,22 @@ def prepare_request(
     # vLLM stops at the teacher's end token by itself; the student's may be another one of the same vocabulary.
     sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *end_tokens(tokenizer)]
     sampling_params.extra_args = params.to_extra_args()
-    return Request(list(prompt_ids), params, sampling_params)
+    return Request(student, teacher, params, sampling_params)
+
+
+def _check_prompts(student: list[int], teacher: list[int]) -> None:
+    for ids in (student, teacher):
+        if len(ids) < 2:
+            raise ValueError(
+                f"the prompt has {len(ids)} token(s); SKD needs at least 2, because the student proposes the first "
+                "response token from the prompt's last one. Begin prompts with a BOS token or a template."
+            )
+    if len(student) > len(teacher):
+        raise ValueError(
+            f"the student's prompt has {len(student)} tokens, the teacher's {len(teacher)}: in the engine the student "
+            "lives in the teacher's places, so its prompt must not be the longer one. Give the teacher the same "
+            "prompt, or more to read."
+        )
 
 
 def refuse_unsupported(sampling_params: Any) -> None:
@@ -188,7 +217,7 @@ def finish_request(request: Request, completion: Any, trace: Trace, tokenizer: A
     trace = trace.slice(0, len(ids))
     if trace.response_ids.tolist() != ids:
         raise RuntimeError(f"the engine emitted {ids}, but its trace says {trace.response_ids.tolist()}")
-    return Sample(request.prompt_ids, trace, text, completion.finish_reason)
+    return Sample(request.prompt_ids, request.teacher_ids, trace, text, completion.finish_reason)
 
 
 class FoundStop(NamedTuple):

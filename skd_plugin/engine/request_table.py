@@ -16,6 +16,7 @@ from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import NOTHING, Trace
 from skd_plugin.engine import references
 from skd_plugin.engine.request import RequestParams
+from skd_plugin.engine.student_prompt import StudentPrompts
 
 
 @dataclass
@@ -34,7 +35,9 @@ class RequestRows(NamedTuple):
 
     params: list[RequestParams]
     seed_B: torch.Tensor  # int64
-    prompt_len_B: torch.Tensor  # int64
+    prompt_len_B: torch.Tensor  # int64, of the student's prompts
+    shift_B: torch.Tensor  # int64, tokens that the teacher's prompts have more
+    student_prompts: StudentPrompts | None  # where a student's prompt is not the teacher's
     is_forced_B: torch.Tensor  # bool
     forced_BF: torch.Tensor  # references, as `references.padded` makes them
     settings: SettingRows
@@ -202,6 +205,8 @@ class RequestTable:
             params=params,
             seed_B=column([p.seed for p in params], torch.int64),
             prompt_len_B=column([p.prompt_len for p in params], torch.int64),
+            shift_B=column([p.shift for p in params], torch.int64),
+            student_prompts=StudentPrompts.of(params),
             is_forced_B=column([p.forced_ids is not None for p in params], torch.bool),
             forced_BF=references.padded([p.forced_ids for p in params], self._device),
             settings=SettingRows.of([p.settings for p in params], self._device),

@@ -74,7 +74,7 @@ class SKDSampler:
             draft_N=draft_N,
             teacher_logits_NV=logits[logits_rows_N].float(),
             student_logp_NV=self._table.take_proposals(ids, counts),
-            position_N=self._lengths()[request_N] + place_N,
+            position_N=self._lengths(batch)[request_N] + place_N,
             seed_N=batch.seed_B[request_N],
             prompt_len_N=batch.prompt_len_B[request_N],
             settings=batch.settings.repeat(counts_B),
@@ -114,7 +114,7 @@ class SKDSampler:
         """Tokens [R] of the requests that bring no draft. They are known: the end of the prompt, or the last token of
         a response that goes on after a preemption (engine/scheduler.py).
         """
-        runner, position_B = self._runner, self._lengths().tolist()
+        runner, position_B = self._runner, self._lengths(batch).tolist()
         known = []
         for row in rows:
             request_id, params = runner.input_batch.req_ids[row], batch.params[row]
@@ -130,10 +130,10 @@ class SKDSampler:
         """The teacher's hidden states at some rows of the logits, or nothing of them where the recipe wants none."""
         return torch.empty(len(logits_rows), 0) if self._hidden_SJ is None else self._hidden_SJ[logits_rows]
 
-    def _lengths(self) -> torch.Tensor:
-        """Tokens that each request has so far [B]: the position of the next one."""
-        batch = self._runner.input_batch
-        return torch.from_numpy(batch.num_tokens_no_spec[: batch.num_reqs]).to(self._runner.device, torch.int64)
+    def _lengths(self, batch: RequestRows) -> torch.Tensor:
+        """Tokens that each request has so far [B], to the student: the position of the next one."""
+        lengths = self._runner.input_batch.num_tokens_no_spec[: len(batch.params)]
+        return torch.from_numpy(lengths).to(self._runner.device, torch.int64) - batch.shift_B
 
 
 def _judge(proposals: Proposals, request_N: torch.Tensor, batch: RequestRows) -> Verdict:

@@ -13,10 +13,13 @@ from weakref import WeakSet
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from skd_plugin.engine.prefix_cache import key_by_student
+
 
 class SKDScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        key_by_student()  # here, because this is made in the process of the engine, whichever that is
         self._without_last: WeakSet[Request] = WeakSet()  # preempted, and not yet back where they were
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:

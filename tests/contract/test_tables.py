@@ -22,7 +22,7 @@ from skd_plugin.engine.vocabulary import VLLM_CHECK
 from tests.contract import test_openrlhf, test_vllm
 from tests.contract.source import imports_inside, tree_of
 from tests.contract.test_openrlhf import ACTOR, CRITIC, ENGINE, LAUNCHER, PPO, WRAP, find
-from tests.contract.test_vllm import DRAFTER
+from tests.contract.test_vllm import DRAFTER, PREFIX_CACHE
 
 PACKAGE = Path(skd_plugin.__file__).parent
 HOSTS = ("openrlhf", "vllm", "deepspeed")
@@ -62,6 +62,8 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{LAUNCHER}:RewardModelActor", HOST_MODULE, "host/bind.py"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
      "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading", "engine/drafter.py"),
+    (f"{PREFIX_CACHE}:generate_block_hash_extra_keys", f"{PREFIX_CACHE}:get_request_block_hasher",
+     "engine/prefix_cache.py"),
     ("vllm.v1.engine.output_processor:IncrementalDetokenizer",
      "vllm.v1.engine.output_processor:RequestState.from_new_request", "engine/set_up.py"),
     (f"vllm.config.SpeculativeConfig:{VLLM_CHECK}", "vllm.config:SpeculativeConfig", "engine/vocabulary.py"),

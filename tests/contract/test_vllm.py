@@ -21,6 +21,7 @@ HOST = "vLLM 0.29.0"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 DRAFTER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+PREFIX_CACHE = "vllm.v1.core.kv_cache_utils"
 DETOKENIZER = "vllm.v1.engine.detokenizer:IncrementalDetokenizer"
 
 
@@ -47,7 +48,12 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "it calls _sample_draft_tokens once a drafted token, positions rising by one"),
     (f"{DRAFTER}._sample_draft_tokens", "dd85f7c5bd19", "engine/drafter.py", "SKDDrafter takes its place"),
     (f"{DRAFTER}.set_inputs_first_pass", "ff73a43504da", "engine/drafter.py",
-     "the draft model reads up to the token that was just sampled, which follows the accepted ones"),
+     "the draft model reads up to the token that was just sampled, which follows the accepted ones; rejected ones "
+     "come last, with the slot -1 and in seq_lens; every other token has the position that follows the one before"),
+    (f"{DRAFTER}._update_positions_dependent_metadata", "ea12bbea49c9", "engine/drafter.py",
+     "the slots of the drafts follow from the positions and the block table that it is given"),
+    (f"{PREFIX_CACHE}:get_request_block_hasher", "c68a00ef9328", "engine/prefix_cache.py",
+     "the hash of a block is of its tokens, of generate_block_hash_extra_keys, and of all blocks before it"),
     (f"{DRAFTER}.prepare_inputs_padded", "b249e3b7994b", "engine/drafter.py",
      "the lengths that it hands on still count the rejected drafts"),
     (f"{DRAFTER}.load_model", "b2bb9269f722", "engine/drafter.py", "it loads the student through _get_model"),
@@ -87,6 +93,13 @@ SIGNATURES = [
      "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
      "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu "
      "slot_mappings", "engine/drafter.py"),
+    (f"{DRAFTER}.set_inputs_first_pass",
+     "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad "
+     "num_rejected_tokens_gpu", "engine/drafter.py"),
+    (f"{DRAFTER}._update_positions_dependent_metadata",
+     "positions common_attn_metadata batch_size input_batch_size block_size", "engine/drafter.py"),
+    (f"{PREFIX_CACHE}:generate_block_hash_extra_keys", "request start_token_idx end_token_idx start_mm_idx",
+     "engine/prefix_cache.py"),
     (f"{SCHEDULER}.__init__",
      "vllm_config kv_cache_config structured_output_manager block_size hash_block_size mm_registry "
      "include_finished_set log_stats", "engine/scheduler.py"),
@@ -206,6 +219,10 @@ def test_scheduler_samples_one_token_a_step() -> None:
 FIELDS = [
     ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
      "draft_token_ids num_draft_tokens target_logits_indices", "engine/sampler.py"),
+    ("vllm.v1.attention.backend:CommonAttentionMetadata",
+     "query_start_loc query_start_loc_cpu seq_lens num_actual_tokens max_query_len block_table_tensor slot_mapping "
+     "_seq_lens_cpu seq_lens_cpu_upper_bound _num_computed_tokens_cpu _num_computed_tokens_cache "
+     "_token_to_req_indices_cache", "engine/drafter.py"),
     ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
     ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params", "engine/request_table.py"),
     ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids", "engine/worker.py"),

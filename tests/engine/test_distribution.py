@@ -61,15 +61,20 @@ def assert_samples_follow(samples: list, rule: SamplingRule, position: int, refe
     """Distribution at a response position (1 is the first), given each sample's own prefix."""
     alive = [sample for sample in samples if len(sample.trace) >= position]
     assert len(alive) > len(samples) / 2
-    prefixes = [s.prompt_ids + s.trace.response_ids[: position - 1].tolist() for s in alive]
-    distinct = [list(prefix) for prefix in dict.fromkeys(map(tuple, prefixes))]
-    rows = {name: [x[-1] for x in reference_logits(name, distinct)] for name in ("teacher", "student")}
+    read = [  # by the teacher and by the student
+        tuple(tuple(ids + s.trace.response_ids[: position - 1].tolist()) for ids in (s.teacher_ids, s.prompt_ids))
+        for s in alive
+    ]
+    distinct = list(dict.fromkeys(read))
+    rows = [
+        [row[-1] for row in reference_logits(name, [list(prefix) for prefix in prefixes])]
+        for name, prefixes in zip(("teacher", "student"), zip(*distinct, strict=True), strict=True)
+    ]
     table = {
-        tuple(prefix): expected(rule.settings, teacher, student)
-        for prefix, teacher, student in zip(distinct, rows["teacher"], rows["student"], strict=True)
+        both: expected(rule.settings, teacher, student) for both, teacher, student in zip(distinct, *rows, strict=True)
     }
     outcomes = [int(s.trace.response_ids[position - 1] + VOCAB * s.trace.source[position - 1]) for s in alive]
-    assert_distribution(outcomes, torch.stack([table[tuple(prefix)] for prefix in prefixes]))
+    assert_distribution(outcomes, torch.stack([table[both] for both in read]))
 
 
 def generate_mixed(engine, rules: list[SamplingRule], max_new_tokens: int, seed: int) -> list[list]:
