@@ -115,8 +115,11 @@ def test_the_students_own_text_does_not_depend_on_the_teachers_prompt(sampled, e
         assert one.trace.response_ids.tolist() == other.trace.response_ids.tolist()
 
 
+@pytest.mark.parametrize(
+    "limits", [{"max_num_batched_tokens": 90}, {"long_prefill_token_threshold": 20}], ids=["budget", "short pieces"]
+)
 def test_requests_share_the_blocks_that_are_the_same_for_both_models(
-    engine, reference_logits, monkeypatch: pytest.MonkeyPatch
+    engine, reference_logits, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
     """A long beginning of the teacher's, several samples of a prompt, and beside them students that read what those
     teachers do. The pieces end inside of blocks that others read at the same time.
@@ -130,13 +133,15 @@ def test_requests_share_the_blocks_that_are_the_same_for_both_models(
         return result
 
     monkeypatch.setattr(KVCacheManager, "get_computed_blocks", searched)
-    students = [[1, *letters(2 + 9 * i % 20, i)] for i in range(5)]
-    cases = [(s, [*SHARED, *s[1:]]) for s in students for _ in range(6)]
-    cases += [(teacher, teacher) for _, teacher in cases[::6]] + [(SHARED[:40], [*SHARED, *students[0][1:]])] * 3
+    short = [[1, *letters(2 + 9 * i % 20, i)] for i in range(5)]
+    long = [[1, *letters(38, i)] for i in range(5)]  # a block of the prompt alone, and more
+    cases = [(s, [*SHARED, *s[1:]]) for s in short for _ in range(6)]
+    cases += [(s, [*SHARED[:52], *s]) for s in long for _ in range(6)]
+    cases += [(teacher, teacher) for _, teacher in cases[::6]] + [(SHARED[:40], [*SHARED, *short[0][1:]])] * 3
     order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(1)).tolist()
     prompts, teachers = zip(*(cases[i] for i in order), strict=True)
-    pressed = engine(4, max_num_seqs=16, max_num_batched_tokens=90)
+    pressed = engine(4, max_num_seqs=16, **limits)
     for step in range(2):
         samples = pressed.generate(prompts, make_rule(top_k=4), 5, seed=step, teacher_prompts=teachers)
         assert_logp(samples, reference_logits)
-    assert sum(number >= 2 * BLOCK_TOKENS for number in found) > len(cases), "most of them find the long beginning"
+    assert sum(number >= 2 * BLOCK_TOKENS for number in found) > len(cases), "most of them find two blocks"
