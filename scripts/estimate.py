@@ -75,6 +75,10 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": _published(
         "qwen3", 4096, 36, 32, 8, 12288, 151936, head_dim=128, tie_word_embeddings=False, **LONG
     ),
+    "Qwen/Qwen3-32B": _published(
+        "qwen3", 5120, 64, 64, 8, 25600, 151936, head_dim=128, tie_word_embeddings=False, **LONG
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": _published("llama", 8192, 80, 64, 8, 28672, 128256, **LONGER),
     "meta-llama/Llama-3.2-1B-Instruct": _published("llama", 2048, 16, 32, 8, 8192, 128256, **TIED, **LONGER),
     "meta-llama/Llama-3.1-8B-Instruct": _published("llama", 4096, 32, 32, 8, 14336, 128256, **LONGER),
 }
@@ -239,10 +243,41 @@ def draft_table(plan: Plan, gpu: Gpu, drafts: Sequence[int], rates: Sequence[flo
     return rows
 
 
+def large_table(plan: Plan, gpu: Gpu) -> list[str]:
+    """A GPU of an engine with a teacher that is too large for one, by the number of them; otherwise as in `plan`."""
+    pairs = [
+        ("Qwen/Qwen3-32B", "Qwen/Qwen3-1.7B"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+    ]
+    length = plan.options["data.max_len"]
+    rows = [
+        f"| teacher, student | `tensor_parallel_size` | weights | sequences of {length} at once "
+        "| teacher in FP8: weights | sequences |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pair in pairs:
+        sizes = [_size(name, "model") for name in pair]
+        for ranks in (1, 2, 4, 8):
+            cells = [", ".join(name.split("/")[1].removesuffix("-Instruct") for name in pair), str(ranks)]
+            for vllm in ({}, {"quantization": "fp8"}):
+                skd = plan.skd.model_copy(update={"vllm": vllm})
+                options = {**plan.options, "vllm.tensor_parallel_size": ranks}
+                engine = make_budget(*sizes, skd, options, cpu=False, device=gpu.memory).engine
+                room = f"{engine.sequences:,}" if engine.sequences else "does not fit"
+                cells += [in_gib(engine.teacher + engine.student), room]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def tables(plans: Sequence[Plan], acceptance: float = ACCEPTANCE, length: float = LENGTH) -> list[list[str]]:
-    """Memory, time, and the choice of draft_len for the pair of the last plan."""
+    """Memory, time, the choice of draft_len for the pair of the last plan, and larger teachers in its place."""
     drafts = draft_table(plans[-1], GPUS[1], (1, 2, 3, 5, 8), (0.3, 0.5, 0.7, 0.9, 0.98), length)
-    return [memory_table(plans, GPUS[0]), time_table(plans, acceptance, length), drafts]
+    return [
+        memory_table(plans, GPUS[0]),
+        time_table(plans, acceptance, length),
+        drafts,
+        large_table(plans[-1], GPUS[0]),
+    ]
 
 
 def main() -> None:
@@ -253,11 +288,12 @@ def main() -> None:
     parser.add_argument("--length", type=float, default=LENGTH, help="of the longest response; default: %(default)s")
     given = parser.parse_args()
     plans = [read_plan(given.recipe, given.overrides)] if given.recipe else all_plans()
-    memory, time, drafts = tables(plans, given.acceptance, given.length)
+    memory, time, drafts, large = tables(plans, given.acceptance, given.length)
     print("ESTIMATES: no GPU has run this.")
     print(f"\nA {GPUS[0].name}:\n", *memory, sep="\n")
     print(f"\n{given.acceptance:.0%} accepted, responses of {given.length:.0%} of the longest:\n", *time, sep="\n")
     print(f"\nResponse tokens a second of one engine of {plans[-1].name}, {GPUS[1].name}:\n", *drafts, sep="\n")
+    print(f"\nA {GPUS[0].name} of an engine with a larger teacher:\n", *large, sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,27 +168,44 @@ def load_output_head(model: str, dtype: torch.dtype, device: Any) -> torch.Tenso
     Raises:
         RuntimeError: the checkpoint holds no such tensor.
     """
+    names = output_head_names(model, "teacher")
+    for name, path in _stored_in(model, names):
+        head = _tensor(path, name)
+        if head is not None:
+            return head.to(device=device, dtype=dtype)
+    raise RuntimeError(
+        f"the checkpoint '{model}' has no tensor {' or '.join(names)} in safetensors or bin files; save it again with "
+        "transformers' save_pretrained, or use skd.loss.vocabulary=top_k"
+    )
+
+
+def output_head_type(model: str) -> str | None:
+    """The type in which a checkpoint in safetensors files stores its output head ("BF16", "I8"); None: there is none
+    of that name.
+    """
+    from safetensors import safe_open
+
+    for name, path in _stored_in(model, output_head_names(model, "teacher")):
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    return file.get_slice(name).get_dtype()
+    return None
+
+
+def _stored_in(model: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names of tensors, each with a file of the checkpoint that may hold it; the likeliest first."""
     from transformers.utils import cached_file
 
-    names = output_head_names(model, "teacher")
     find = partial(cached_file, model, _raise_exceptions_for_missing_entries=False)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = find(f"{stem}.{suffix}.index.json")
         if index is not None:
             with open(index) as file:
                 places = json.load(file)["weight_map"]
-            files = {name: find(places[name]) for name in names if name in places}
-        else:
-            whole = find(f"{stem}.{suffix}")
-            files = dict.fromkeys(names, whole) if whole is not None else {}
-        for name, path in files.items():
-            head = _tensor(path, name)
-            if head is not None:
-                return head.to(device=device, dtype=dtype)
-    raise RuntimeError(
-        f"the checkpoint '{model}' has no tensor {' or '.join(names)} in safetensors or bin files; save it again with "
-        "transformers' save_pretrained, or use skd.loss.vocabulary=top_k"
-    )
+            yield from ((name, find(places[name])) for name in names if name in places)
+        elif (whole := find(f"{stem}.{suffix}")) is not None:
+            yield from ((name, whole) for name in names)
 
 
 def _tensor(path: str, name: str) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +11,10 @@ from skd_plugin.check.dry_run import run_dry
 from skd_plugin.check.engine_parts import asked_for
 from skd_plugin.check.environment import check_device, check_versions, device_memory
 from skd_plugin.check.findings import Finding
-from skd_plugin.check.memory_budget import check_memory, fits_twice
+from skd_plugin.check.memory_budget import check_memory, fits_twice, teacher_rounding
 from skd_plugin.check.model_pair import Model, check_models, load_pair
 from skd_plugin.check.rollout_words import check_rule
-from skd_plugin.check.self_test import NUM_PROMPTS, make_trial, run_pair_test, run_self_test
+from skd_plugin.check.self_test import NUM_PROMPTS, make_pair, make_trial, run_pair_test, run_self_test
 from skd_plugin.check.steps import check_steps
 from skd_plugin.check.subject import Subject, read_subject
 from skd_plugin.config.host_options import HostOptions
@@ -76,15 +75,18 @@ def _self_test(
         yield Finding("self-test", "no GPU on this machine", "not run", remedy)
         return
     model, student = run.skd.teacher.model_name_or_path, options["actor.model_name_or_path"]
-    if not run.cpu and not fits_twice(teacher.config, run.skd, options, device_memory(run.cpu)):
+    rounding = teacher_rounding(teacher.config, run.skd)
+    if rounding is not None:
+        model = student
+        yield Finding("self-test", f"the teacher is rounded ({rounding}); the student is tested in both places")
+    elif not run.cpu and not fits_twice(teacher.config, run.skd, options, device_memory(run.cpu)):
         model = student
         yield Finding("self-test", "two teachers do not fit in one engine; the student is tested in both places")
     trial = make_trial(model, run.skd, options, prompts, cpu=run.cpu)
     findings = run_self_test(trial, folder, progress)
     yield from findings
-    if findings[0].level == "ok" and student != run.skd.teacher.model_name_or_path:
-        pair = replace(trial, spec=replace(trial.spec, teacher=run.skd.teacher.model_name_or_path))
-        yield run_pair_test(pair, student, folder, progress)
+    if findings[0].level == "ok" and (student != run.skd.teacher.model_name_or_path or rounding is not None):
+        yield run_pair_test(make_pair(trial, run.skd, student), rounding, folder, progress)
 
 
 def _recipe(subject: Subject, versions: Sequence[Finding]) -> Finding:

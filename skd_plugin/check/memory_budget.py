@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skd_plugin.check.environment import gpus_needed
@@ -20,6 +20,7 @@ from skd_plugin.check.memory_model import (
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.engine.arguments import CPU_CACHE_BYTES
+from skd_plugin.quantization import WHILE_LOADING, bits_of, method_of
 from skd_plugin.words import first_line
 
 BATCHED_TOKENS = 8192  # vLLM's max_num_batched_tokens for most GPUs
@@ -42,6 +43,9 @@ def make_budget(
     trainers = gpus_needed(options)[0]
     responses = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
     requests = -(-responses // options["vllm.num_engines"])
+    asked = skd.vllm.get("quantization")
+    if asked in WHILE_LOADING:
+        teacher = replace(teacher, rounded_bits=WHILE_LOADING[asked])
     bytes_per_number = 2 if skd.vllm.get("dtype", "float32" if cpu else "bfloat16") in NARROW else 4
     engine = engine_memory(
         teacher,
@@ -100,11 +104,19 @@ def check_memory(
     except UNKNOWN as error:
         return [Finding("memory", f"not estimated: {first_line(error)}", "warning", "watch the first steps")]
     budget = make_budget(*sizes, skd, options, cpu=cpu, device=device)
-    parameters = Finding("parameters", f"teacher {_count(sizes[0])}, student {_count(sizes[1])}")
+    rounding = teacher_rounding(teacher, skd)
+    counted = "" if bits_of(teacher) or rounding in WHILE_LOADING else ", but counted in full"
+    rounded = f" (rounded: {rounding}{counted})" if rounding else ""
+    parameters = Finding("parameters", f"teacher {_count(sizes[0])}{rounded}, student {_count(sizes[1])}")
     if cpu:
         return [parameters, _cpu(budget, skd, options, device or 0)]
     findings = [parameters, _engine(budget, skd, options, device), _trainer(budget, options, device)]
     return [*findings, *_ordinary_memory(budget, options)]
+
+
+def teacher_rounding(config: Any, skd: SKDConfig) -> str | None:
+    """The name of the rounding of the teacher's weights, by vLLM while it loads them or in its files; None: full."""
+    return skd.vllm.get("quantization") or method_of(config)
 
 
 def _engine(budget: Budget, skd: SKDConfig, options: HostOptions, device: int | None) -> Finding:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.models import count_parameters
+from skd_plugin.quantization import bits_of
 
 GIB = 1 << 30
 
@@ -32,10 +33,15 @@ class ModelSize:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    embeddings: int = 0  # parameters of embedding and output head, which no rounding takes in
+    rounded_bits: float | None = None  # of each of the others, where they are rounded
     latent: int = 0  # numbers of a compressed cache, a token and layer (multi-head latent attention); 0: there is none
 
     def weights(self, bytes_per_number: int) -> int:
-        return self.parameters * bytes_per_number
+        if self.rounded_bits is None:
+            return self.parameters * bytes_per_number
+        rounded = self.parameters - self.embeddings
+        return self.embeddings * bytes_per_number + int(rounded * self.rounded_bits / 8)
 
     def kv_per_token(self, bytes_per_number: int, tensor_parallel: int = 1) -> int:
         """Cache of one token on one device; a key-value head is not split, and a latent cache is on every device."""
@@ -57,6 +63,8 @@ def model_size(config: Any) -> ModelSize:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocabulary=text.vocab_size,
+        embeddings=text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2),
+        rounded_bits=bits_of(config),
         latent=latent + text.qk_rope_head_dim if latent else 0,
     )
 

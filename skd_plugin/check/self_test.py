@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skd_plugin.check.engine_parts import check_parts
-from skd_plugin.check.findings import Finding
+from skd_plugin.check.findings import Finding, Level
 from skd_plugin.check.self_test_process import Measured, Outcome, Trial
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.engine.arguments import engine_for
+from skd_plugin.engine.arguments import OF_TEACHER, engine_for
 from skd_plugin.models import mean_tolerance
 from skd_plugin.run.process import run_quietly
 
@@ -44,14 +44,23 @@ NARROW = Tolerance(tie=0.25, loss=1e-2, gap=0.5)  # bfloat16 has 8 significant b
 
 
 def make_trial(model: str, skd: SKDConfig, options: HostOptions, prompts: list[list[int]], *, cpu: bool) -> Trial:
-    """`model` in both places, with the engine options of the recipe, so that what is tested is what will run."""
+    """`model` in both places, with the engine options of the recipe, so that what is tested is what will run; but for
+    those that make two models of one.
+    """
     spec = engine_for(skd, options, student=model, cpu=cpu)
+    alike = {name: value for name, value in spec.options.items() if name not in OF_TEACHER}
     return Trial(
         # The loss is compared at a temperature of 1, over the teacher's entries.
-        spec=replace(spec, teacher=model, loss_temperature=1.0, teacher_hidden=False),
+        spec=replace(spec, teacher=model, loss_temperature=1.0, teacher_hidden=False, options=alike),
         prompts=prompts,
         max_new_tokens=min(options["rollout.max_new_tokens"] or NEW_TOKENS, NEW_TOKENS),
     )
+
+
+def make_pair(trial: Trial, skd: SKDConfig, student: str) -> Trial:
+    """The same with each model of the recipe in its own place, and all engine options."""
+    teacher, options = skd.teacher.model_name_or_path, dict(skd.vllm)
+    return replace(trial, spec=replace(trial.spec, teacher=teacher, student=student, options=options))
 
 
 def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -> list[Finding]:
@@ -65,14 +74,15 @@ def run_self_test(trial: Trial, folder: Path, progress: Callable[[str], None]) -
     ]
 
 
-def run_pair_test(trial: Trial, student: str, folder: Path, progress: Callable[[str], None]) -> Finding:
-    """The engine of `trial` with the student in its own place."""
-    outcome = _run(replace(trial, spec=replace(trial.spec, student=student)), folder, progress)
-    return outcome if isinstance(outcome, Finding) else judge_pair(outcome.measured, outcome.dtype)
+def run_pair_test(trial: Trial, rounding: str | None, folder: Path, progress: Callable[[str], None]) -> Finding:
+    """`rounding`: of the teacher's weights, by vLLM or in its files."""
+    unread: Level = "failed" if rounding is None else "warning"  # transformers lacks some formats that vLLM has
+    outcome = _run(trial, folder, progress, unread)
+    return outcome if isinstance(outcome, Finding) else judge_pair(outcome.measured, outcome.dtype, rounding)
 
 
-def _run(trial: Trial, folder: Path, progress: Callable[[str], None]) -> Outcome | Finding:
-    """Both halves in processes of their own."""
+def _run(trial: Trial, folder: Path, progress: Callable[[str], None], unread: Level = "failed") -> Outcome | Finding:
+    """Both halves in processes of their own. `unread`: how bad it is if transformers cannot read the models."""
     log = folder / "self-test.log"
     trial.write(folder)
     engine = "the engine" if trial.spec.student == trial.spec.teacher else "the engine of teacher and student"
@@ -80,7 +90,8 @@ def _run(trial: Trial, folder: Path, progress: Callable[[str], None]) -> Outcome
         progress(f"self-test: {doing}")
         error = run_quietly(["skd_plugin.check.self_test_process", half, str(folder)], log)
         if error is not None:
-            return Finding("self-test", f"{doing} failed: {error}", "failed", f"read {log}")
+            level = unread if half == "compare" else "failed"
+            return Finding("self-test", f"{doing} failed: {error}", level, f"read {log}")
     return Outcome.read(folder)
 
 
@@ -150,18 +161,23 @@ def _gap(measured: Measured, dtype: str, limits: Tolerance) -> Finding:
     return Finding("vLLM/transformers", found, "warning", TWO_MODELS)
 
 
-def judge_pair(measured: Measured, dtype: str) -> Finding:
-    """As what a run stops at: means over tokens (host/teacher_check.py, host/objective.py)."""
+def judge_pair(measured: Measured, dtype: str, rounding: str | None = None) -> Finding:
+    """As what a run stops at: means over tokens (host/teacher_check.py, host/objective.py). A teacher whose weights
+    are rounded is another model than transformers reads: how far away is said, and no fault.
+    """
     name, limit = "teacher and student", mean_tolerance(dtype)
     found = (
         f"in one engine, against transformers: log p of the same tokens differs by {measured.mean_teacher_gap:.1e} in "
         f"the mean and {measured.max_teacher_gap:.1e} at most, log q by {measured.mean_draft_gap:.1e} and "
         f"{measured.max_draft_gap:.1e}"
     )
-    if measured.mean_teacher_gap <= limit and measured.mean_draft_gap <= limit:
+    if rounding is not None:
+        found += f"; the teacher's weights are rounded ({rounding}), which is its distance"
+    near = measured.mean_teacher_gap <= limit or (rounding is not None and math.isfinite(measured.mean_teacher_gap))
+    if near and measured.mean_draft_gap <= limit:
         return Finding(name, found)
     # A NaN is the student's: nothing was drafted.
-    which = "student" if measured.mean_teacher_gap <= limit else "teacher"
+    which = "student" if near else "teacher"
     return Finding(
         name,
         f"{found}; in {dtype}, {limit:g} is rounding",

@@ -39,7 +39,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "train.async_enable": (False, "the asynchronous trainer builds its own actors, which SKD does not reach yet"),
     "train.partial_rollout_enable": (False, "a response must come from one student"),
     "ds.ring_attn_size": (1, "the loss of tokens that are spread over ranks is not there yet"),
-    "ds.tensor_parallel_size": (1, "logits sharded over ranks are not supported"),
+    "ds.tensor_parallel_size": (
+        1,
+        "each rank would send the engines its part of the weights only; ds.zero_stage=3 splits them, too",
+    ),
     "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
     "data.image_key": ("images", "the student drafts from token ids only"),
     "actor.freeze_visual_encoder": (False, "the student drafts from token ids only"),

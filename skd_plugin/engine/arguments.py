@@ -12,6 +12,8 @@ from skd_plugin.config.schema import SKDConfig
 WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
 SCHEDULER_CLS = "skd_plugin.engine.scheduler.SKDScheduler"
 CPU_CACHE_BYTES = 1 << 30  # key-value cache of an engine on a CPU
+# Of skd.vllm, what rounds the weights of an engine's model. Its draft model has settings of its own, which stay unset.
+OF_TEACHER = ("quantization", "quantization_config")
 WHOLE_PROMPTS = 8192  # tokens of prompts that a student alone reads at once
 
 
@@ -68,7 +70,8 @@ class EngineSpec:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(WHOLE_PROMPTS, self.max_len),
         }
-        return {**self._of_openrlhf({}), **plain, **self._of_device(), **self.options}
+        options = {name: value for name, value in self.options.items() if name not in OF_TEACHER}
+        return {**self._of_openrlhf({}), **plain, **self._of_device(), **options}
 
     def _of_openrlhf(self, given: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {**self.openrlhf, **given}
@@ -101,6 +104,7 @@ class EngineDescription(TypedDict):
     draft_len: int
     teacher_top_k: int
     loss_temperature: float
+    quantization: str | None  # vLLM's name of how the teacher's weights are rounded; None: they are full
     dtype: str  # of the weights, as torch names it
     vocab_size: int  # ids that both models have
     teacher_vocab_size: int

@@ -76,6 +76,7 @@ class SKDWorker(VllmWorker):
             "draft_len": runner.num_spec_tokens,
             "teacher_top_k": options["skd_teacher_top_k"],
             "loss_temperature": options["skd_loss_temperature"],
+            "quantization": runner.model_config.quantization,
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "vocab_size": sizes.common,
             "teacher_vocab_size": sizes.teacher,

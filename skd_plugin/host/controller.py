@@ -175,7 +175,7 @@ class SKDTrainer(HostTrainer):
 
     def _compare_teachers(self, samples: list[Experience]) -> float:
         engine: EngineDescription = ray.get(self.vllm_engines[0].describe_skd.remote())
-        return compare_teachers(samples, engine, quantised="quantization" in self.skd.vllm)
+        return compare_teachers(samples, engine, quantised=engine["quantization"] is not None)
 
     def _begin_step(self, global_step: int) -> Coefficients:
         progress = min(global_step / max(self.planned_steps, 1), 1.0)

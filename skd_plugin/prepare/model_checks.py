@@ -8,7 +8,8 @@ from typing import Any
 from skd_plugin import trust
 from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
-from skd_plugin.models import load_model_config, load_tokenizer, output_head_names
+from skd_plugin.models import load_model_config, load_tokenizer, output_head_names, output_head_type
+from skd_plugin.quantization import method_of
 
 
 def check_pair(
@@ -62,6 +63,16 @@ def check_experts(student: str) -> None:
         raise RecipeError(
             f"the student '{student}' is a mixture of experts, which on a CPU does not take new weights in the "
             "engine; train it on a GPU, or take a dense student"
+        )
+
+
+def check_full_weights(student: str) -> None:
+    """Raises RecipeError for a student whose weights are rounded: it could not be trained."""
+    method = method_of(load_model_config(student, "student"))
+    if method is not None:
+        raise RecipeError(
+            f"the student '{student}' has rounded weights ({method}), which cannot be trained; only a teacher may "
+            "have them. Take the checkpoint that it was made of"
         )
 
 
@@ -131,6 +142,9 @@ TRANSFORMED_LOGITS: dict[str, tuple[Any, ...]] = {
 }
 
 
+FULL_TYPES = ("F32", "F16", "BF16")  # of safetensors
+
+
 def check_output_head(name: str, role: str) -> None:
     """Raises RecipeError for a model whose logits are not just its output head times its last hidden state."""
     config = load_model_config(name, role).get_text_config()
@@ -142,6 +156,15 @@ def check_output_head(name: str, role: str) -> None:
                 f"{value}), which this loss does not follow; use skd.loss.vocabulary=top_k with this model"
             )
     output_head_names(name, role)
+    if method_of(load_model_config(name, role)) is None:
+        return
+    stored = output_head_type(name)
+    if stored not in FULL_TYPES:
+        found = f"is stored as {stored}" if stored else "is not stored under its own name"
+        raise RecipeError(
+            f"skd.loss.vocabulary=full: the output head of the {role} '{name}' {found}, rounded; use "
+            "skd.loss.vocabulary=top_k, or a checkpoint whose head was left full"
+        )
 
 
 def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None:

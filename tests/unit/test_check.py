@@ -29,7 +29,7 @@ from skd_plugin.check.model_pair import (
     load_pair,
 )
 from skd_plugin.check.rollout_words import check_rule
-from skd_plugin.check.self_test import judge, judge_pair
+from skd_plugin.check.self_test import judge, judge_pair, make_pair, make_trial
 from skd_plugin.check.self_test_process import Measured, measure
 from skd_plugin.check.subject import read_subject
 from skd_plugin.config import versions
@@ -381,6 +381,33 @@ def test_verdict_of_the_self_test(changes, dtype, levels):
 def test_verdict_of_the_pair(changes, dtype, who):
     found = judge_pair(replace(GOOD, **changes), dtype)
     assert found.level == ("failed" if who else "ok") and (who is None or f"the {who} is not read" in found.remedy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "who"),
+    [
+        ({"mean_teacher_gap": 3.0}, None),
+        ({"mean_teacher_gap": math.nan}, "teacher"),
+        ({"mean_draft_gap": 0.1}, "student"),
+    ],
+)
+def test_the_distance_of_a_rounded_teacher_is_no_fault(changes, who) -> None:
+    found = judge_pair(replace(GOOD, **changes), "float32", "fp8")
+    assert found.level == ("failed" if who else "ok") and "the teacher's weights are rounded (fp8)" in found.found
+    assert who is None or f"the {who} is not read" in found.remedy
+
+
+def test_what_rounds_the_teacher_is_left_out_where_one_model_is_both() -> None:
+    ours = SKDConfig(teacher={"model_name_or_path": "t"}, vllm={"quantization": "fp8", "max_num_seqs": 4})
+    given = {"data.max_len": 64, "train.seed": 1, "rollout.max_new_tokens": 8}
+    given |= dict.fromkeys(
+        f"vllm.{name}"
+        for name in ("tensor_parallel_size", "enforce_eager", "enable_prefix_caching", "gpu_memory_utilization")
+    )
+    trial = make_trial("s", ours, given, [[1, 2]], cpu=False)
+    assert (trial.spec.teacher, trial.spec.student, trial.spec.options) == ("s", "s", {"max_num_seqs": 4})
+    pair = make_pair(trial, ours, "s")
+    assert (pair.spec.teacher, pair.spec.student, pair.spec.options) == ("t", "s", ours.vllm)
 
 
 def test_a_gate_that_never_rejects_is_found_out():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import forward_kl, top_k_loss
 from skd_plugin.core.targets import Targets
 from skd_plugin.models import count_parameters
+from skd_plugin.quantization import bits_of, method_of
 
 GPU = 80 * GIB
 
@@ -276,6 +279,48 @@ def test_our_engine_options_win(sizes):
     assert found.engine.budget == GPU // 2
     assert found.engine.teacher == 4 * BIG_PARAMETERS
     assert found.engine.sampler == 7 * 5 * 152064 * SAMPLER_ROW_BYTES
+
+
+W4 = {"num_bits": 4, "group_size": 128}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"a": {"weights": W4}, "b": {"weights": {"num_bits": 8}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 4.125),
+        ({"quant_method": "awq", "w_bit": 4, "group_size": -1}, 4),
+        (COMPRESSED, 8),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "mxfp4"}, 4.25),
+        ({"quant_method": "of tomorrow"}, None),
+    ],
+)
+def test_bits_of_a_rounded_weight(settings, bits):
+    config = SimpleNamespace(quantization_config=settings)
+    assert (bits_of(config), method_of(config)) == (bits, settings["quant_method"])
+    assert (bits_of(BIG), method_of(BIG)) == (None, None)
+
+
+EMBEDDINGS = 2 * 152064 * 3584  # of BIG, with the head, which stay full
+
+
+def test_a_teacher_that_vllm_rounds(sizes):
+    found = make_budget(*sizes, skd(vllm={"quantization": "fp8"}), options(), cpu=False, device=GPU).engine
+    assert found.teacher == 2 * EMBEDDINGS + (BIG_PARAMETERS - EMBEDDINGS)
+    assert found.student == 2 * SMALL_PARAMETERS
+    assert check(skd(vllm={"quantization": "fp8"}))[0].found == "teacher 7.62 B (rounded: fp8), student 494.0 M"
+    assert "(rounded: quark, but counted in full)" in check(skd(vllm={"quantization": "quark"}))[0].found
+
+
+def test_a_teacher_that_is_rounded_in_its_files(sizes):
+    config = deepcopy(BIG)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    found = make_budget(model_size(config), sizes[1], skd(), options(), cpu=False, device=GPU).engine
+    assert found.teacher == 2 * EMBEDDINGS + int((BIG_PARAMETERS - EMBEDDINGS) * 4.125 / 8)
 
 
 def levels(findings):

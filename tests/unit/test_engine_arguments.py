@@ -200,6 +200,14 @@ def test_the_student_alone_reads_whole_prompts() -> None:
     assert "speculative_config" not in arguments and "worker_cls" not in arguments
 
 
+def test_what_rounds_weights_is_the_teachers_alone() -> None:
+    rounding = {"quantization": "fp8", "quantization_config": {"a": 1}}
+    spec = make_spec(options=rounding | {"max_num_seqs": 8})
+    assert rounding.items() <= spec.arguments().items()
+    assert not rounding.keys() & (spec.arguments()["speculative_config"].keys() | spec.plain_arguments().keys())
+    assert spec.plain_arguments()["max_num_seqs"] == 8
+
+
 def test_a_spec_survives_json() -> None:
     import json
 

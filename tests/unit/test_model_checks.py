@@ -7,10 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import common_vocab_size
-from skd_plugin.prepare.model_checks import check_experts, check_output_head, check_pair, check_vocabularies
+from skd_plugin.prepare.model_checks import (
+    check_experts,
+    check_full_weights,
+    check_output_head,
+    check_pair,
+    check_vocabularies,
+)
 from tests.recipes import PAIR
 
 
@@ -67,6 +75,34 @@ def test_heads_are_shared_out_evenly(pair, ranks: int, heads: int, kv_heads: int
         RecipeError, match=f"size is {ranks}, but the student has {heads} attention heads and {kv_heads} of"
     ):
         check_pair(**folders, **SIZES | {"tensor_parallel": ranks})
+
+
+ROUNDED = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+
+
+def test_only_a_teacher_may_be_rounded(pair) -> None:
+    folders = pair(teacher=ROUNDED, student=ROUNDED)
+    check_pair(**folders, **SIZES)
+    with pytest.raises(RecipeError, match=r"the student '.*' has rounded weights \(gptq\), which cannot be trained"):
+        check_full_weights(folders["student"])
+    check_full_weights(str(PAIR / "student"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"), [("BF16", None), ("I8", "is stored as I8"), (None, "is not stored under its own name")]
+)
+def test_a_rounded_head_is_refused_by_the_loss_over_all_tokens(pair, stored: str | None, found: str | None) -> None:
+    folder = pair(teacher=ROUNDED | {"tie_word_embeddings": False})["teacher"]
+    dtypes = {"BF16": torch.bfloat16, "I8": torch.int8}
+    tensors = {"other": torch.zeros(1)} | (
+        {"lm_head.weight": torch.zeros(2, 2, dtype=dtypes[stored])} if stored else {}
+    )
+    save_file(tensors, Path(folder) / "model.safetensors")
+    if found is None:
+        check_output_head(folder, "teacher")
+        return
+    with pytest.raises(RecipeError, match=f"the output head of the teacher .* {found}, rounded; use"):
+        check_output_head(folder, "teacher")
 
 
 def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def test_another_teacher_ends_the_run_with_both_names_of_the_fault(check, told) 
         check.compare_teachers([sample], engine, quantised=False)
 
 
+def test_a_rounding_that_transformers_cannot_read_is_said(check, told, monkeypatch, capsys) -> None:
+    def unread(*_, **__):
+        raise ImportError("needs a package")
+
+    model, engine = told
+    monkeypatch.setattr(check, "load_causal_model", unread)
+    sample = response(model, 3, 0)
+    gap = check.compare_teachers([sample], engine, quantised=True)
+    assert gap != gap and "cannot read its rounding: needs a package" in capsys.readouterr().out
+    with pytest.raises(ImportError):
+        check.compare_teachers([sample], engine, quantised=False)
+
+
 def test_long_texts_are_cut_and_go_beyond_a_window(check, told, monkeypatch) -> None:
     model, _ = told
     monkeypatch.setattr(check, "LENGTH", 12)
