@@ -16,6 +16,8 @@ import torch
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 # Here and in every process that a test starts: the tensors are tiny, and threads that wait for each other turn round.
 os.environ["OMP_NUM_THREADS"] = "1"
+# On a GPU: Triton's products of float32 keep all its bits, where they would round to TF32's ten.
+os.environ["TRITON_F32_DEFAULT"] = "ieee"
 # Nobody asks the Hub, which would be half a minute of attempts without a network; datasets are kept for the session.
 os.environ["HF_HUB_OFFLINE"] = "1"
 DATASETS = TemporaryDirectory(prefix="skd-datasets-")

@@ -46,6 +46,7 @@ class EngineSpec:
                 "model": self.student,
                 "num_speculative_tokens": self.draft_len,
                 "draft_sample_method": "probabilistic",
+                **self._experts_of_the_student(),
             },
             "worker_cls": WORKER_CLS,
             "scheduler_cls": SCHEDULER_CLS,
@@ -83,6 +84,12 @@ class EngineSpec:
             if arguments.get("distributed_executor_backend") == "ray":  # OpenRLHF's, for an engine of several ranks
                 arguments["distributed_executor_backend"] = "mp"  # vLLM's of Ray knows no CPU
         return arguments
+
+    def _experts_of_the_student(self) -> dict[str, Any]:
+        """The only kernels on a GPU that read a student's experts as its checkpoint has them. The others, which vLLM
+        prefers on newer ones, swap or shuffle them once they are loaded; new weights would come out of order.
+        """
+        return {} if self.cpu else {"moe_backend": "triton"}
 
     def _of_device(self) -> dict[str, Any]:
         if not self.cpu:

@@ -26,6 +26,7 @@ def check_pair(
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
     check_attention(configs)
     check_heads(configs, tensor_parallel)
+    check_experts_beside(configs)
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
@@ -58,8 +59,7 @@ def check_experts(student: str) -> None:
     """Raises RecipeError for a student with experts that is to be trained on a CPU: vLLM packs them there when it
     loads them, and new weights would be written where nothing reads them.
     """
-    text = load_model_config(student, "student").get_text_config()
-    if any((getattr(text, name, None) or 0) > 1 for name in EXPERTS):
+    if _has_experts(load_model_config(student, "student")):
         raise RecipeError(
             f"the student '{student}' is a mixture of experts, which on a CPU does not take new weights in the "
             "engine; train it on a GPU, or take a dense student"
@@ -95,6 +95,21 @@ def check_heads(configs: Mapping[str, Any], tensor_parallel: int) -> None:
                 f"and {kv_heads} of keys and values, which cannot be shared out evenly: both models are split over "
                 "the GPUs of an engine. Take a number that divides the heads of both"
             )
+
+
+def _has_experts(config: Any) -> bool:
+    return any((getattr(config.get_text_config(), name, None) or 0) > 1 for name in EXPERTS)
+
+
+def check_experts_beside(configs: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a student with experts under a teacher without: vLLM makes the group of processes that
+    experts work in for the engine's model, and its draft model finds none.
+    """
+    if _has_experts(configs["student"]) and not _has_experts(configs["teacher"]):
+        raise RecipeError(
+            "the student is a mixture of experts and the teacher is not, which vLLM cannot hold in one engine; take a "
+            "teacher that is one, too, or a dense student"
+        )
 
 
 def check_attention(configs: Mapping[str, Any]) -> None:

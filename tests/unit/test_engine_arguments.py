@@ -208,6 +208,12 @@ def test_what_rounds_weights_is_the_teachers_alone() -> None:
     assert spec.plain_arguments()["max_num_seqs"] == 8
 
 
+def test_experts_of_a_student_stay_as_new_weights_find_them() -> None:
+    """On newer GPUs vLLM would take kernels for which it shuffles the weights of experts after they are loaded."""
+    drafts = {cpu: make_spec(cpu=cpu).arguments()["speculative_config"] for cpu in (True, False)}
+    assert drafts[False]["moe_backend"] == "triton" and "moe_backend" not in drafts[True]
+
+
 def test_a_spec_survives_json() -> None:
     import json
 

@@ -14,6 +14,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.models import common_vocab_size
 from skd_plugin.prepare.model_checks import (
     check_experts,
+    check_experts_beside,
     check_full_weights,
     check_output_head,
     check_pair,
@@ -180,6 +181,17 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
             check_pair(*map(str, pair), **SIZES)
     with pytest.raises(RecipeError, match=r"the teacher .* cannot be loaded"):
         check_pair(str(tmp_path), str(PAIR / "student"), **SIZES)
+
+
+def test_experts_want_experts_above_them() -> None:
+    """vLLM makes a group for the experts of the engine's model alone."""
+    from transformers import LlamaConfig, MixtralConfig
+
+    dense, experts = LlamaConfig(), MixtralConfig()
+    for teacher, student in ((dense, dense), (experts, dense), (experts, experts)):
+        check_experts_beside({"teacher": teacher, "student": student})
+    with pytest.raises(RecipeError, match="the student is a mixture of experts and the teacher is not"):
+        check_experts_beside({"teacher": dense, "student": experts})
 
 
 def test_a_student_with_experts_is_refused_on_a_cpu(tmp_path: Path) -> None:
