@@ -10,7 +10,7 @@ import torch
 from skd_plugin.core.trace import NOTHING, Trace
 
 DTYPES = {"source": torch.uint8} | dict.fromkeys(
-    ("response_ids", "rejected_ids", "draft_rank", "teacher_topk_ids"), torch.int32
+    ("response_ids", "rejected_ids", "draft_rank", "teacher_topk_ids", "student_version"), torch.int32
 )
 
 

@@ -36,8 +36,6 @@ CPU_DEFAULTS: dict[str, Any] = {
 FIXED: dict[str, tuple[Any, str]] = {
     "rollout.temperature": (1.0, "OpenRLHF divides the trained logits by it; set skd.rollout.student_temperature"),
     "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
-    "train.async_enable": (False, "the asynchronous trainer builds its own actors, which SKD does not reach yet"),
-    "train.partial_rollout_enable": (False, "a response must come from one student"),
     "ds.ring_attn_size": (1, "the loss of tokens that are spread over ranks is not there yet"),
     "ds.tensor_parallel_size": (
         1,
@@ -92,6 +90,13 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
             "openrlhf.ds.enable_sleep is on, but at openrlhf.ds.zero_stage = 0 DeepSpeed cannot move the optimizer "
             "off the GPU; set zero_stage to 1 or more"
         )
+    if options["train.async_enable"]:
+        _check_async(options)
+    elif options["train.partial_rollout_enable"]:
+        raise RecipeError(
+            "openrlhf.train.partial_rollout_enable needs openrlhf.train.async_enable: in a synchronous run no "
+            "response is in flight when weights change"
+        )
     _check_batches(options)
     if skd.objective.uses_rewards:
         _check_rewards(options, teacher_advantage=skd.objective.teacher_advantage)
@@ -126,6 +131,19 @@ def check_number(prompts: int, options: HostOptions, where: str = "") -> None:
         raise RecipeError(
             f"{where}there are {used} prompts, but a step needs openrlhf.rollout.batch_size = "
             f"{options['rollout.batch_size']}; give more prompts or make the batch smaller{limit}"
+        )
+
+
+def _check_async(options: HostOptions) -> None:
+    if options["vllm.enable_sleep"]:
+        raise RecipeError(
+            "openrlhf.vllm.enable_sleep is on, but with openrlhf.train.async_enable the engines sample while the "
+            "trainer trains, each on GPUs of its own; turn one of them off"
+        )
+    if options["ckpt.best_metric_key"] != "none":
+        raise RecipeError(
+            "openrlhf.ckpt.best_metric_key is set, but OpenRLHF's asynchronous trainer hears of an evaluation a step "
+            "later, and would save that step's student as the best; leave it at none"
         )
 
 

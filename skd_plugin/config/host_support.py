@@ -38,9 +38,10 @@ HONOURED = frozenset(
     reward.offload reward.overlong_buffer_len reward.overlong_penalty_factor reward.remote_url
     reward.stop_properly_penalty_coef
     rollout.batch_size rollout.micro_batch_size rollout.n_samples_per_prompt
-    train.agent_func_path train.batch_size train.colocate_actor_ref train.colocate_all train.colocate_critic_reward
-    train.dynamic_batch_enable train.ema_beta train.enable_ema train.full_determinism_enable train.max_epochs
-    train.micro_batch_size train.num_episodes train.seed
+    train.agent_func_path train.async_enable train.batch_size train.colocate_actor_ref train.colocate_all
+    train.colocate_critic_reward train.dynamic_batch_enable train.ema_beta train.enable_ema
+    train.full_determinism_enable train.max_epochs train.micro_batch_size train.num_episodes
+    train.partial_rollout_enable train.seed
     vllm.enable_prefix_caching vllm.enable_sleep vllm.enforce_eager vllm.gpu_memory_utilization vllm.num_engines
     vllm.sync_backend vllm.sync_with_ray vllm.tensor_parallel_size
     """.split()
@@ -55,6 +56,7 @@ OTHERWISE = {
     "logger.wandb.run_name": "the name of the run folder",
     "rollout.max_tokens_per_gpu": "with `train.dynamic_batch_enable`; else `rollout.micro_batch_size` counts",
     "train.max_tokens_per_gpu": "with `train.dynamic_batch_enable`; else `train.micro_batch_size` counts",
+    "train.async_queue_size": "with `train.async_enable`; the most updates that a token's student may be behind",
     "rollout.max_new_tokens": "`skd.rollout.max_new_tokens` goes first",
     "rollout.vllm_generate_batch_size": "only the value of `rollout.batch_size`: a step sends all its prompts at once",
 }
@@ -68,7 +70,6 @@ WITHOUT_EFFECT = {
     "ds.lora.dropout": "adapters are refused",
     "ds.lora.target_modules": "adapters are refused",
     "ds.ring_attn_head_stride": "ring attention is refused",
-    "train.async_queue_size": "the asynchronous trainer is refused",
 }
 
 

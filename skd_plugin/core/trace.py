@@ -56,8 +56,12 @@ class Trace:
     teacher_rest_tempered: torch.Tensor
     # [R, J], what the teacher's head made each token's p of; [R, 0], which needs not be given: not kept
     teacher_hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    # int32 [R], updates of its weights that the student had had when it proposed; 0, if not given
+    student_version: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def __post_init__(self) -> None:
+        if len(self.student_version) != len(self):
+            self.student_version = torch.zeros(len(self), dtype=torch.int32)
         if not self.teacher_hidden.shape[1]:
             self.teacher_hidden = torch.empty(len(self), 0)
 

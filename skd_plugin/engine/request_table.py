@@ -6,7 +6,7 @@ Shapes: B requests, L draft length, V vocabulary, N drafted tokens of all reques
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class RequestTable:
             vocab_size: ids that both models have.
         """
         self.vocab_size = vocab_size
+        self.student_version = 0  # updates that the student has had
         self._states = states
         self._device = device
         self._teacher_top_k = teacher_top_k
@@ -127,6 +128,8 @@ class RequestTable:
         """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on. Those of a
         request that is cut off while it goes on here (a stop string, an executor that gave up) go nowhere.
         """
+        # Before an update vLLM preempts what is in flight: no draft of an older version is left to be verified.
+        tokens = replace(tokens, student_version=torch.full((len(tokens),), self.student_version, dtype=torch.int32))
         start = 0
         for trace_id, count in zip(trace_ids, counts, strict=True):
             if count and trace_id not in self._fetched:

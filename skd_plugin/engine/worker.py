@@ -64,6 +64,10 @@ class SKDWorker(VllmWorker):
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
 
+    def student_is(self, version: int) -> None:
+        """After its weights have been loaded: how many updates it has had."""
+        self._skd_requests.student_version = version
+
     def describe_skd(self) -> EngineDescription:
         """What is really in place, for the start-up check."""
         runner, sizes = self.model_runner, vocabulary.sizes(self.vllm_config)

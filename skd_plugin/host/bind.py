@@ -16,6 +16,7 @@ from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.engine.arguments import engine_for
 from skd_plugin.host import on_cpu
+from skd_plugin.host.async_controller import SKDAsyncTrainer
 from skd_plugin.host.controller import SKDTrainer
 from skd_plugin.host.critic import SKDCritic
 from skd_plugin.host.policy_actor import SKDPolicy
@@ -26,6 +27,7 @@ from skd_plugin.seams import plain_class, rebind
 def bind(run: Run) -> None:
     """Raises RuntimeError if a name to be rebound is not where it is expected."""
     import openrlhf.trainer.ppo_trainer as ppo_trainer
+    import openrlhf.trainer.ppo_trainer_async as ppo_trainer_async
     import openrlhf.trainer.ray.launcher as launcher
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     import openrlhf.trainer.ray.ppo_critic as ppo_critic
@@ -49,6 +51,7 @@ def bind(run: Run) -> None:
     rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
+    rebind(ppo_trainer_async, "PPOTrainerAsync", ray.remote(SKDAsyncTrainer))
     for name in ("ReferenceModelActor", "RewardModelActor"):
         rebind(launcher, name, ray.remote(num_gpus=1)(_frozen(getattr(launcher, name))))
 

@@ -1,55 +1,91 @@
-"""What is measured on the held-out prompts while a run goes on."""
+"""What is measured on the held-out prompts while a run goes on, and when."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from openrlhf.trainer.ppo_trainer import compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin.config.host_rules import NO_REWARD
 from skd_plugin.core.metrics import mean_kl
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.host import by_task
 from skd_plugin.host.batch import trace_of
-from skd_plugin.host.samples import SKDSamplesGenerator
+from skd_plugin.host.run_samples import RunSamples
+from skd_plugin.run_folder import RunFolder
+from skd_plugin.tasks import reward
 
 
 class HeldOut:
-    """The held-out prompts, and how responses to them are sampled and scored."""
+    """The held-out prompts, and how responses to them are sampled and scored. A line of metrics.jsonl each time."""
 
-    def __init__(
-        self,
-        generator: SKDSamplesGenerator,
-        generate_kwargs: dict[str, Any],
-        task_of: Callable[[Experience], str],
-        *,
-        by_checker: bool,
-    ) -> None:
-        """
+    def __init__(self, samples: RunSamples, generate_kwargs: dict[str, Any]) -> None:
+        """`generate_kwargs`: OpenRLHF's, of training."""
+        self._generator = samples
+        self._args = samples.args
+        self._generate_kwargs = {**generate_kwargs, "n_samples_per_prompt": self._args.eval.n_samples_per_prompt}
+        self._by_checker = self._args.reward.remote_url == [reward.__file__]
+        self._folder = RunFolder(Path(self._args.skd.run_dir))
+        self.evaluated_step: int | None = None  # the latest
+
+    def measure_before_training(self, step: int, load_student: Callable[[], None]) -> dict[str, float]:
+        """What a resumed run has measured already is not measured again; what it was killed before, is.
+
         Args:
-            generate_kwargs: OpenRLHF's, with the number of samples a prompt of an evaluation.
-            task_of: name of the task of a response.
-            by_checker: rewards are the scores of the tasks' own checkers.
+            step: from which the run goes on.
+            load_student: gives the engines the student of that step, in place of that of the beginning.
         """
-        self._generator = generator
-        self._generate_kwargs = generate_kwargs
-        self._task_of = task_of
-        self._by_checker = by_checker
+        metrics: dict[str, float] = {}
+        if self._generator.eval_dataloader is None:
+            return metrics
+        evaluations = [(r["step"], key) for r in self._folder.metrics.read() for key in r if key.startswith("eval/")]
+        scored = self._args.reward.remote_url != [NO_REWARD]
+        if self._args.skd.eval.teacher and scored and not any("/teacher_" in key for _, key in evaluations):
+            self._folder.status.stage("measuring the teacher")
+            metrics |= self.measure_teacher()
+        done = any(of == step and "/teacher_" not in key for of, key in evaluations)
+        if step:
+            self.evaluated_step = step if done else None
+            due = step % self._args.eval.steps == 0
+        else:
+            due = self._args.skd.eval.at_start
+        if due and not done:
+            self._folder.status.stage("measuring the student")
+            if step:
+                load_student()
+            metrics |= self.measure_student(step)
+        return metrics
 
-    def measure_student(self, rule: SamplingRule) -> dict[str, float]:
-        """`eval/<task>/...` of the student alone, beside what OpenRLHF makes of the rewards."""
-        samples = self._samples(rule)
+    def measure_after_training(self, step: int) -> dict[str, float]:
+        """Of the last step's student, unless it has been measured; there may be no step."""
+        if self._generator.eval_dataloader is None or self.evaluated_step == step or not step:
+            return {}
+        return self.measure_student(step)
+
+    def measure_student(self, step: int) -> dict[str, float]:
+        """The student of a step alone, by OpenRLHF's eval options; the teacher only looks on: `eval/<task>/...`,
+        beside what OpenRLHF makes of the rewards.
+        """
+        self.evaluated_step = step
+        samples = self._samples(self._generator.plan.at(0).student_only(self._args.eval.temperature))
         of_openrlhf: dict[str, float] = {}
         if samples[0].rewards is not None:
             num_samples = self._generate_kwargs["n_samples_per_prompt"]
             of_openrlhf = compute_eval_metrics(self._generator.eval_dataloader, samples, num_samples)
-        return {**of_openrlhf, **self._by_task(samples, "", with_kl=True)}
+        return {**of_openrlhf, **self._written(step, self._by_task(samples, "", with_kl=True))}
 
-    def measure_teacher(self, rule: SamplingRule) -> dict[str, float]:
+    def measure_teacher(self) -> dict[str, float]:
         """`eval/<task>/teacher_...`."""
-        return self._by_task(self._samples(rule), "teacher_", with_kl=False)
+        samples = self._samples(self._generator.plan.at(0).teacher_only(0.0))
+        return self._written(0, self._by_task(samples, "teacher_", with_kl=False))
+
+    def _written(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        self._folder.metrics.append({"step": step, **metrics})
+        return metrics
 
     @torch.no_grad()
     def _samples(self, rule: SamplingRule) -> list[Experience]:
@@ -57,7 +93,7 @@ class HeldOut:
 
     def _by_task(self, samples: list[Experience], prefix: str, *, with_kl: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for task, group in by_task.grouped(samples, [self._task_of(sample) for sample in samples]).items():
+        for task, group in by_task.grouped(samples, [self._generator.task_of(sample) for sample in samples]).items():
             traces = [trace_of(sample) for sample in group]
             measured: dict[str, float] = {}
             if group[0].rewards is not None:

@@ -66,10 +66,14 @@ class Objective:
         self._coefficients: Coefficients | None = None
         self._student_tolerance = student_tolerance
         self._compared = True
+        self._student_version = 0
 
-    def weigh(self, coefficients: Coefficients) -> None:
-        """The coefficients from now on. One that is 0 takes no part, so that a run with one loss is exactly a run
-        without the other.
+    def begin_step(self, coefficients: Coefficients, student_version: int = 0) -> None:
+        """
+        Args:
+            coefficients: from now on. One that is 0 takes no part, so that a run with one loss is exactly a run
+                without the other.
+            student_version: updates that the trainer's student has had.
 
         Raises:
             ValueError: both are zero; there would be nothing to learn.
@@ -77,12 +81,14 @@ class Objective:
         if not any(coefficients):
             raise ValueError("skd.objective.kd_coef and rl_coef are both 0 in this step; give one of them a value")
         self._coefficients = coefficients
+        self._student_version = student_version
         self._compared = False
 
     def compare_students(self, batch: MicroBatch, log_probs: torch.Tensor) -> None:
         """Before its first update a step's student is the one that the engine sampled with, so both must think the
-        same of the text. The first micro-batch of each step is looked at, which costs nothing: wrong attention, a
-        model that the two libraries read in two ways, or weights that did not arrive in the engine end the run here.
+        same of the text; of what an older student has proposed in an asynchronous run nothing can be said. The first
+        micro-batch of each step is looked at, which costs nothing: wrong attention, a model that the two libraries
+        read in two ways, or weights that did not arrive in the engine end the run here.
 
         Args:
             log_probs: of the trainer's student, at OpenRLHF's entries [B, T - 1].
@@ -94,7 +100,7 @@ class Objective:
             return
         self._compared = True
         ours_N = batch.layout.take(log_probs.detach()).float().cpu()
-        known_N = batch.tokens.student_logp.isfinite()
+        known_N = batch.tokens.student_logp.isfinite() & (batch.tokens.student_version == self._student_version)
         if not known_N.any():
             return
         engines_N = batch.tokens.student_logp[known_N]

@@ -30,7 +30,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         skd = self.args.skd
         vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
-        self.step = 0  # the training step that is running, counted from 1
+        self.step = 0  # the training step that is running or was the last, counted from 1
         make = {"top_k": _top_k, "full": _full_vocabulary}[skd.loss.vocabulary]
         distillation = make(self.actor, skd, vocab, token_level_loss)
         tolerance = _student_tolerance(self.actor.model.module, vocab, full=skd.loss.vocabulary == "full")
@@ -61,7 +61,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         super()._init_vllm_sync_group(backend)
 
     def broadcast_to_vllm(self) -> None:
-        StudentSender(self).send()
+        StudentSender(self).send(version=self.step)
 
 
 def _student_tolerance(model: Any, vocab: int, *, full: bool) -> float | None:
@@ -106,8 +106,12 @@ class SKDPolicy(HostPolicy):
     def begin_step(self, step: int, coefficients: Coefficients, seed: int) -> None:
         """Before each `fit`; `step` counts from 1. The seed makes OpenRLHF's shuffling the same in a resumed run."""
         self.trainer.step = step
-        self.trainer.objective.weigh(coefficients)
+        self.trainer.objective.begin_step(coefficients, student_version=step - 1)
         torch.manual_seed(seed)
+
+    def resume(self, step: int) -> None:
+        """Goes on behind a step, 0 at the start of a run."""
+        self.trainer.step = step
 
     def describe_skd(self) -> dict[str, str]:
         """What is really in place, for the start-up check."""

@@ -63,6 +63,7 @@ class SKDRollout(HostRollout):
         self.teacher_top_k = spec.teacher_top_k
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
+        self._student_version = 0
 
     def set_rule(self, rule: SamplingRule, seed: int) -> None:
         """How requests are sampled from now on; the same (seed, prompt, n-th request for it) gives the same tokens."""
@@ -75,6 +76,14 @@ class SKDRollout(HostRollout):
     async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
         pieces = (bucket.names, bucket.shapes, bucket.dtype, ipc_handles)
         await call_worker(self.llm, "receive_student", *pieces)
+
+    async def student_is(self, version: int) -> None:
+        await call_worker(self.llm, "student_is", version)
+        self._student_version = version
+
+    def student_version(self) -> int:
+        """Updates that the student in the engine has had."""
+        return self._student_version
 
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())

@@ -102,7 +102,8 @@ class StudentSender:
         self._use_cuda_ipc = trainer.use_cuda_ipc
         self._group: Any = getattr(trainer, "_model_update_group", None)  # of rank 0, where weights are broadcast
 
-    def send(self) -> None:
+    def send(self, version: int) -> None:
+        """`version`: updates that the student has had."""
         import deepspeed
         from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 
@@ -115,6 +116,7 @@ class StudentSender:
                 elif torch.distributed.get_rank() == 0:
                     self._send_by_broadcast(bucket, flatten(self._model, parameters))
         if torch.distributed.get_rank() == 0:
+            ray.get([engine.student_is.remote(version) for engine in self._engines])
             ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
         torch.cuda.empty_cache()
         torch_dist_barrier_and_cuda_sync()

@@ -99,7 +99,7 @@ def train(folder: Path, stage: int, case: str, layout: str) -> dict[str, Any]:
         micro_train_batch_size=args.train.micro_batch_size, tokenizer=tokenizer, vllm_engines=None,
     )  # fmt: skip
     maker = SKDExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), strategy, tokenizer)
-    trainer.objective.weigh(Coefficients(kd=args.skd.objective.kd_coef, rl=args.skd.objective.rl_coef))
+    trainer.objective.begin_step(Coefficients(kd=args.skd.objective.kd_coef, rl=args.skd.objective.rl_coef))
     shapes = watch_shapes(actor.model)
     first, norms, losses = weights(actor.model, stage), [], []
     for step in range(STEPS):

@@ -124,7 +124,7 @@ def train(kind: str, options: dict[str, Any], run_dir: Path) -> dict[str, Any]:
                 experience.info.pop(TRACE_KEY)
             trainer.replay_buffer.append(experience)
         if kind == "skd":
-            trainer.objective.weigh(Coefficients(kd=0.0, rl=1.0))
+            trainer.objective.begin_step(Coefficients(kd=0.0, rl=1.0))
         torch.manual_seed(step)  # of the shuffling into micro-batches
         status = trainer.ppo_train(args.algo.kl.init_coef)
         trainer.replay_buffer.clear()

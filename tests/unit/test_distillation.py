@@ -261,7 +261,7 @@ def objective(loss, token_level: bool = True):
     from skd_plugin.host.objective import Coefficients, Objective, TopKDistillation
 
     found = Objective(TopKDistillation(loss), None, token_level)
-    found.weigh(Coefficients(kd=1.0, rl=0.0))
+    found.begin_step(Coefficients(kd=1.0, rl=0.0))
     return found
 
 

@@ -118,7 +118,7 @@ def make_objective(modules, head: torch.Tensor, kind: str, full: bool, by_token:
             head, token_loss, chunk=3, vocab=VOCAB, token_level_loss=by_token, alone=alone
         )
     objective = modules.objective.Objective(distillation, None, by_token)
-    objective.weigh(modules.objective.Coefficients(kd=1.0, rl=0.0))
+    objective.begin_step(modules.objective.Coefficients(kd=1.0, rl=0.0))
     return objective
 
 

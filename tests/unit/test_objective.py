@@ -50,7 +50,7 @@ class Step:
         distillation = self.parts.objective.TopKDistillation(LOSSES["forward_kl"])
         policy = self.parts.PolicyLoss(token_level_loss=token_level)
         objective = self.parts.objective.Objective(distillation, policy, token_level)
-        objective.weigh(self.parts.objective.Coefficients(kd=kd, rl=rl))
+        objective.begin_step(self.parts.objective.Coefficients(kd=kd, rl=rl))
         student = Student()
         experiences = []
         for rows in micro_batches:
@@ -307,15 +307,15 @@ def test_a_student_that_is_not_the_engines_ends_the_step(parts) -> None:
     distillation = parts.objective.TopKDistillation(LOSSES["forward_kl"])
     objective = parts.objective.Objective(distillation, None, True, student_tolerance=0.01)
     objective.compare_students(batch, step.logp + 1)  # no step has begun
-    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    objective.begin_step(parts.objective.Coefficients(kd=1.0, rl=0.0))
     objective.compare_students(batch, step.logp)
     objective.compare_students(batch, step.logp + 1)  # after the first one
-    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    objective.begin_step(parts.objective.Coefficients(kd=1.0, rl=0.0))
     batch.tokens.student_logp[0] = float("nan")  # where the student was not asked
     with pytest.raises(
         RuntimeError, match=r"log q of \d+ sampled tokens is -\d.* and -\d.* here, (0\.9|1\.0)\d* nats apart"
     ):
         objective.compare_students(batch, step.logp + 1)
-    objective.weigh(parts.objective.Coefficients(kd=1.0, rl=0.0))
+    objective.begin_step(parts.objective.Coefficients(kd=1.0, rl=0.0))
     with pytest.raises(RuntimeError, match="nan nats apart"):
         objective.compare_students(batch, step.logp * float("nan"))

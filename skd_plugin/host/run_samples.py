@@ -1,0 +1,99 @@
+"""The responses of a run, step by step: by which rule they are sampled, what they say, which of them are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from skd_plugin.config.host_rules import check_number, planned_steps
+from skd_plugin.core.layout import first_response_place
+from skd_plugin.core.metrics import rollout_metrics
+from skd_plugin.engine.sampling_rule import RulePlan
+from skd_plugin.host import by_task
+from skd_plugin.host.batch import trace_of
+from skd_plugin.host.samples import SKDSamplesGenerator
+from skd_plugin.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the responses of a step say, and what the next ones are sampled by."""
+
+    metrics: dict[str, float]
+    tokens: int
+    rule_state: dict[str, float]  # of the `RulePlan`, after it
+
+
+class RunSamples(SKDSamplesGenerator):
+    """Takes the place of OpenRLHF's SamplesGenerator in its trainers, which make it with these arguments."""
+
+    def __init__(
+        self, strategy: Any, prompts_dataloader: Any, eval_dataloader: Any, tokenizer: Any, vllm_engines: Any
+    ) -> None:
+        options, prompts = strategy.args, prompts_dataloader.dataset
+        names = ("data.max_samples", "rollout.batch_size")
+        check_number(len(prompts), {name: attrgetter(name)(options) for name in names})  # now of any dataset
+        self.planned_steps = planned_steps(len(prompts), options.rollout.batch_size, options.train.num_episodes)
+        super().__init__(
+            strategy,
+            prompts_dataloader,
+            eval_dataloader,
+            tokenizer,
+            vllm_engines,
+            plan=RulePlan(options.skd.rollout, self.planned_steps, len(tokenizer)),
+            seed=options.skd.rollout.seed,
+        )
+        self._folder = RunFolder(Path(options.skd.run_dir))
+        self._sources = by_task.sources(prompts, eval_dataloader.dataset if eval_dataloader else None)
+        self._several_tasks = len(set(prompts.datasources)) > 1
+        self.sampled: Sampled | None = None  # of the latest step
+
+    def resume(self, step: int, rule_state: dict[str, float] | None) -> None:
+        """Goes on behind a step."""
+        self.step = step
+        if rule_state is not None:
+            self.plan.load_state_dict(rule_state)
+
+    def task_of(self, sample: Experience) -> str:
+        return self._sources.get(sample.prompts[0], by_task.HELD_OUT)
+
+    def generate_samples(self, **generate_kwargs: Any) -> Any:
+        rule = self.rule
+        samples, *others = super().generate_samples(**generate_kwargs)
+        if samples:
+            self.step += 1
+            self._record(samples)
+            metrics = self._metrics(samples) | rule.metrics()
+            self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
+            tokens = sum(len(trace_of(sample)) for sample in samples)
+            self.sampled = Sampled(metrics, tokens, self.plan.state_dict())
+        return samples, *others
+
+    def _metrics(self, samples: list[Experience]) -> dict[str, float]:
+        draft_len = self.args.skd.rollout.draft_len
+        traces = [trace_of(sample) for sample in samples]
+        metrics = rollout_metrics(traces, draft_len)
+        if self._several_tasks:
+            metrics |= by_task.rollout_by_task(traces, [self.task_of(sample) for sample in samples], draft_len)
+        return metrics
+
+    def _record(self, samples: list[Experience]) -> None:
+        """Some of a step's responses for traces.jsonl, evenly spread: they come in the order of their end, so that the
+        first ones are the short ones.
+        """
+        count = self.args.skd.traces_per_step
+        for sample in samples[:: max(1, len(samples) // count)][:count] if count else ():
+            trace = trace_of(sample)
+            prompt_ids = sample.sequences[0, : first_response_place(sample.action_mask[0])].tolist()
+            self._folder.traces.append(
+                {
+                    "step": self.step,
+                    **trace.to_json(prompt_ids, "length" if bool(sample.truncated) else "stop"),
+                    "prompt": sample.prompts[0],
+                    "response": self.text(trace),
+                }
+            )

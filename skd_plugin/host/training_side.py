@@ -1,0 +1,161 @@
+"""What SKD adds to a training step of OpenRLHF's controllers, the synchronous and the asynchronous one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from skd_plugin.config.schema import Coefficients, SKDConfig
+from skd_plugin.core.rng import derive_seed
+from skd_plugin.engine.arguments import EngineDescription
+from skd_plugin.host.batch import trace_of
+from skd_plugin.host.metrics import objective_metrics
+from skd_plugin.host.run_samples import Sampled
+from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
+from skd_plugin.host.teacher_check import compare_teachers
+from skd_plugin.run_folder import RunFolder
+
+RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
+STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way to the loggers
+
+
+def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
+    """What engines and policy actors must say of themselves (`describe_skd`)."""
+    return {
+        "engine": {
+            "sampler": "SKDSampler",
+            "drafter": "SKDDrafter",
+            # What the engine records and what the loss reads of it must be of one temperature and width.
+            "loss_temperature": skd.loss.temperature,
+            "teacher_top_k": skd.loss.teacher_top_k,
+        },
+        "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
+    }
+
+
+class TrainingSide:
+    """Mixed into a BasePPOTrainer of OpenRLHF's, in front of it."""
+
+    sampled: Sampled | None  # of the step that is trained
+
+    def set_up(self: Any, planned_steps: int) -> None:
+        """After OpenRLHF's own __init__."""
+        self.skd: SKDConfig = self.args.skd
+        self.folder = RunFolder(Path(self.skd.run_dir))
+        self.planned_steps = planned_steps
+        maker = SKDExperienceMaker if self.skd.objective.uses_rewards else RewardFreeExperienceMaker
+        self.experience_maker = maker(
+            self.actor_model_group,
+            self.critic_model_group,
+            self.reward_model_group,
+            self.reference_model_group,
+            self.kl_ctl,
+            self.strategy,
+            self.tokenizer,
+        )
+        # OpenRLHF's fit closes them, and the last evaluation comes after it.
+        self._loggers = [logger for logger in (self.wandb_logger, self.tensorboard_logger) if logger]
+        self._closings = [logger.close for logger in self._loggers]
+        for logger in self._loggers:
+            logger.close = lambda: None
+        self._teacher_gap: float | None = None  # of its log-probs, see compare_teachers; None before the first step
+
+    def check_parts(self: Any) -> None:
+        """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""
+        engines = ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
+        policies = ray.get(self.actor_model_group.async_run_method("describe_skd"))
+        expected = expected_parts(self.skd)
+        for kind, found in [("engine", d) for d in engines] + [("policy", d) for d in policies]:
+            for part, wanted in expected[kind].items():
+                if found.get(part) != wanted:
+                    raise RuntimeError(
+                        f"the {part} of one {kind} actor is {found.get(part)}, expected {wanted}: SKD is not active "
+                        "there. Another plugin or a newer OpenRLHF replaced it; run pytest tests/contract."
+                    )
+        print(f"SKD is active: {engines[0]}")
+
+    def train_step(self: Any, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
+        """OpenRLHF's step; its status also carries what is measured of it here, on its way to the loggers."""
+        started = time.monotonic()
+        metrics = dict(self.sampled.metrics)
+        if self._teacher_gap is None and self.skd.teacher.compare:
+            self._teacher_gap = metrics["skd/teacher_gap"] = self._compare_teachers(rollout_samples)
+        coefficients = self._begin_step(global_step)
+        status, step = super().train_step(rollout_samples, global_step)
+        traces = [trace_of(sample) for sample in rollout_samples]
+        metrics |= objective_metrics(status, traces, coefficients)
+        metrics["time/train"] = time.monotonic() - started
+        return {**status, STEP_METRICS: metrics}, step
+
+    def _compare_teachers(self: Any, samples: list[Experience]) -> float:
+        engine: EngineDescription = ray.get(self.vllm_engines[0].describe_skd.remote())
+        return compare_teachers(samples, engine, quantised=engine["quantization"] is not None)
+
+    def _begin_step(self: Any, global_step: int) -> Coefficients:
+        progress = min(global_step / max(self.planned_steps, 1), 1.0)
+        coefficients = self.skd.objective.coefficients(progress)
+        seed = derive_seed(self.args.train.seed, global_step) % 2**63
+        ray.get(self.actor_model_group.async_run_method("begin_step", global_step + 1, coefficients, seed))
+        return coefficients
+
+    def resume(self: Any) -> dict[str, Any]:
+        """Finds the checkpoint to go on from; returns OpenRLHF's states of it."""
+        self.check_parts()
+        states = self.init_checkpoint_states()
+        ray.get(self.actor_model_group.async_run_method("resume", states["global_step"]))
+        return states
+
+    def save_logs_and_checkpoints(
+        self: Any, global_step: int, logs_dict: Any = None, client_states: Any = None
+    ) -> None:
+        """Adds what SKD measured to what OpenRLHF's loggers get, and writes the step's line of metrics.jsonl."""
+        status = dict(logs_dict or {})
+        metrics = status.pop(STEP_METRICS)
+        metrics |= {
+            "time/rollout": status.get("timing/generation", 0.0),
+            "time/sync": status.get("timing/broadcast"),
+            "grad_norm": status.get("actor_grad_norm") or None,  # DeepSpeed keeps none in float32
+            "lr": status.get("actor_lr"),
+        }
+        metrics["time/step"] = self.step_time(status, metrics)
+        metrics["tokens_per_s"] = self.sampled.tokens / metrics["time/step"] if metrics["time/step"] else None
+        passed = status.get("dynamic_filtering_pass_rate")
+        if passed is not None:  # OpenRLHF counts samples for prompts, and comes to it after the training step
+            metrics["rl/filter_pass_rate"] = passed / self.args.rollout.n_samples_per_prompt / 100
+        # Before the checkpoint is written: a run that is resumed from it has this line.
+        self.folder.metrics.append({"step": global_step, **metrics})
+        states = {**(client_states or {}), RULE_STATE: self.sampled.rule_state}
+        super().save_logs_and_checkpoints(global_step, {**status, **metrics}, states)
+
+    def step_time(self, status: dict[str, Any], metrics: dict[str, float]) -> float:
+        """Seconds from the last step's end to this one's, evaluations left out."""
+        raise NotImplementedError
+
+    def log_evaluation(self: Any, step: int, metrics: dict[str, float]) -> None:
+        for logger in self._loggers if metrics else ():  # which put the prefix back
+            logger.log_eval(step, {name.removeprefix("eval/"): value for name, value in metrics.items()})
+
+    def save_best_checkpoint(
+        self: Any, eval_metrics: dict[str, float], global_step: int, client_states: Any = None
+    ) -> None:
+        states = {**(client_states or {}), RULE_STATE: self.sampled.rule_state}
+        super().save_best_checkpoint(eval_metrics, global_step, states)
+
+    def end(self: Any, step: int, metrics: dict[str, float]) -> None:
+        """Logs the last evaluation, if there was one.
+
+        Raises:
+            RuntimeError: there was no step.
+        """
+        if not step:
+            raise RuntimeError(
+                "the run came to its end without a training step: openrlhf.algo.dynamic_filtering_range left too few "
+                "prompts for one; widen it, or give more prompts"
+            )
+        self.log_evaluation(step, metrics)
+        for close in self._closings:
+            close()
