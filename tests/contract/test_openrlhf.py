@@ -43,6 +43,7 @@ def find(path: str) -> Any:
 PPO = "openrlhf.trainer.ppo_trainer"
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
 ENGINE = "openrlhf.trainer.ray.vllm_engine"
+ASYNC = "openrlhf.trainer.ppo_trainer_async"
 SAMPLES = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
 WRAP = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
@@ -87,10 +88,23 @@ HASHES = [  # host code, hash, our file, what we assume of it
     (f"{PPO}:PPOTrainer.fit", "fc2b371660c4", "host/controller.py",
      "it calls generate_samples, train_step, save_logs_and_checkpoints and evaluate, in this order, with these keys"),
     (f"{PPO}:PPOTrainer.evaluate", "977859287716", "host/controller.py", "our evaluate takes its place"),
-    (f"{PPO}:BasePPOTrainer.train_step", "5e0be4a5b50f", "host/controller.py",
+    (f"{PPO}:BasePPOTrainer.train_step", "5e0be4a5b50f", "host/training_side.py",
      "it needs info['reward'] and reports timing/broadcast"),
-    (f"{PPO}:BasePPOTrainer.save_logs_and_checkpoints", "1bbbe775e8cb", "host/controller.py",
+    (f"{PPO}:BasePPOTrainer.save_logs_and_checkpoints", "1bbbe775e8cb", "host/training_side.py",
      "we extend what it logs"),
+    (f"{PPO}:BasePPOTrainer.save_best_checkpoint", "4557b701d488", "host/training_side.py",
+     "we add to the states that it saves"),
+    (f"{ASYNC}:PPOTrainerAsync.__init__", "63c21abac8f9", "host/async_controller.py",
+     "it names the two actors, and makes as many slots as the queue has places: no token is older"),
+    (f"{ASYNC}:PPOTrainerAsync.fit", "e70cb7a23364", "host/async_controller.py",
+     "it reads the checkpoint's states, sends the student and runs both actors to their ends"),
+    (f"{ASYNC}:GenerateSamplesActor.fit", "f9c6d1422e6c", "host/async_controller.py",
+     "it takes a slot a batch, evaluates under the lock, and puts samples and client states into the queue"),
+    (f"{ASYNC}:GenerateSamplesActor._run_eval", "674d3ee92589", "host/async_controller.py", "ours takes its place"),
+    (f"{ASYNC}:TrainingActor.fit", "1d6135be4b6e", "host/async_controller.py",
+     "it tells evaluations from batches in the queue, gives the slot back before the step, and times the whole step"),
+    (f"{ASYNC}:TrainingActor.broadcast_to_vllm", "249d97cea9e2", "host/async_controller.py",
+     "it waits for the lock, and with partial rollouts pauses the engines"),
     (f"{PPO}:BasePPOTrainer._compute_rollout_stats", "6d5005661700", "host/samples.py",
      "it averages info['reward'], which is NaN in a reward-free run, under rollout/reward_mean"),
     (f"{PPO}:prepare_datasets", "1428fd249561", "prepare/load_run.py and host/controller.py",
@@ -152,6 +166,18 @@ SIGNATURES = [
     (f"{PPO}:PPOTrainer.__init__",
      "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
      "host/controller.py"),
+    (f"{ASYNC}:PPOTrainerAsync.__init__",
+     "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines **",
+     "host/async_controller.py"),
+    (f"{ASYNC}:GenerateSamplesActor.__init__",
+     "pretrain strategy vllm_engines vllm_lock rollout_queue rollout_slots **", "host/async_controller.py"),
+    (f"{ASYNC}:TrainingActor.__init__",
+     "pretrain strategy actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
+     "vllm_lock rollout_queue rollout_slots", "host/async_controller.py"),
+    (f"{ASYNC}:PPOTrainerAsync.fit", "", "host/async_controller.py"),
+    (f"{ASYNC}:GenerateSamplesActor._run_eval", "", "host/async_controller.py"),
+    (f"{ASYNC}:TrainingActor.broadcast_to_vllm", "", "host/async_controller.py"),
+    (f"{PPO}:BasePPOTrainer.train_step", "rollout_samples global_step", "host/async_controller.py"),
     ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",
      "sample_batch_size limit cpu_offload packing_samples dynamic_batch", "host/batch.py"),
     ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__getitem__", "idx", "host/batch.py"),
@@ -161,12 +187,17 @@ SIGNATURES = [
      "host/critic.py"),
     (f"{PPO}:PPOTrainer.fit", "global_step", "host/controller.py"),
     (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "host/controller.py"),
-    (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states", "host/controller.py"),
+    (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states",
+     "host/training_side.py"),
+    (f"{PPO}:BasePPOTrainer.save_best_checkpoint", "eval_metrics global_step client_states",
+     "host/training_side.py"),
     (f"{PPO}:PPOTrainer.evaluate", "global_step **", "host/controller.py"),
     (f"{PPO}:compute_eval_metrics", "eval_dataloader samples_list n_samples_per_prompt", "host/evaluation.py"),
-    ("openrlhf.utils.logging_utils:WandbLogger.log_eval", "global_step logs_dict", "host/controller.py"),
-    ("openrlhf.utils.logging_utils:TensorboardLogger.log_eval", "global_step logs_dict", "host/controller.py"),
-    (f"{LAUNCHER}:RayActorGroup.async_run_method", "method_name * **", "host/controller.py"),
+    ("openrlhf.utils.logging_utils:WandbLogger.log_eval", "global_step logs_dict", "host/training_side.py"),
+    ("openrlhf.utils.logging_utils:TensorboardLogger.log_eval", "global_step logs_dict", "host/training_side.py"),
+    ("openrlhf.utils.logging_utils:WandbLogger.close", "", "host/training_side.py"),
+    ("openrlhf.utils.logging_utils:TensorboardLogger.close", "", "host/training_side.py"),
+    (f"{LAUNCHER}:RayActorGroup.async_run_method", "method_name * **", "host/training_side.py"),
     (f"{SAMPLES}.__init__", "strategy prompts_dataloader eval_dataloader tokenizer vllm_engines",
      "host/samples.py"),
     (f"{SAMPLES}.generate_samples", "**", "host/samples.py"),
@@ -177,7 +208,7 @@ SIGNATURES = [
     (f"{ENGINE}:batch_vllm_engine_call", "engines method_name * rank_0_only **", "host/samples.py"),
     (f"{MAKER}.__init__",
      "actor_model_group critic_model_group reward_model_group initial_model_group kl_controller strategy tokenizer **",
-     "host/controller.py"),
+     "host/training_side.py"),
     (f"{MAKER}.make_experience_batch", "rollout_samples", "host/samples.py"),
     (f"{MAKER}.compute_advantages_and_returns", "experiences", "host/samples.py"),
     (f"{MAKER}.split_rollout_samples", "rollout_samples", "host/samples.py"),
@@ -224,8 +255,11 @@ ATTRIBUTES = [
     ((f"{ACTOR}:PolicyModelActor.init_model_from_pretrained",), "trainer actor", "host/policy_actor.py"),
     ((f"{PPO}:PPOTrainer.__init__", f"{PPO}:BasePPOTrainer.__init__"),
      "strategy args actor_model_group critic_model_group reward_model_group reference_model_group vllm_engines "
-     "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger samples_generator generate_kwargs "
-     "prompts_dataloader eval_dataloader", "host/controller.py"),
+     "tokenizer kl_ctl experience_maker wandb_logger tensorboard_logger", "host/training_side.py"),
+    ((f"{PPO}:PPOTrainer.__init__",), "samples_generator generate_kwargs", "host/controller.py"),
+    ((f"{SAMPLES}.__init__",), "args eval_dataloader", "host/evaluation.py"),
+    ((f"{ASYNC}:GenerateSamplesActor.__init__",), "samples_generator generate_kwargs", "host/async_controller.py"),
+    ((f"{ASYNC}:PPOTrainerAsync.__init__",), "generator_actor trainer_actor", "host/async_controller.py"),
     (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts datasources", "host/by_task.py"),
     (("openrlhf.datasets.prompts_dataset:PromptDataset.__init__",), "prompts labels images datasources",
      "host/run_prompts.py"),
@@ -600,7 +634,7 @@ def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -
     samples = [generator._process_response_into_experience(make_response([5, 6], [7]), max_len=64) for _ in range(2)]
     trainer = find(f"{PPO}:PPOTrainer")
     stats = trainer._compute_rollout_stats(None, maker.make_experience_batch(samples))
-    assert stats["rollout/reward_mean"] != stats["rollout/reward_mean"], "revisit skd_plugin/host/controller.py"
+    assert stats["rollout/reward_mean"] != stats["rollout/reward_mean"], "revisit skd_plugin/host/evaluation.py"
     scored = [generator._process_response_into_experience(make_response([5], [7], 1.0), max_len=64) for _ in range(2)]
     assert trainer._compute_rollout_stats(None, maker.make_experience_batch(scored))["rollout/reward_mean"] == 1.0
 
@@ -620,13 +654,13 @@ def test_subclass_fields_would_be_dropped() -> None:
 @pytest.mark.parametrize("name", "sequences action_mask attention_mask info rewards truncated prompts labels".split())
 def test_experience_has_the_field(name: str) -> None:
     fields = {f.name for f in dataclasses.fields(find(f"{EXPERIENCE}:Experience"))}
-    assert name in fields, "revisit skd_plugin/host/samples.py and host/controller.py"
+    assert name in fields, "revisit skd_plugin/host/samples.py and host/training_side.py"
 
 
 def test_samples_a_prompt_follow_the_call_and_not_the_recipe() -> None:
-    """Evaluation asks for its own number of samples by this keyword (host/controller.py)."""
+    """Evaluation asks for its own number of samples by this keyword (host/evaluation.py)."""
     source = inspect.getsource(find(f"{SAMPLES}._dispatch_prompts_to_vllm"))
-    assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/host/controller.py"
+    assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/host/evaluation.py"
 
 
 # --- the loss (host/objective.py) ---
