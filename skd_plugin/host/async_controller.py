@@ -124,7 +124,7 @@ class SKDTrainingActor(TrainingSide, HostTrainingActor):
             RuntimeError: more of them than the queue has places.
         """
         ages = [global_step - trace_of(sample).student_version for sample in samples]
-        oldest = max(int(age.max()) for age in ages if len(age))
+        oldest = max((int(age.max()) for age in ages if len(age)), default=0)
         if oldest > self.args.train.async_queue_size:
             raise RuntimeError(
                 f"step {global_step + 1} would train on tokens of a student that is {oldest} updates old, but "

@@ -57,12 +57,15 @@ class TrainingSide:
             self.strategy,
             self.tokenizer,
         )
-        # OpenRLHF's fit closes them, and the last evaluation comes after it.
+        self.hold_loggers()
+        self._teacher_gap: float | None = None  # of its log-probs, see compare_teachers; None before the first step
+
+    def hold_loggers(self: Any) -> None:
+        """OpenRLHF's fit closes them, and the last evaluation comes after it."""
         self._loggers = [logger for logger in (self.wandb_logger, self.tensorboard_logger) if logger]
         self._closings = [logger.close for logger in self._loggers]
         for logger in self._loggers:
             logger.close = lambda: None
-        self._teacher_gap: float | None = None  # of its log-probs, see compare_teachers; None before the first step
 
     def check_parts(self: Any) -> None:
         """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""

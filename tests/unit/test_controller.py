@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ def check(monkeypatch: pytest.MonkeyPatch):
     from skd_plugin.host import on_cpu
 
     on_cpu.install()
-    from skd_plugin.host import controller
+    from skd_plugin.host import controller, training_side
 
-    monkeypatch.setattr(controller.ray, "get", lambda answers: answers)
+    monkeypatch.setattr(training_side.ray, "get", lambda answers: answers)
 
     def run(engines: list[dict], policies: list[dict]) -> None:
         trainer = object.__new__(controller.SKDTrainer)
@@ -32,7 +33,7 @@ def check(monkeypatch: pytest.MonkeyPatch):
             SimpleNamespace(describe_skd=SimpleNamespace(remote=lambda said=said: said)) for said in engines
         ]
         trainer.actor_model_group = SimpleNamespace(async_run_method=lambda name: policies)
-        trainer._check_parts()
+        trainer.check_parts()
 
     return run
 
@@ -63,13 +64,14 @@ def test_a_run_that_ends_without_a_step_has_failed(check, tmp_path: Path, monkey
 
     trainer = object.__new__(controller.SKDTrainer)
     trainer.skd, trainer.folder, trainer.planned_steps = SKD, RunFolder(tmp_path), 3
-    trainer.eval_dataloader = None
-    trainer.samples_generator, trainer.plan = (
-        SimpleNamespace(step=0),
-        SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None),
-    )
-    trainer._check_parts = lambda: None
+    trainer.samples_generator = SimpleNamespace(step=0, resume=lambda step, state: None)
+    nothing = dict.fromkeys(("measure_before_training", "measure_after_training"), lambda *args: {})
+    trainer._held_out = SimpleNamespace(**nothing)
+    closed: list[str] = []
+    trainer._loggers, trainer._closings = [], [lambda: closed.append("logger")]
+    trainer.check_parts = lambda: None
     trainer.init_checkpoint_states = lambda: {"global_step": 0}
+    trainer.actor_model_group = SimpleNamespace(async_run_method=lambda *args: [])
 
     def fit(done: int) -> None:
         def run(self, global_step: int) -> None:
@@ -81,4 +83,19 @@ def test_a_run_that_ends_without_a_step_has_failed(check, tmp_path: Path, monkey
     with pytest.raises(RuntimeError, match=r"without a training step: .*dynamic_filtering_range"):
         fit(0)
     fit(1)
-    assert RunFolder(tmp_path).status.read()["stage"] == "saving"
+    assert RunFolder(tmp_path).status.read()["stage"] == "saving" and closed == ["logger"]
+
+
+def test_loggers_stay_open_until_the_last_evaluation_is_logged(check) -> None:
+    from skd_plugin.host import training_side
+
+    told: list[Any] = []
+    logger = SimpleNamespace(
+        close=lambda: told.append("closed"), log_eval=lambda step, metrics: told.append((step, metrics))
+    )
+    side = training_side.TrainingSide()
+    side.wandb_logger, side.tensorboard_logger = None, logger
+    side.hold_loggers()
+    logger.close()  # at the end of OpenRLHF's fit
+    side.end(3, {"eval/x/kl": 0.5})
+    assert told == [(3, {"x/kl": 0.5}), "closed"]
