@@ -40,7 +40,7 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
 
     from skd_plugin.config.host_options import host_defaults
     from skd_plugin.config.run import Run as Config
-    from skd_plugin.core.metrics import rollout_metrics
+    from skd_plugin.core.metrics import figures_of, rollout_metrics
     from skd_plugin.engine.arguments import engine_for
     from skd_plugin.engine.offline import SKDEngine
     from skd_plugin.engine.sampling_rule import SamplingRule
@@ -59,7 +59,7 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         engine.load_student([(name, weight.detach()) for name, weight in model.named_parameters()])
         samples = engine.generate(prompts, SamplingRule.of(skd.rollout), skd.rollout.max_new_tokens, seed=run.seed)
-        metrics = rollout_metrics([sample.trace for sample in samples], skd.rollout.draft_len)
+        metrics = rollout_metrics([figures_of(sample.trace, skd.rollout.draft_len) for sample in samples])
         rows.append(
             {
                 "task": run.task,

@@ -1,36 +1,43 @@
 """Every metric of a run: what it is called, what it is, which direction is better; and those that traces alone tell.
 
-Other parts measure what has no `compute`: training (`rl/*`, `time/*`, the optimizer's) and the evaluations.
+Each of these is a ratio of two sums over tokens or responses. So the sums are made where a trace is, and a step's
+metric is a ratio of sums of sums. Other parts measure what has no `ratio`: training (`rl/*`, `time/*`, the
+optimizer's) and the evaluations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from skd_plugin.core.trace import NOTHING, Source, Trace
 
 
-@dataclass(frozen=True)
-class Responses:
-    """The responses of a step, with at least one token."""
+class Ratio(NamedTuple):
+    """What a metric is of one response, or of several."""
 
-    traces: Sequence[Trace]
-    draft_len: int  # gamma, tokens that the student proposes in a block
+    part: float
+    whole: float
 
-    @cached_property
-    def tokens(self) -> Trace:
-        """All tokens of all responses, so that a mean weighs each token the same."""
-        return Trace.join(list(self.traces))
+    @classmethod
+    def mean(cls, values: torch.Tensor) -> Ratio:
+        return cls(values.sum(dtype=torch.float64).item(), values.numel())
 
-    @cached_property
-    def drafted(self) -> torch.Tensor:
-        """Tokens where the student proposed something, bool."""
-        return self.tokens.draft_rank != NOTHING
+    @classmethod
+    def mean_of_known(cls, values: torch.Tensor) -> Ratio:
+        return cls.mean(values[~values.isnan()])
+
+    @classmethod
+    def total(cls, ratios: Sequence[Ratio]) -> Ratio:
+        """To the last digit the same in whatever order the responses came."""
+        return cls(math.fsum(ratio.part for ratio in ratios), math.fsum(ratio.whole for ratio in ratios))
+
+
+Figures = dict[str, Ratio]  # of one response, by the name of the metric
 
 
 @dataclass(frozen=True)
@@ -40,113 +47,114 @@ class Metric:
     about: str = ""  # what is counted, and in which unit
     percent: bool = False  # it is a share, and shown in %
     better: Literal["low", "high"] | None = None
-    compute: Callable[[Responses], float] | None = None
+    # Of a response, and of gamma, the tokens that the student proposes in a block.
+    ratio: Callable[[Trace, int], Ratio] | None = None
+    of_nothing: float = float("nan")  # its value where the whole is 0
     # Left out of a step where it is 0, because not every run has such tokens.
     rare: bool = False
 
 
-def rollout_metrics(traces: Sequence[Trace], draft_len: int) -> dict[str, float]:
-    """The metrics of responses that their traces tell, by name. Empty where no response has a token.
+def figures_of(trace: Trace, draft_len: int) -> Figures:
+    """What a response adds to each metric that traces tell.
 
-    NaN where there is nothing to take a mean of. Args: draft_len: tokens of a block, from which the number of drafted
-    tokens follows.
+    Args:
+        draft_len: tokens of a block, from which the number of drafted tokens follows.
     """
-    if not any(len(trace) for trace in traces):
-        return {}
-    responses, found = Responses(traces, draft_len), {}
-    for name, metric in METRICS.items():
-        if metric.compute is not None:
-            value = metric.compute(responses)
-            if value or not metric.rare:
-                found[name] = value
+    return {name: metric.ratio(trace, draft_len) for name, metric in METRICS.items() if metric.ratio is not None}
+
+
+def rollout_metrics(figures: Sequence[Figures]) -> dict[str, float]:
+    """The metrics of responses that their traces tell, by name; a mean over tokens weighs each token the same.
+
+    Empty where no response has a token. NaN where there is nothing to take a mean of.
+    """
+    found: dict[str, float] = {}
+    if not any(of_one["skd/response_len"].part for of_one in figures):
+        return found
+    for name in figures[0]:
+        value = metric_of(name, figures)
+        if value or not METRICS[name].rare:
+            found[name] = value
     return found
 
 
-def mean_kl(traces: Sequence[Trace]) -> float:
-    """Exact KL(p||q) of the next-token distributions, mean over the tokens of the responses, nats."""
-    return _mean_of_known(torch.cat([trace.kl for trace in traces]))
+def metric_of(name: str, figures: Sequence[Figures]) -> float:
+    """One of these metrics."""
+    part, whole = Ratio.total([of_one[name] for of_one in figures])
+    return part / whole if whole else METRICS[name].of_nothing
 
 
-def draft_waste(traces: Sequence[Trace], draft_len: int) -> float:
-    """Share of the drafted tokens that were thrown away: after a replacement, or after the end of the response."""
-    blocks = emitted = 0
-    for trace in traces:
-        changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
-        left = 0
-        drafted = trace.draft_rank != NOTHING
-        for ends_block, has_draft in zip(changed.tolist(), drafted.tolist(), strict=True):
-            if not has_draft:
-                left = 0
-                continue
-            if left == 0:
-                blocks, left = blocks + 1, draft_len
-            left = 0 if ends_block else left - 1
-        emitted += int(drafted.sum())
-    return 1.0 - emitted / (blocks * draft_len) if blocks else 0.0
+def _drafted(trace: Trace) -> torch.Tensor:
+    """Tokens where the student proposed something, bool."""
+    return trace.draft_rank != NOTHING
 
 
-def _accept_rate(responses: Responses) -> float:
+def _draft_waste(trace: Trace, draft_len: int) -> Ratio:
+    """Drafted tokens that were thrown away: after a replacement, or after the end of the response."""
+    changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
+    drafted = _drafted(trace)
+    blocks = left = 0
+    for ends_block, has_draft in zip(changed.tolist(), drafted.tolist(), strict=True):
+        if not has_draft:
+            left = 0
+            continue
+        if left == 0:
+            blocks, left = blocks + 1, draft_len
+        left = 0 if ends_block else left - 1
+    return Ratio(blocks * draft_len - int(drafted.sum()), blocks * draft_len)
+
+
+def _accept_rate(trace: Trace, draft_len: int) -> Ratio:
     """Of what was put to the gate: not references, whoever drafted them, nor the teacher's legs."""
-    source = responses.tokens.source
-    proposed = responses.drafted & ~responses.tokens.is_from(Source.REFERENCE, Source.HANDED)
-    return (source[proposed] == Source.ACCEPTED).float().mean().item()
+    proposed = _drafted(trace) & ~trace.is_from(Source.REFERENCE, Source.HANDED)
+    return Ratio.mean(trace.source[proposed] == Source.ACCEPTED)
 
 
-def _share_from(source: Source) -> Callable[[Responses], float]:
-    return lambda responses: responses.tokens.is_from(source).float().mean().item()
+def _share_from(source: Source) -> Callable[[Trace, int], Ratio]:
+    return lambda trace, draft_len: Ratio.mean(trace.is_from(source))
 
 
-def _first_replaced_place(responses: Responses) -> float:
-    """Mean over the responses; one without a replacement counts its length."""
-    places = []
-    for trace in responses.traces:
-        replaced = trace.is_from(Source.REPLACED, Source.RESAMPLED).nonzero()
-        places.append(int(replaced[0]) if len(replaced) else len(trace))
-    return sum(places) / len(places)
-
-
-def _mean_of_known(values: torch.Tensor) -> float:
-    known = values[~values.isnan()]
-    return known.mean().item() if len(known) else float("nan")
+def _first_replaced_place(trace: Trace, draft_len: int) -> Ratio:
+    """A response without a replacement counts its length."""
+    replaced = trace.is_from(Source.REPLACED, Source.RESAMPLED).nonzero()
+    return Ratio(int(replaced[0]) if len(replaced) else len(trace), 1)
 
 
 _ALL = [
     Metric("skd/loss", "Loss", "mean over the tokens", better="low"),
-    Metric(
-        "skd/accept_rate", "Acceptance", "kept share of the student's proposals", percent=True, compute=_accept_rate
-    ),
+    Metric("skd/accept_rate", "Acceptance", "kept share of the student's proposals", percent=True, ratio=_accept_rate),
     Metric(
         "skd/kl",
         "KL to the teacher",
         "KL(p‖q) while sampling, nats a token",
         better="low",
-        compute=lambda responses: mean_kl(responses.traces),
+        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.kl),
     ),
     Metric(
         "skd/response_len",
         "Response length",
         "tokens, mean of the step",
-        compute=lambda responses: len(responses.tokens) / len(responses.traces),
+        ratio=lambda trace, draft_len: Ratio(len(trace), 1),
     ),
     Metric(
         "skd/student_entropy",
         "Student entropy",
         "nats a token",
-        compute=lambda responses: _mean_of_known(responses.tokens.student_entropy[responses.drafted]),
+        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.student_entropy[_drafted(trace)]),
     ),
     Metric(
         "skd/replaced_frac",
         "Replaced share",
         "tokens that are the teacher's",
         percent=True,
-        compute=_share_from(Source.REPLACED),
+        ratio=_share_from(Source.REPLACED),
     ),
     Metric(
         "skd/resampled_frac",
         "Resampled share",
         "tokens of a student that was asked again",
         percent=True,
-        compute=_share_from(Source.RESAMPLED),
+        ratio=_share_from(Source.RESAMPLED),
         rare=True,
     ),
     Metric(
@@ -154,7 +162,7 @@ _ALL = [
         "Handed share",
         "tokens of the teacher's legs, after the replacing one",
         percent=True,
-        compute=_share_from(Source.HANDED),
+        ratio=_share_from(Source.HANDED),
         rare=True,
     ),
     Metric(
@@ -162,7 +170,7 @@ _ALL = [
         "Flagged share",
         "tokens that were rejected, but left in the text",
         percent=True,
-        compute=_share_from(Source.FLAGGED),
+        ratio=_share_from(Source.FLAGGED),
         rare=True,
     ),
     Metric(
@@ -170,7 +178,7 @@ _ALL = [
         "Reference share",
         "tokens of given texts",
         percent=True,
-        compute=_share_from(Source.REFERENCE),
+        ratio=_share_from(Source.REFERENCE),
         rare=True,
     ),
     Metric(
@@ -178,28 +186,29 @@ _ALL = [
         "Undrafted share",
         "tokens that no student proposed",
         percent=True,
-        compute=_share_from(Source.UNDRAFTED),
+        ratio=_share_from(Source.UNDRAFTED),
     ),
-    Metric("skd/first_replaced_pos", "First replacement", "place in the response", compute=_first_replaced_place),
+    Metric("skd/first_replaced_pos", "First replacement", "place in the response", ratio=_first_replaced_place),
     Metric(
         "skd/teacher_nll",
         "Teacher's NLL",
         "nats a token of the sampled text",
-        compute=lambda responses: -responses.tokens.teacher_logp.mean().item(),
+        ratio=lambda trace, draft_len: Ratio.mean(-trace.teacher_logp),
     ),
     Metric(
         "skd/teacher_topk_mass",
         "Teacher mass kept",
         "share inside the entries that the loss sees",
         percent=True,
-        compute=lambda responses: responses.tokens.teacher_topk_logp.exp().sum(-1).mean().item(),
+        ratio=lambda trace, draft_len: Ratio.mean(trace.teacher_topk_logp.exp().sum(-1)),
     ),
     Metric(
         "skd/draft_waste",
         "Draft waste",
         "proposals thrown away unread",
         percent=True,
-        compute=lambda responses: draft_waste(responses.traces, responses.draft_len),
+        ratio=_draft_waste,
+        of_nothing=0.0,
     ),
     Metric("skd/teacher_gap", "Teacher's gap", "log p of the engine against transformers, nats a token; first step"),
     Metric("skd/top_k", "K of the gate", "in the step"),

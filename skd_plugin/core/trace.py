@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -34,19 +34,57 @@ _LETTERS = "sturafh"  # by the codes of `Source`, in their order
 
 
 @dataclass
-class Trace:
-    """Packed record of one response. Log-probabilities are natural, at temperature 1, over the whole vocabulary.
+class Drawn:
+    """Which model drew each token of a response, and what both gave it: 9 bytes a token.
 
-    A value that does not exist is NaN: nothing is known of the student where no token was drafted.
+    Log-probabilities are natural, at temperature 1, over the whole vocabulary. A value that does not exist is NaN:
+    nothing is known of the student where no token was drafted.
     """
 
-    response_ids: torch.Tensor  # int32 [R]
     source: torch.Tensor  # uint8 [R], codes of `Source`
+    student_logp: torch.Tensor  # float32 [R], log q(emitted token)
+    teacher_logp: torch.Tensor  # float32 [R], log p(emitted token)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Tokens `start` to `stop`, as views."""
+        return type(self)(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
+    @classmethod
+    def join(cls, parts: list[Self]) -> Self:
+        parts = [part for part in parts if len(part)] or parts[:1]  # an empty one does not know the teacher's width
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    @property
+    def drawn(self) -> Drawn:
+        """This alone of what is known of the tokens."""
+        return Drawn(self.source, self.student_logp, self.teacher_logp)
+
+    def is_from(self, *sources: Source) -> torch.Tensor:
+        """Which tokens are from one of these sources: bool [R]."""
+        return torch.isin(self.source, torch.tensor(sources, dtype=self.source.dtype, device=self.source.device))
+
+    @property
+    def students_own(self) -> torch.Tensor:
+        """Tokens drawn from the student's distribution and left in the text: bool [R]."""
+        return self.is_from(Source.ACCEPTED, Source.FLAGGED)
+
+    @property
+    def sampled_logp(self) -> torch.Tensor:
+        """log-probability of each token under the model it is from: float32 [R]."""
+        return torch.where(self.students_own, self.student_logp, self.teacher_logp)
+
+
+@dataclass
+class Trace(Drawn):
+    """Packed record of one response: everything that is known of its tokens."""
+
+    response_ids: torch.Tensor  # int32 [R]
     # int32 [R], the student's proposal where another token was drawn, be it the same; NOTHING elsewhere
     rejected_ids: torch.Tensor
     draft_rank: torch.Tensor  # int32 [R], rank of the student's proposal under the teacher; NOTHING if undrafted
-    student_logp: torch.Tensor  # float32 [R], log q(emitted token)
-    teacher_logp: torch.Tensor  # float32 [R], log p(emitted token)
     kl: torch.Tensor  # float32 [R], KL(p||q) of the next-token distributions, nats
     student_entropy: torch.Tensor  # float32 [R], nats
     teacher_entropy: torch.Tensor  # float32 [R], nats
@@ -64,18 +102,6 @@ class Trace:
             self.student_version = torch.zeros(len(self), dtype=torch.int32)
         if not self.teacher_hidden.shape[1]:
             self.teacher_hidden = torch.empty(len(self), 0)
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    def slice(self, start: int, stop: int) -> Trace:
-        """Tokens `start` to `stop`, as views."""
-        return Trace(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
-
-    @classmethod
-    def join(cls, parts: list[Trace]) -> Trace:
-        parts = [part for part in parts if len(part)] or parts[:1]  # an empty one does not know the teacher's width
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     @classmethod
     def empty(cls, num_teacher_entries: int) -> Trace:
@@ -114,20 +140,6 @@ class Trace:
             "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
             "finish": finish,
         }
-
-    def is_from(self, *sources: Source) -> torch.Tensor:
-        """Which tokens are from one of these sources: bool [R]."""
-        return torch.isin(self.source, torch.tensor(sources, dtype=self.source.dtype, device=self.source.device))
-
-    @property
-    def students_own(self) -> torch.Tensor:
-        """Tokens drawn from the student's distribution and left in the text: bool [R]."""
-        return self.is_from(Source.ACCEPTED, Source.FLAGGED)
-
-    @property
-    def sampled_logp(self) -> torch.Tensor:
-        """log-probability of each token under the model it is from: float32 [R]."""
-        return torch.where(self.students_own, self.student_logp, self.teacher_logp)
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:

@@ -16,10 +16,11 @@ import ray
 from openrlhf.trainer import ppo_trainer_async
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from skd_plugin.host.batch import trace_of
+from skd_plugin.core.metrics import Ratio
 from skd_plugin.host.controller import prepare_process
 from skd_plugin.host.evaluation import HeldOut
 from skd_plugin.host.run_samples import RunSamples
+from skd_plugin.host.trace_store import stored_trace
 from skd_plugin.host.training_side import RULE_STATE, STEP_METRICS, TrainingSide
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.seams import plain_class, rebind
@@ -123,15 +124,16 @@ class SKDTrainingActor(TrainingSide, HostTrainingActor):
         Raises:
             RuntimeError: more of them than the queue has places.
         """
-        ages = [global_step - trace_of(sample).student_version for sample in samples]
-        oldest = max((int(age.max()) for age in ages if len(age)), default=0)
+        versions = [stored_trace(sample).versions for sample in samples]
+        oldest = global_step - min((of_one.least for of_one in versions if of_one.mean.whole), default=global_step)
         if oldest > self.args.train.async_queue_size:
             raise RuntimeError(
                 f"step {global_step + 1} would train on tokens of a student that is {oldest} updates old, but "
                 f"openrlhf.train.async_queue_size is {self.args.train.async_queue_size}: OpenRLHF's queue works in "
                 "another way than this plugin is made for. Run pytest tests/contract"
             )
-        return sum(float(age.sum()) for age in ages) / max(sum(map(len, ages)), 1)
+        total, tokens = Ratio.total([of_one.mean for of_one in versions])
+        return global_step - total / tokens if tokens else 0.0
 
     def step_time(self, status: dict[str, Any], metrics: dict[str, float]) -> float:
         return status["timing/step_total"]  # sampling and training overlap

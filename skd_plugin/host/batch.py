@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,21 +16,24 @@ from openrlhf.trainer.ppo_utils.replay_buffer import NaiveReplayBuffer
 from openrlhf.utils.loss_utils import _get_dp_group, _optimizer_step_loss_norm
 
 from skd_plugin.core.layout import ResponseLayout
-from skd_plugin.core.trace import Source, Trace
+from skd_plugin.core.trace import Drawn, Source, Trace
+from skd_plugin.host.trace_store import TRACE_KEY
 
-TRACE_KEY = "skd"  # of a response, and of Experience.info
 TINY = 1e-20  # in place of a total of 0
 
 # Tokens with a policy gradient beside the student's own, by skd.objective.replaced_tokens.
 TEACHER_SOURCES: dict[str, tuple[Source, ...]] = {"exclude": (), "importance": (Source.REPLACED, Source.HANDED)}
 
+Of = TypeVar("Of", bound=Drawn)
 
-def joined(traces: list[Trace], layout: ResponseLayout) -> Trace:
+
+def joined(traces: list[Of], layout: ResponseLayout) -> Of:
     """The record of the N response tokens of a batch.
 
     A sequence that OpenRLHF cut at `max_len` has fewer response tokens than its trace; those at its end are left out.
     """
-    return Trace.join([trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)])
+    parts = [trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)]
+    return type(parts[0]).join(parts)
 
 
 class Totals(TypedDict, total=False):
@@ -43,15 +46,10 @@ class Totals(TypedDict, total=False):
     global_batch_size: torch.Tensor  # sequences
 
 
-def trace_of(experience: Any) -> Trace:
-    """The record of an experience of one response."""
-    return experience.info[TRACE_KEY][0]
-
-
-def per_token(experience: Any, value_of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
+def per_token(experience: Any, value_of: Callable[[Drawn], torch.Tensor]) -> torch.Tensor:
     """Values of an experience's response tokens as one of OpenRLHF's tensors [B, T - 1]; 0 elsewhere."""
     layout = ResponseLayout.of(experience.action_mask)
-    return layout.spread(value_of(joined(experience.info[TRACE_KEY], layout)))
+    return layout.spread(value_of(joined([trace.drawn for trace in experience.info[TRACE_KEY]], layout)))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skd_plugin.core.metrics import rollout_metrics
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.metrics import Figures, rollout_metrics
 from skd_plugin.host.run_prompts import UNNAMED
 from skd_plugin.tasks.base import HELD_OUT, further_metrics
 from skd_plugin.tasks.label import Label
@@ -32,9 +31,9 @@ def grouped(items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
     return groups
 
 
-def rollout_by_task(traces: Sequence[Trace], names: Sequence[str], draft_len: int) -> dict[str, float]:
+def rollout_by_task(figures: Sequence[Figures], names: Sequence[str]) -> dict[str, float]:
     """`skd/accept_rate/<task>` and the like, of the tasks that the step has."""
-    metrics = {name: rollout_metrics(group, draft_len) for name, group in grouped(traces, names).items()}
+    metrics = {name: rollout_metrics(group) for name, group in grouped(figures, names).items()}
     return {f"{key}/{name}": found[key] for name, found in metrics.items() for key in PER_TASK if key in found}
 
 

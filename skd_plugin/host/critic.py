@@ -8,7 +8,7 @@ import openrlhf.trainer.ray.ppo_critic as host
 
 from skd_plugin import trust
 from skd_plugin.host import on_cpu
-from skd_plugin.host.batch import TRACE_KEY
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.seams import plain_class, rebind
 
 

@@ -11,11 +11,12 @@ from openrlhf.trainer.ppo_trainer import compute_eval_metrics
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin.config.host_rules import NO_REWARD
-from skd_plugin.core.metrics import mean_kl
+from skd_plugin.core.layout import ResponseLayout
+from skd_plugin.core.metrics import metric_of
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.host import by_task
-from skd_plugin.host.batch import trace_of
 from skd_plugin.host.run_samples import RunSamples
+from skd_plugin.host.trace_store import stored_trace
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import reward
 
@@ -94,15 +95,19 @@ class HeldOut:
     def _by_task(self, samples: list[Experience], prefix: str, *, with_kl: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for task, group in by_task.grouped(samples, [self._generator.task_of(sample) for sample in samples]).items():
-            traces = [trace_of(sample) for sample in group]
+            traces = [stored_trace(sample) for sample in group]
             measured: dict[str, float] = {}
             if group[0].rewards is not None:
                 rewards = torch.cat([sample.rewards for sample in group]).float().tolist()
-                responses = [self._generator.text(trace) for trace in traces]
+                responses = [self._generator.text(_response_ids(sample)) for sample in group]
                 labels = [sample.labels[0] for sample in group]
                 measured |= by_task.scores(rewards, responses, labels, by_checker=self._by_checker)
             if with_kl:
-                measured["kl"] = mean_kl(traces)
+                measured["kl"] = metric_of("skd/kl", [trace.figures for trace in traces])
             measured["response_len"] = sum(map(len, traces)) / len(traces)
             metrics |= {f"eval/{task}/{prefix}{name}": value for name, value in measured.items()}
         return metrics
+
+
+def _response_ids(sample: Experience) -> list[int]:
+    return ResponseLayout.of(sample.action_mask).tokens(sample.sequences).tolist()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from skd_plugin.config.schema import Coefficients
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Drawn
 
 POLICY_METRICS = {  # name in OpenRLHF's status -> ours
     "rl_loss": "rl/loss",
@@ -23,19 +24,20 @@ POLICY_METRICS = {  # name in OpenRLHF's status -> ours
 
 
 def objective_metrics(
-    status: dict[str, Any], traces: list[Trace], coefficients: Coefficients
+    status: dict[str, Any], drawn: Sequence[Drawn], coefficients: Coefficients
 ) -> dict[str, float | None]:
     """Metrics of the two losses; those of the policy only where it takes part or rewards are measured.
 
     Args:
         status: what OpenRLHF's training step returned.
+        drawn: of the step's responses.
     """
     metrics = {"skd/loss": status.get("skd_loss"), "skd/kd_coef": coefficients.kd}
     reward = status.get("rollout/reward_mean")
     if reward is not None and not math.isnan(reward):
         metrics["rl/reward"] = reward
     if coefficients.rl:
-        own = torch.cat([trace.students_own for trace in traces]).float().mean().item()
+        own = torch.cat([of_one.students_own for of_one in drawn]).float().mean().item()
         metrics |= {"rl/coef": coefficients.rl, "rl/own_frac": own}
         metrics |= {ours: status[theirs] for theirs, ours in POLICY_METRICS.items() if theirs in status}
     return metrics

@@ -17,6 +17,7 @@ from skd_plugin.host import on_cpu
 from skd_plugin.host.batch import DynamicBatches, OptimizerStepBatches
 from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyDistillation
 from skd_plugin.host.objective import Distillation, Objective, TopKDistillation, finite_gradients
+from skd_plugin.host.trace_store import TRACE_KEY, fetch
 from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head, mean_tolerance
 from skd_plugin.seams import plain_class, rebind
@@ -102,6 +103,11 @@ class SKDPolicy(HostPolicy):
             rebind(host, "Actor", partial(FullVocabularyActor, chunk=skd.loss.chunk, vocab=vocab))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
+
+    def append(self, experience: Any) -> None:
+        """A batch of the step's experience; its traces come from where they were sampled."""
+        experience.info[TRACE_KEY] = fetch(experience.info[TRACE_KEY])
+        super().append(experience)
 
     def begin_step(self, step: int, coefficients: Coefficients, seed: int) -> None:
         """Before each `fit`; `step` counts from 1. The seed makes OpenRLHF's shuffling the same in a resumed run."""

@@ -22,8 +22,8 @@ from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.engine.request import finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
-from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
+from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 from skd_plugin.seams import plain_class
@@ -61,6 +61,7 @@ class SKDRollout(HostRollout):
             )
         self.executor = _TracingExecutor(executor)
         self.teacher_top_k = spec.teacher_top_k
+        self._draft_len = spec.draft_len
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._student_version = 0
@@ -87,6 +88,13 @@ class SKDRollout(HostRollout):
 
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())
+
+    async def generate_responses(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """OpenRLHF's, of one prompt. The traces stay on this node, and the responses refer to them."""
+        responses = await super().generate_responses(*args, **kwargs)
+        for response in responses:
+            response[TRACE_KEY] = StoredTrace.put(response[TRACE_KEY], self._draft_len)
+        return responses
 
     async def generate(
         self,

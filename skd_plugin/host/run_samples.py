@@ -14,8 +14,8 @@ from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.metrics import rollout_metrics
 from skd_plugin.engine.sampling_rule import RulePlan
 from skd_plugin.host import by_task
-from skd_plugin.host.batch import trace_of
 from skd_plugin.host.samples import SKDSamplesGenerator
+from skd_plugin.host.trace_store import fetch, stored_trace
 from skd_plugin.run_folder import RunFolder
 
 
@@ -69,16 +69,15 @@ class RunSamples(SKDSamplesGenerator):
             self._record(samples)
             metrics = self._metrics(samples) | rule.metrics()
             self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
-            tokens = sum(len(trace_of(sample)) for sample in samples)
+            tokens = sum(len(stored_trace(sample)) for sample in samples)
             self.sampled = Sampled(metrics, tokens, self.plan.state_dict())
         return samples, *others
 
     def _metrics(self, samples: list[Experience]) -> dict[str, float]:
-        draft_len = self.args.skd.rollout.draft_len
-        traces = [trace_of(sample) for sample in samples]
-        metrics = rollout_metrics(traces, draft_len)
+        figures = [stored_trace(sample).figures for sample in samples]
+        metrics = rollout_metrics(figures)
         if self._several_tasks:
-            metrics |= by_task.rollout_by_task(traces, [self.task_of(sample) for sample in samples], draft_len)
+            metrics |= by_task.rollout_by_task(figures, [self.task_of(sample) for sample in samples])
         return metrics
 
     def _record(self, samples: list[Experience]) -> None:
@@ -87,13 +86,13 @@ class RunSamples(SKDSamplesGenerator):
         """
         count = self.args.skd.traces_per_step
         for sample in samples[:: max(1, len(samples) // count)][:count] if count else ():
-            trace = trace_of(sample)
+            (trace,) = fetch([stored_trace(sample)])
             prompt_ids = sample.sequences[0, : first_response_place(sample.action_mask[0])].tolist()
             self._folder.traces.append(
                 {
                     "step": self.step,
                     **trace.to_json(prompt_ids, "length" if bool(sample.truncated) else "stop"),
                     "prompt": sample.prompts[0],
-                    "response": self.text(trace),
+                    "response": self.text(trace.response_ids.tolist()),
                 }
             )

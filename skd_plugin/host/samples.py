@@ -1,4 +1,4 @@
-"""From rollouts to training batches: OpenRLHF's sample generator and experience maker, with the traces kept."""
+"""From rollouts to training batches: OpenRLHF's sample generator and experience maker, with the traces referred to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
@@ -14,14 +15,15 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
 from skd_plugin.core.rng import derive_seed
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
-from skd_plugin.host.batch import TRACE_KEY, per_token
+from skd_plugin.host.batch import per_token
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 
 
 class SKDSamplesGenerator(SamplesGenerator):
-    """Tells the engines by which rule to sample, and keeps each response's trace in `Experience.info`.
+    """Tells the engines by which rule to sample, and keeps each response's `StoredTrace` in `Experience.info`.
 
     A field of a subclass would be dropped when OpenRLHF splits and joins batches; a per-sample list in `info` is not.
     """
@@ -42,8 +44,8 @@ class SKDSamplesGenerator(SamplesGenerator):
         teacher = self.args.skd.teacher.model_name_or_path
         return engine_end_ids(teacher, load_tokenizer(teacher, "teacher"), self.tokenizer)
 
-    def text(self, trace: Trace) -> str:
-        return response_text(self.tokenizer, trace.response_ids.tolist(), self._end_ids)
+    def text(self, response_ids: list[int]) -> str:
+        return response_text(self.tokenizer, response_ids, self._end_ids)
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         self._sample_by(self.rule, derive_seed(self.seed, self.step))
@@ -100,28 +102,29 @@ class SKDSamplesGenerator(SamplesGenerator):
             )
 
     def _process_response_into_experience(self, response: dict[str, Any], **generate_kwargs: Any) -> Experience:
-        """OpenRLHF's experience, with the trace, and with the log-probability of each token under the law it was drawn
-        from: the student's, or the teacher's for a token of the teacher.
+        """OpenRLHF's experience, with the stored trace, and with the log-probability of each token under the law it
+        was drawn from: the student's, or the teacher's for a token of the teacher.
         """
         trace = response[TRACE_KEY]
-        response["rollout_log_probs"] = _rollout_log_probs(response, trace)
+        response["rollout_log_probs"] = _rollout_log_probs(response, trace.drawn)
         experience = super()._process_response_into_experience(response, **generate_kwargs)
         experience.info[TRACE_KEY] = [trace]
         return experience
 
 
-def _rollout_log_probs(response: dict[str, Any], trace: Trace) -> list[float]:
-    """log-probability of every token of the sequence, as OpenRLHF wants it: 0 where nothing was sampled."""
+def _rollout_log_probs(response: dict[str, Any], drawn: Drawn) -> np.ndarray:
+    """log-probability of every token of the sequence, 0 where nothing was sampled: what OpenRLHF makes a tensor of."""
     sampled = sum(end - start for start, end in response["action_ranges"])
-    if sampled != len(trace):
+    if sampled != len(drawn):
         raise RuntimeError(
-            f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(trace)}; "
+            f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(drawn)}; "
             "an executor must return the engine's token ids unchanged"
         )
-    values = iter(trace.sampled_logp.tolist())
-    logp = [0.0] * len(response["observation_tokens"])
+    logp, taken = np.zeros(len(response["observation_tokens"]), np.float32), 0
+    values = drawn.sampled_logp.numpy()
     for start, end in response["action_ranges"]:
-        logp[start:end] = [next(values) for _ in range(start, end)]
+        logp[start:end] = values[taken : taken + end - start]
+        taken += end - start
     return logp
 
 
@@ -156,7 +159,7 @@ class SKDExperienceMaker(RemoteExperienceMaker):
         return experiences
 
 
-def _teachers_gain(tokens: Trace) -> torch.Tensor:
+def _teachers_gain(tokens: Drawn) -> torch.Tensor:
     return (tokens.teacher_logp - tokens.student_logp).nan_to_num(0.0)  # nothing is known of an undrafted token
 
 

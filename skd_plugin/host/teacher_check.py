@@ -11,9 +11,9 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin.core.layout import ResponseLayout
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.arguments import EngineDescription
-from skd_plugin.host.batch import trace_of
+from skd_plugin.host.trace_store import stored_trace
 from skd_plugin.models import count_parameters, load_causal_model, load_model_config, mean_tolerance, response_logits
 
 LENGTH = 1024  # tokens that are read in all, prompts included; more where a window of attention is wider
@@ -22,7 +22,7 @@ RESPONSES = 4  # at most
 
 
 def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *, quantised: bool) -> float:
-    """Mean difference of log p of the same tokens, nats: by the engine (in the traces) and by transformers.
+    """Mean difference of log p of the same tokens, nats: by the engine (of its traces) and by transformers.
 
     The longest responses are read, on this process's CPU, before a run has updated anything. NaN where the weights do
     not fit into what memory is free: the log says so.
@@ -66,24 +66,25 @@ def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *
     return gap
 
 
-def _texts(samples: Sequence[Experience], length: int) -> Iterator[tuple[list[int], ResponseLayout, Trace]]:
+def _texts(samples: Sequence[Experience], length: int) -> Iterator[tuple[list[int], ResponseLayout, Drawn]]:
     """The longest sequences, cut to `length` tokens together; where their responses are; what the engine said."""
     left = length
     for sample in sorted(samples, key=lambda sample: -sample.sequences.shape[1])[:RESPONSES]:
         ids = sample.sequences[0, :left].tolist()
         layout = ResponseLayout.of(sample.action_mask[:, : len(ids) - 1])
         if len(layout):
-            yield ids, layout, trace_of(sample).slice(0, len(layout))
+            yield ids, layout, stored_trace(sample).drawn.slice(0, len(layout))
         left -= len(ids)
         if left < 2:
             return
 
 
-def _gaps(model: Any, vocab: int, ids: list[int], layout: ResponseLayout, trace: Trace) -> torch.Tensor:
+def _gaps(model: Any, vocab: int, ids: list[int], layout: ResponseLayout, drawn: Drawn) -> torch.Tensor:
     """|log p by the engine - by transformers| of the response tokens: float32 [N]."""
     first = int(layout.entry_N[0])  # the prompt's last token
     logp_RV = response_logits(model, ids[: first + 1], ids[first + 1 :])[:, :vocab].log_softmax(-1)
-    return (trace.teacher_logp - logp_RV[layout.entry_N - first, trace.response_ids.long()]).abs()
+    emitted_N = layout.tokens(torch.tensor([ids]))
+    return (drawn.teacher_logp - logp_RV[layout.entry_N - first, emitted_N]).abs()
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
-from skd_plugin.host.batch import trace_of
 from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.run_samples import Sampled
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
 from skd_plugin.host.teacher_check import compare_teachers
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.run_folder import RunFolder
 
 RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
@@ -89,8 +89,9 @@ class TrainingSide:
             self._teacher_gap = metrics["skd/teacher_gap"] = self._compare_teachers(rollout_samples)
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
-        traces = [trace_of(sample) for sample in rollout_samples]
-        metrics |= objective_metrics(status, traces, coefficients)
+        # Popped, because OpenRLHF keeps the samples until it has the next ones, and Ray what they refer to.
+        traces = [sample.info.pop(TRACE_KEY)[0] for sample in rollout_samples]
+        metrics |= objective_metrics(status, [trace.drawn for trace in traces], coefficients)
         metrics["time/train"] = time.monotonic() - started
         return {**status, STEP_METRICS: metrics}, step
 

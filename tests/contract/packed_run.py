@@ -29,11 +29,11 @@ from openrlhf.utils import get_strategy, get_tokenizer
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Source
 from skd_plugin.host import on_cpu
-from skd_plugin.host.batch import TRACE_KEY
 from skd_plugin.host.critic import DynamicCriticTrainer
 from skd_plugin.host.full_vocabulary import FullVocabularyActor
 from skd_plugin.host.policy_actor import SKDActorTrainer
 from skd_plugin.host.samples import SKDExperienceMaker
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import load_output_head
 
 TEACHER = rollout.STUDENT.with_name("teacher")

@@ -33,7 +33,7 @@ from openrlhf.utils import get_strategy, get_tokenizer
 from skd_plugin.config.host_options import hierarchize, host_parser
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.batch import TRACE_KEY
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.prepare.load_run import load_run
 from tests.contract.test_parity import ESTIMATORS, STEPS, VARIANTS
 from tests.traces import trace_of

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skd_plugin.host.batch import TRACE_KEY
+from skd_plugin.host.trace_store import TRACE_KEY, Versions
 from tests.traces import trace_of
 
 
@@ -54,7 +54,7 @@ def test_what_was_measured_travels_with_its_samples(asynchronous) -> None:
 def test_staleness_is_counted_in_updates_and_limited(asynchronous) -> None:
     def sample(*versions: int) -> SimpleNamespace:
         trace = trace_of(torch.arange(len(versions)), student_version=torch.tensor(versions, dtype=torch.int32))
-        return SimpleNamespace(info={TRACE_KEY: [trace]})
+        return SimpleNamespace(info={TRACE_KEY: [SimpleNamespace(versions=Versions.of(trace))]})
 
     trainer = object.__new__(asynchronous.SKDTrainingActor)
     trainer.args = SimpleNamespace(train=SimpleNamespace(async_queue_size=2))

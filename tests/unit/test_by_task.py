@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from skd_plugin.core.metrics import figures_of
 from skd_plugin.host.by_task import grouped, rollout_by_task, scores, sources
 from skd_plugin.report.curves import metrics_of
 from skd_plugin.report.run_record import read_runs
@@ -29,7 +30,7 @@ def test_grouped_keeps_the_order_of_the_items() -> None:
 
 def test_rates_of_two_tasks() -> None:
     traces = [make_trace([KEPT, SWAPPED], kl=1.0), make_trace([KEPT], kl=3.0), make_trace([SWAPPED, SWAPPED], kl=2.0)]
-    assert rollout_by_task(traces, ["x", "y", "x"], draft_len=2) == pytest.approx(
+    assert rollout_by_task([figures_of(trace, 2) for trace in traces], ["x", "y", "x"]) == pytest.approx(
         {
             "skd/accept_rate/x": 1 / 4, "skd/kl/x": 1.5, "skd/response_len/x": 2,
             "skd/accept_rate/y": 1, "skd/kl/y": 3, "skd/response_len/y": 1,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skd_plugin.core.metrics import EVALUATIONS, METRICS, draft_waste, mean_kl, rollout_metrics
+from skd_plugin.core import metrics as table
+from skd_plugin.core.metrics import EVALUATIONS, METRICS, figures_of, metric_of
 from skd_plugin.core.trace import NOTHING, Source, Trace
 
 NAN = float("nan")
@@ -41,6 +42,14 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
         teacher_topk_logp=torch.full((count, 2), topk_mass / 2).log(),
         teacher_rest_tempered=torch.full((count,), 1 - topk_mass).log(),
     )
+
+
+def rollout_metrics(traces: list[Trace], draft_len: int) -> dict[str, float]:
+    return table.rollout_metrics([figures_of(trace, draft_len) for trace in traces])
+
+
+def draft_waste(traces: list[Trace], draft_len: int) -> float:
+    return metric_of("skd/draft_waste", [figures_of(trace, draft_len) for trace in traces])
 
 
 def test_metrics_of_two_responses() -> None:
@@ -90,7 +99,23 @@ def test_unknown_student_is_not_zero() -> None:
 
 def test_mean_kl_is_a_token_mean_of_the_known() -> None:
     traces = [make_trace([KEPT, UNKNOWN, SWAPPED], kl=0.5), make_trace([KEPT], kl=2.0)]
-    assert mean_kl(traces) == pytest.approx((0.5 + 0.5 + 2.0) / 3)
+    assert rollout_metrics(traces, draft_len=2)["skd/kl"] == pytest.approx((0.5 + 0.5 + 2.0) / 3)
+
+
+def test_sums_of_responses_are_the_sums_of_all_their_tokens() -> None:
+    """What each response adds is counted apart. Together it is what one response of all their tokens would say, but
+    for what counts responses and blocks; to the last digit the same in whatever order they come.
+    """
+    rng = random.Random(0)
+    kinds = [[rng.choice([KEPT, SWAPPED, UNKNOWN, GIVEN, AGAIN]) for _ in range(rng.randint(0, 9))] for _ in range(30)]
+    traces = [make_trace(one, topk_mass=rng.random(), kl=rng.random()) for one in kinds]
+    apart, whole = rollout_metrics(traces, draft_len=2), rollout_metrics([Trace.join(traces)], draft_len=2)
+    of_responses = {"skd/response_len", "skd/first_replaced_pos", "skd/draft_waste"}
+    assert {name: apart[name] for name in apart if name not in of_responses} == pytest.approx(
+        {name: whole[name] for name in whole if name not in of_responses}
+    )
+    rng.shuffle(traces)
+    assert rollout_metrics(traces, draft_len=2) == apart
 
 
 def rollout(rng: random.Random, draft_len: int, length: int) -> tuple[list[str], int, int]:
@@ -152,7 +177,7 @@ def test_pages_name_every_metric_and_no_other() -> None:
 def test_every_metric_of_a_step_is_in_the_table() -> None:
     """Also those that a trace tells only sometimes; each has words for people."""
     kinds = [GIVEN, KEPT, AGAIN, MARKED, SWAPPED, UNKNOWN, LED]
-    told = {name for name, metric in METRICS.items() if metric.compute}
+    told = {name for name, metric in METRICS.items() if metric.ratio}
     assert set(rollout_metrics([make_trace(kinds)], draft_len=2)) == told
     for name, metric in {**METRICS, **EVALUATIONS}.items():
         assert metric.name == name and metric.title and metric.better in (None, "low", "high")

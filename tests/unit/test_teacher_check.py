@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.batch import TRACE_KEY
+from skd_plugin.host.trace_store import TRACE_KEY
 
 PROMPT = 5
 
@@ -87,9 +87,9 @@ def test_long_texts_are_cut_and_go_beyond_a_window(check, told, monkeypatch) -> 
     model, _ = told
     monkeypatch.setattr(check, "LENGTH", 12)
     samples = [response(model, n, n) for n in (4, 20, 6)]
-    (ids, layout, trace), *others = check._texts(samples, 12)
-    assert not others and len(ids) == 12 and len(layout) == len(trace) == 7
-    assert trace.response_ids.tolist() == ids[PROMPT:]
+    (ids, layout, drawn), *others = check._texts(samples, 12)
+    assert not others and len(ids) == 12 and len(layout) == len(drawn) == 7
+    assert layout.tokens(torch.tensor([ids])).tolist() == ids[PROMPT:]
     first, second, third = check._texts(samples, 42)
     assert [len(ids) for ids, *_ in (first, second, third)] == [25, 11, 6]
     assert len(list(check._texts(samples, 40))) == 2  # the third would end inside its prompt

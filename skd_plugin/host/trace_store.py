@@ -1,0 +1,74 @@
+"""Traces between the engine's actor, which makes them, and the policy actor, which trains on them.
+
+A trace is large: some 550 bytes a token, and 8 KB more with the teacher's hidden states. The engine's actor puts it
+into Ray's object store, and a policy actor fetches it from there. What goes through the controller is a reference
+with the little that the controller needs. Ray keeps a trace until the last reference to it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from skd_plugin.core.metrics import Figures, Ratio, figures_of
+from skd_plugin.core.trace import Drawn, Trace
+
+TRACE_KEY = "skd"  # of a response, and of Experience.info
+
+
+class Versions(NamedTuple):
+    """Of the student that proposed the tokens: updates that it had had."""
+
+    mean: Ratio  # over the tokens
+    least: int
+
+    @classmethod
+    def of(cls, trace: Trace) -> Versions:
+        return cls(Ratio.mean(trace.student_version), int(trace.student_version.min()) if len(trace) else 0)
+
+
+@dataclass(frozen=True)
+class StoredTrace:
+    """A trace in the object store, and what of it goes through the controller."""
+
+    ref: ray.ObjectRef
+    drawn: Drawn  # of the same tokens
+    figures: Figures
+    versions: Versions
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    @classmethod
+    def put(cls, trace: Trace, draft_len: int) -> StoredTrace:
+        """In the process that made it, which from now on owns it.
+
+        Args:
+            draft_len: tokens of a block, which the figures need.
+        """
+        return cls(ray.put(trace), trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
+
+
+def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
+    """The traces themselves. Their tensors may be views of the object store, which are not to be written to.
+
+    Raises:
+        RuntimeError: one of them is lost.
+    """
+    try:
+        return ray.get([one.ref for one in stored])
+    except ObjectLostError as error:
+        raise RuntimeError(
+            f"a trace is lost: the engine's actor that sampled the response has died, and what it had put into Ray's "
+            f"object store is gone with it ({type(error).__name__}). Nothing was updated by this step; host.log says "
+            "why the engine died"
+        ) from error
+
+
+def stored_trace(experience: Any) -> StoredTrace:
+    """Of an experience of one response."""
+    return experience.info[TRACE_KEY][0]
