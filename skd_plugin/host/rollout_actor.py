@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -181,31 +182,105 @@ class _TraceFetcher:
 
 
 class _TracingExecutor(AgentExecutorBase):
-    """Runs OpenRLHF's or the user's executor and adds to its response the traces of all its turns, in order."""
+    """Runs OpenRLHF's or the user's executor and adds the traces of all its turns, in order, to its response.
+
+    Each sample has an engine of its own to ask, so that what it asked for is known. An executor may keep the one of
+    its first sample for all that follow, as one with a server does: a response's turns are then found by their tokens.
+    """
 
     def __init__(self, inner: AgentExecutorBase) -> None:
         self._inner = inner
+        self._turns: dict[_Turn, None] = {}  # of the samples under way, in the order in which they ended
+        self._under_way = 0
 
     async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
-        """Called by keywords, in the actor's `generate_responses`."""
-        turns = _TurnRecorder(llm_engine, Label.parse(label))
-        response = await self._inner.execute(prompt=prompt, label=label, llm_engine=turns, **kwargs)
-        response[TRACE_KEY] = Trace.join([turns.nothing, *turns.traces])
+        """Called by keywords, in the actor's `generate_responses`.
+
+        Raises:
+            RuntimeError: the response has tokens that no turn accounts for, or another sample's settings.
+        """
+        engine = _TurnRecorder(llm_engine, Label.parse(label), self._turns)
+        self._under_way += 1
+        try:
+            response = await self._inner.execute(prompt=prompt, label=label, llm_engine=engine, **kwargs)
+            turns = engine.turns if _are_all(engine.turns, response) else self._found(response, engine.label)
+            for turn in turns:
+                self._turns.pop(turn, None)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._turns.clear()
+        response[TRACE_KEY] = Trace.join([engine.nothing, *(turn.trace for turn in turns)])
         return response
+
+    def _found(self, response: dict[str, Any], label: Label) -> list[_Turn]:
+        """A response's turns among those of all samples: each was sampled for just what stands before its tokens."""
+        turns: list[_Turn] = []
+        ids = list(response["observation_tokens"])
+        for start, end in response["action_ranges"]:
+            found = (turn for turn in self._turns if turn not in turns and turn.is_at(ids, start, end))
+            turn = next(found, None)
+            if turn is None:
+                raise RuntimeError(
+                    f"the engine has not sampled the {end - start} action tokens (action_ranges) from {start} on of "
+                    "an agent's response, or not for the tokens before them; an executor must return the engine's "
+                    "token ids unchanged, and ask it with the ids that it returns"
+                )
+            if turn.own != label.sampling:
+                raise RuntimeError(
+                    f"an executor asked the engine of one sample for the response of another, so it was sampled by "
+                    f"{turn.own}, where its task (skd.tasks) has {label.sampling}; let it ask the llm_engine that "
+                    "each execute() is given, and not keep the first one"
+                )
+            turns.append(turn)
+        return turns
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """What the engine sampled in one call."""
+
+    prompt_ids: list[int]
+    trace: Trace
+    own: Sampling  # what the task has of its own of the sample whose engine was asked
+
+    def is_at(self, ids: list[int], start: int, end: int) -> bool:
+        """Whether it is tokens `start` to `end` of these, and was asked for with those before."""
+        if (len(self.prompt_ids), len(self.trace)) != (start, end - start):
+            return False
+        return self.trace.response_ids.tolist() == ids[start:end] and self.prompt_ids == ids[:start]
+
+
+def _are_all(turns: Sequence[_Turn], response: dict[str, Any]) -> bool:
+    """Whether a response's action tokens are those of these turns, all of them, in order."""
+    ids = response["observation_tokens"]
+    actions = [token for start, end in response["action_ranges"] for token in ids[start:end]]
+    return actions == [token for turn in turns for token in turn.trace.response_ids.tolist()]
 
 
 class _TurnRecorder:
     """The engine as one sample's executor sees it."""
 
-    def __init__(self, engine: Any, label: Label) -> None:
-        self._engine, self._label = engine, label
+    def __init__(self, engine: Any, label: Label, everyones: dict[_Turn, None]) -> None:
+        """`everyones`: turns of all samples, where this one's are added."""
+        self._engine, self.label, self._everyones = engine, label, everyones
         self.nothing = Trace.empty(engine.teacher_top_k)  # of an executor that asks for no token at all
-        self.traces: list[Trace] = []
+        self.turns: list[_Turn] = []
+        self._loop = asyncio.get_running_loop()
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        known = {"reference": self._label.reference, "own": self._label.sampling}
-        output = await self._engine.generate(*args, **known, **kwargs)
-        self.traces.append(output.skd_trace)
+        """May be called in another loop, as that of a server's thread: the engine is only ever asked in its own."""
+        call = self._ask(*args, **kwargs)
+        if asyncio.get_running_loop() is self._loop:
+            return await call
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+
+    async def _ask(self, prompt_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        known = {"reference": self.label.reference, "own": self.label.sampling}
+        output = await self._engine.generate(prompt_token_ids, *args, **known, **kwargs)
+        turn = _Turn(list(prompt_token_ids), output.skd_trace, self.label.sampling)
+        self.turns.append(turn)
+        self._everyones[turn] = None
         return output
 
     def __getattr__(self, name: str) -> Any:

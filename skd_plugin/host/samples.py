@@ -114,16 +114,10 @@ class SKDSamplesGenerator(SamplesGenerator):
 
 def _rollout_log_probs(response: dict[str, Any], drawn: Drawn) -> np.ndarray:
     """log-probability of every token of the sequence, 0 where nothing was sampled: what OpenRLHF makes a tensor of."""
-    sampled = sum(end - start for start, end in response["action_ranges"])
-    if sampled != len(drawn):
-        raise RuntimeError(
-            f"an agent's response has {sampled} action tokens (action_ranges), but the engine sampled {len(drawn)}; "
-            "an executor must return the engine's token ids unchanged"
-        )
     logp, taken = np.zeros(len(response["observation_tokens"]), np.float32), 0
-    values = drawn.sampled_logp.numpy()
+    sampled = drawn.sampled_logp.numpy()
     for start, end in response["action_ranges"]:
-        logp[start:end] = values[taken : taken + end - start]
+        logp[start:end] = sampled[taken : taken + end - start]
         taken += end - start
     return logp
 
