@@ -203,7 +203,9 @@ class _TracingExecutor(AgentExecutorBase):
         self._under_way += 1
         try:
             response = await self._inner.execute(prompt=prompt, label=label, llm_engine=engine, **kwargs)
-            turns = engine.turns if _are_all(engine.turns, response) else self._found(response, engine.label)
+            turns = [turn for turn in self._turns if turn.asked is engine]
+            if not _are_all(turns, response):
+                turns = self._found(response, engine.label)
             for turn in turns:
                 self._turns.pop(turn, None)
         finally:
@@ -226,11 +228,11 @@ class _TracingExecutor(AgentExecutorBase):
                     "an agent's response, or not for the tokens before them; an executor must return the engine's "
                     "token ids unchanged, and ask it with the ids that it returns"
                 )
-            if turn.own != label.sampling:
+            if turn.asked.label.sampling != label.sampling:
                 raise RuntimeError(
-                    f"an executor asked the engine of one sample for the response of another, so it was sampled by "
-                    f"{turn.own}, where its task (skd.tasks) has {label.sampling}; let it ask the llm_engine that "
-                    "each execute() is given, and not keep the first one"
+                    "an executor asked the engine of one sample for the response of another, so it was sampled by "
+                    f"{turn.asked.label.sampling}, where its task (skd.tasks) has {label.sampling}; let it ask the "
+                    "llm_engine that each execute() is given, and not keep the first one"
                 )
             turns.append(turn)
         return turns
@@ -242,7 +244,7 @@ class _Turn:
 
     prompt_ids: list[int]
     trace: Trace
-    own: Sampling  # what the task has of its own of the sample whose engine was asked
+    asked: _TurnRecorder
 
     def is_at(self, ids: list[int], start: int, end: int) -> bool:
         """Whether it is tokens `start` to `end` of these, and was asked for with those before."""
@@ -259,13 +261,12 @@ def _are_all(turns: Sequence[_Turn], response: dict[str, Any]) -> bool:
 
 
 class _TurnRecorder:
-    """The engine as one sample's executor sees it."""
+    """The engine as one sample's executor sees it, which may keep it as long as it likes."""
 
-    def __init__(self, engine: Any, label: Label, everyones: dict[_Turn, None]) -> None:
-        """`everyones`: turns of all samples, where this one's are added."""
-        self._engine, self.label, self._everyones = engine, label, everyones
+    def __init__(self, engine: Any, label: Label, turns: dict[_Turn, None]) -> None:
+        """`turns`: of all samples, to which this one's are added."""
+        self._engine, self.label, self._turns = engine, label, turns
         self.nothing = Trace.empty(engine.teacher_top_k)  # of an executor that asks for no token at all
-        self.turns: list[_Turn] = []
         self._loop = asyncio.get_running_loop()
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,9 +279,7 @@ class _TurnRecorder:
     async def _ask(self, prompt_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
         known = {"reference": self.label.reference, "own": self.label.sampling}
         output = await self._engine.generate(prompt_token_ids, *args, **known, **kwargs)
-        turn = _Turn(list(prompt_token_ids), output.skd_trace, self.label.sampling)
-        self.turns.append(turn)
-        self._everyones[turn] = None
+        self._turns[_Turn(list(prompt_token_ids), output.skd_trace, self)] = None
         return output
 
     def __getattr__(self, name: str) -> Any:

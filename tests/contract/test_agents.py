@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from openrlhf.utils.agent import AgentExecutorBase, AgentInstanceBase, MultiTurnAgentExecutor
 from vllm import SamplingParams
 
+from skd_plugin.core.trace import Trace
 from skd_plugin.host.rollout_actor import SKDRollout, _TracingExecutor
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 from tests.contract.test_openrlhf import _action_ids, _Tokenizer
@@ -33,6 +36,7 @@ class Engine:
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
         self.loops: set[asyncio.AbstractEventLoop] = set()
+        self.traces: list[weakref.ref[Trace]] = []
 
     async def generate(
         self, prompt_token_ids: list[int], sampling_params: Any, reference: str | None, own: Sampling
@@ -44,6 +48,7 @@ class Engine:
             await asyncio.sleep(0)
         ids = [prompt_token_ids[0] + 1, len(prompt_token_ids), 7]
         trace = trace_of(torch.tensor(ids), teacher_logp=torch.full((3,), -float(call)))
+        self.traces.append(weakref.ref(trace))
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)], skd_trace=trace)
 
 
@@ -120,7 +125,8 @@ def test_an_executor_that_keeps_the_engine_of_its_first_sample(server) -> None:
         assert response["skd"].response_ids.tolist() == _action_ids(response)
         calls = [-float(call) for call in turns(response, engine) for _ in range(3)]
         assert response["skd"].teacher_logp.tolist() == calls
-    assert not executor._turns, "turns of samples that are over"
+    gc.collect()
+    assert not any(trace() for trace in engine.traces), "the kept engine holds on to traces of samples that are over"
 
 
 def test_two_samples_of_the_same_tokens_have_a_trace_each(server) -> None:
