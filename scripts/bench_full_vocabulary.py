@@ -23,7 +23,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from skd_plugin.core.chunked import chunked_loss
+from skd_plugin.core.chunked import HeadLoss, against_teacher, chunked_scores
 from skd_plugin.core.losses import forward_kl
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # student hidden, head, teacher hidden, head
@@ -40,12 +40,12 @@ def plain(inputs: Inputs) -> torch.Tensor:
 
 def ours(inputs: Inputs, chunk: int, foreseen: bool) -> torch.Tensor:
     """`foreseen`: the loss is a mean of the divergences, and the function is told so."""
-    expected = torch.ones(len(inputs[0]), device=inputs[0].device) if foreseen else None
-    tokens = torch.zeros(len(inputs[0]), dtype=torch.int64, device=inputs[0].device)
-    scores = chunked_loss(
-        *inputs, lambda rows, log_p, log_q: forward_kl(log_p, log_q), tokens_N=tokens, chunk=chunk, expected_N=expected
-    )
-    return scores.loss.mean()
+    student_NH, student_VH, teacher_NJ, teacher_VJ = inputs
+    expected = torch.ones(len(student_NH), device=student_NH.device) if foreseen else None
+    tokens = torch.zeros(len(student_NH), dtype=torch.int64, device=student_NH.device)
+    divergence = against_teacher(teacher_NJ, teacher_VJ, lambda rows, log_p, log_q: forward_kl(log_p, log_q))
+    loss = HeadLoss(divergence, expected)
+    return chunked_scores(student_NH, student_VH, tokens_N=tokens, chunk=chunk, loss=loss).loss.mean()
 
 
 def liger(inputs: Inputs, chunk: int) -> torch.Tensor:

@@ -143,6 +143,27 @@ def common_vocab_size(teacher: str, student: str) -> int:
     return min(config.get_text_config().vocab_size for config in configs)
 
 
+# Options of transformers' models that change the logits beside the output head, and the values at which they do not.
+CHANGED_LOGITS: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None, 0),  # Gemma 2 and later
+    "logits_soft_cap": (None, 0),
+    "logits_scaling": (None, 1),  # Granite
+    "logit_scale": (None, 1),  # Cohere
+    "lm_head_multiplier": (None, 1),  # Falcon-H1
+    "output_multiplier": (None, 1),
+    "mup_width_multiplier": (None, 1),  # Phi-3-small
+    "dim_model_base": (None,),  # MiniCPM divides its last hidden state by a ratio of it
+}
+
+
+def changed_logits(config: Any) -> str | None:
+    """ "option = value" of a model whose logits are more than its output head times its last hidden state."""
+    text = config.get_text_config()
+    found = {option: getattr(text, option, None) for option in CHANGED_LOGITS}
+    changes = [f"{option} = {value}" for option, value in found.items() if value not in CHANGED_LOGITS[option]]
+    return changes[0] if changes else None
+
+
 def output_head_names(name: str, role: str) -> list[str]:
     """Names under which a checkpoint may hold the weight of the model's output head; a tied one is the embedding's.
 

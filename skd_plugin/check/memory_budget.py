@@ -67,8 +67,8 @@ def make_budget(
         overlap_comm=options["ds.overlap_comm"],
         tokens=_tokens_of_a_batch(options),
         checkpointing=options["actor.gradient_checkpointing_enable"],
-        chunk=skd.loss.chunk if skd.loss.vocabulary == "full" else None,
-        teacher_hidden=teacher.hidden,
+        chunk=skd.loss.chunk if student.plain_head and not options["ds.deepcompile"] else None,
+        teacher_hidden=teacher.hidden if skd.loss.vocabulary == "full" else 0,
     )
     return Budget(engine, trainer, requests)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from skd_plugin.models import count_parameters
+from skd_plugin.models import changed_logits, count_parameters
 from skd_plugin.quantization import bits_of
 
 GIB = 1 << 30
 
 # Of each of the N x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
 LOGIT_BYTES = 24
+FEW_LOGITS = 1 << 22  # that host/chunked_actor.py has at once in any case
 # Of each row of V logits in SKD's sampler, per entry; measured, 28 with few rejections, 45 with nothing else.
 SAMPLER_ROW_BYTES = 45
 RUNTIME = 1 * GIB  # CUDA context, NCCL and allocator, a process
@@ -36,6 +37,7 @@ class ModelSize:
     embeddings: int = 0  # parameters of embedding and output head, which no rounding takes in
     rounded_bits: float | None = None  # of each of the others, where they are rounded
     latent: int = 0  # numbers of a compressed cache, a token and layer (multi-head latent attention); 0: there is none
+    plain_head: bool = True  # logits are no more than its product with a hidden state
 
     def weights(self, bytes_per_number: int) -> int:
         if self.rounded_bits is None:
@@ -66,6 +68,7 @@ def model_size(config: Any) -> ModelSize:
         embeddings=text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2),
         rounded_bits=bits_of(config),
         latent=latent + text.qk_rope_head_dim if latent else 0,
+        plain_head=changed_logits(config) is None,
     )
 
 
@@ -180,13 +183,16 @@ def trainer_memory(
 
     Args:
         tokens: of one forward.
-        chunk: tokens whose logits are in memory at once, of a loss over the full vocabulary; else those of all tokens
-            are. Such a loss also needs the teacher's output head and the gradient of the student's, in float32.
-        teacher_hidden: hidden size of the teacher, of such a loss.
+        chunk: tokens whose logits are in memory at once, beside the gradient of the output head in float32; None:
+            those of all tokens.
+        teacher_hidden: hidden size of the teacher, of a loss over the full vocabulary, which needs its output head;
+            else 0.
     """
     p, width = student.parameters, 2 if mixed_precision else 4
     optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)
     step_gradients = 4 * p // (ranks if zero_stage >= 1 else 1) if mixed_precision else 0  # float32, while it steps
+    if chunk:
+        chunk = max(chunk, FEW_LOGITS // student.vocabulary)
     heads = student.vocabulary * (4 * student.hidden + width * teacher_hidden) if chunk else 0
     return TrainerMemory(
         weights=width * p // (ranks if zero_stage == 3 else 1),

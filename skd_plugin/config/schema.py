@@ -257,7 +257,12 @@ class LossConfig(Section):
     vocabulary: Literal["top_k", "full"] = Field(
         "top_k", description="full: the divergence of all tokens, from the teacher's hidden states and output head"
     )
-    chunk: int = Field(128, ge=1, description="of vocabulary full: tokens whose logits are in memory at once")
+    chunk: int | None = Field(
+        128,
+        ge=1,
+        description="response tokens whose student's logits a training step has in memory at once, or as many as have "
+        "4 million logits; null: those of all tokens, as always where they are more than the head's product (soft cap, scale, bias, adapter)",
+    )
     accepted_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that the gate kept")
     replaced_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that it replaced")
     handed_weight: float | None = Field(
@@ -279,6 +284,8 @@ class LossConfig(Section):
         effects = {name: any(name in loss.parameters for loss in losses) for name in PARAMETERS}
         effects["temperature"] = any(loss.has_temperature for loss in losses)
         refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
+        if self.vocabulary == "full" and self.chunk is None:
+            raise ValueError("chunk is null, but vocabulary: full never makes all logits; give it a number")
         if self.accepted_weight == self.replaced_weight == 0:
             raise ValueError("accepted_weight and replaced_weight are both 0: no token would be trained")
         if self.replaced_kind is not None and any(region.where == "replaced" for region in self.regions):

@@ -4,21 +4,24 @@ An output head turns a hidden state of H numbers into V logits. Here it is appli
 values are read off, and its logits are thrown away, so that the memory is that of C x V logits and not of N x V.
 
 Shapes: N tokens, C tokens of a chunk, V vocabulary, H width of the student, J width of the teacher. p is the teacher,
-q the student. Logits come from the head in the type of its weight; everything that follows is float32, in nats.
+q the student, both at temperature 1. Logits come from the head in the type of its weight; everything that follows is
+float32, in nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-# (rows of the chunk, log p [C, V], log q [C, V]) -> [C], differentiable in log q, which it must not change.
-ChunkLoss = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
+# (rows of the chunk, log q [C, V]) -> [C], differentiable in log q, which it must not change.
+ChunkLoss = Callable[[slice, torch.Tensor], torch.Tensor]
+
+# (rows of the chunk, log p [C, V], log q [C, V]) -> [C], likewise.
+PairLoss = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # (rows of the chunk, log q [C, V]) -> values [C] each. Differentiable in log q, which it must not change.
 Readings = Callable[[slice, torch.Tensor], list[torch.Tensor]]
@@ -29,51 +32,24 @@ HEAD_BLOCK = 32_768  # rows of that head at once
 
 
 class Scores(NamedTuple):
-    """float32 [N] each."""
+    """float32 [N] each; None where it was not asked for."""
 
-    loss: torch.Tensor  # of the student against the teacher
     log_prob: torch.Tensor  # log q of the named tokens
-    entropy: torch.Tensor | None  # of q, where it was asked for
+    entropy: torch.Tensor | None  # of q
+    loss: torch.Tensor | None
 
 
-def chunked_loss(
-    student_hidden_NH: torch.Tensor,
-    student_head_VH: torch.Tensor,
-    teacher_hidden_NJ: torch.Tensor,
-    teacher_head_VJ: torch.Tensor,
-    loss: ChunkLoss,
-    *,
-    tokens_N: torch.Tensor,
-    chunk: int,
-    vocab: int | None = None,
-    entropy: bool = False,
-    expected_N: torch.Tensor | None = None,
-) -> Scores:
-    """A loss of the student against the teacher's whole distribution, and the student's view of `tokens_N`.
+class HeadLoss(NamedTuple):
+    """A loss of q at N tokens."""
 
-    Gradients go to the student's hidden states and head, never to the teacher. All is at temperature 1.
-
-    Args:
-        tokens_N: int64, the tokens whose log q is wanted.
-        chunk: tokens whose logits are in memory at once (C).
-        vocab: only the first so many rows of both heads are tokens; the others are padding, without mass or gradient.
-        entropy: the entropy is wanted, too.
-        expected_N: the gradient of the final loss to each token's loss, up to one common factor. Where it proves right
-            and nothing but these losses is differentiated, the backward pass costs next to nothing; otherwise it
-            computes every chunk again. The gradients are the same.
-    """
-    vocab = len(student_head_VH) if vocab is None else vocab
-
-    def read(rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
-        log_p_CV = _log_softmax(teacher_hidden_NJ[rows], teacher_head_VJ[:vocab])
-        return [loss(rows, log_p_CV, log_q_CV), *_token_readings(tokens_N, entropy, rows, log_q_CV)]
-
-    expected_N = expected_N if torch.is_grad_enabled() else None
-    values = _Chunked.apply(student_hidden_NH, student_head_VH, read, 2 + entropy, chunk, vocab, expected_N)
-    return Scores(values[0], values[1], values[2] if entropy else None)
+    of_chunk: ChunkLoss
+    # The gradient of the final loss to each token's loss [N], up to one common factor. Where it proves right, and
+    # nothing but these losses is differentiated, the backward pass costs next to nothing; otherwise it computes every
+    # chunk again. The gradients are the same.
+    expected_N: torch.Tensor | None = None
 
 
-def chunked_log_probs(
+def chunked_scores(
     hidden_NH: torch.Tensor,
     head_VH: torch.Tensor,
     *,
@@ -81,12 +57,35 @@ def chunked_log_probs(
     chunk: int,
     vocab: int | None = None,
     entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log q of `tokens_N` and the entropy of q, where it is asked for: float32 [N]. See `chunked_loss`."""
+    loss: HeadLoss | None = None,
+) -> Scores:
+    """What the student says of `tokens_N`, and a loss of its distributions. Gradients go to hidden states and head.
+
+    Args:
+        tokens_N: int64, the tokens whose log q is wanted.
+        chunk: tokens whose logits are in memory at once (C).
+        vocab: only the first so many rows of the head are tokens; the others are padding, without mass or gradient.
+        entropy: the entropy is wanted, too.
+    """
     vocab = len(head_VH) if vocab is None else vocab
-    read = partial(_token_readings, tokens_N, entropy)
-    values = _Chunked.apply(hidden_NH, head_VH, read, 1 + entropy, chunk, vocab, None)
-    return values[0], values[1] if entropy else None
+
+    def read(rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
+        losses = [] if loss is None else [loss.of_chunk(rows, log_q_CV)]
+        return losses + _token_readings(tokens_N, entropy, rows, log_q_CV)
+
+    expected_N = loss.expected_N if loss is not None and torch.is_grad_enabled() else None
+    values = list(_Chunked.apply(hidden_NH, head_VH, read, 1 + entropy + (loss is not None), chunk, vocab, expected_N))
+    found = values.pop(0) if loss is not None else None
+    return Scores(values[0], values[1] if entropy else None, found)
+
+
+def against_teacher(hidden_NJ: torch.Tensor, head_VJ: torch.Tensor, loss: PairLoss) -> ChunkLoss:
+    """A loss against the teacher's whole distribution, from its hidden states and output head, which get no gradient.
+
+    Args:
+        head_VJ: of as many tokens as the student has.
+    """
+    return lambda rows, log_q_CV: loss(rows, _log_softmax(hidden_NJ[rows], head_VJ), log_q_CV)
 
 
 def _token_readings(tokens_N: torch.Tensor, entropy: bool, rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
@@ -229,4 +228,4 @@ def _common_factor(wanted: list[tuple[int, torch.Tensor]], expected_N: torch.Ten
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,48 +1,20 @@
 """What a training step minimises: kd_coef x distillation + rl_coef x OpenRLHF's policy loss, each over its own tokens.
 
-Shapes: N response tokens of a micro-batch, V vocabulary; per-token tensors are [B, T - 1] (core/layout.py).
+Shapes: N response tokens of a micro-batch; per-token tensors are [B, T - 1] (core/layout.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
 from skd_plugin.config.schema import Coefficients
-from skd_plugin.core.losses import TokenLoss
-from skd_plugin.core.targets import Targets
 from skd_plugin.host.batch import MicroBatch, Totals
-
-
-class Distillation(Protocol):
-    """How the student's training forward gives the token losses of a batch."""
-
-    def forward_arguments(self, batch: MicroBatch) -> dict[str, Any]:
-        """Further arguments of the student's forward."""
-        ...
-
-    def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
-        """float32 [N], nats, not yet weighted; `output` is what the model's forward returned."""
-        ...
-
-
-class TopKDistillation:
-    """Against the teacher's entries in the traces, from the student's logits."""
-
-    def __init__(self, token_loss: TokenLoss) -> None:
-        self._token_loss = token_loss
-
-    def forward_arguments(self, batch: MicroBatch) -> dict[str, Any]:
-        return {}
-
-    def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
-        logits_NV = batch.layout.predictions(output["logits"])
-        # A batch without a response token takes the same way, so that every ZeRO rank runs its backward.
-        return self._token_loss(logits_NV, Targets.of(batch.tokens, logits_NV.device))
+from skd_plugin.host.distillation import Distillation
 
 
 class Objective:

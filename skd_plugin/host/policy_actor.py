@@ -15,8 +15,15 @@ from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu
 from skd_plugin.host.batch import DynamicBatches, OptimizerStepBatches
-from skd_plugin.host.full_vocabulary import FullVocabularyActor, FullVocabularyDistillation
-from skd_plugin.host.objective import Distillation, Objective, TopKDistillation, finite_gradients
+from skd_plugin.host.chunked_actor import ChunkedActor
+from skd_plugin.host.distillation import (
+    ChunkedTopKDistillation,
+    Distillation,
+    Foresight,
+    FullVocabularyDistillation,
+    TopKDistillation,
+)
+from skd_plugin.host.objective import Objective, finite_gradients
 from skd_plugin.host.trace_store import TRACE_KEY, fetch
 from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head, mean_tolerance
@@ -32,9 +39,11 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
         self.step = 0  # the training step that is running or was the last, counted from 1
-        make = {"top_k": _top_k, "full": _full_vocabulary}[skd.loss.vocabulary]
-        distillation = make(self.actor, skd, vocab, token_level_loss)
-        tolerance = _student_tolerance(self.actor.model.module, vocab, full=skd.loss.vocabulary == "full")
+        reads_head = isinstance(self.actor, ChunkedActor) and self.actor.reads_head
+        alone = not skd.objective.uses_rewards and not self.args.actor.entropy_coef
+        foresight = Foresight(token_level_loss=token_level_loss, alone=alone)
+        distillation = _distillation(self.actor, skd, vocab, foresight if reads_head else None)
+        tolerance = _student_tolerance(self.actor.model.module, vocab, common=reads_head)
         self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss, tolerance)
         # OpenRLHF's ppo_train looks the function up in its module; this process serves one actor.
         weighting = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab)
@@ -65,31 +74,34 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         StudentSender(self).send(version=self.step)
 
 
-def _student_tolerance(model: Any, vocab: int, *, full: bool) -> float | None:
+def _student_tolerance(model: Any, vocab: int, *, common: bool) -> float | None:
     """Nats a token by which rounding alone moves log q between vLLM and transformers; None where they differ by
-    design: dropout while training, or OpenRLHF's log-probs over padding rows of the head (not with the full
-    vocabulary).
+    design: dropout while training, or OpenRLHF's log-probs over padding rows of the head.
+
+    Args:
+        common: the trainer's are of the tokens that both models have.
     """
     config = model.config.get_text_config()
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    if drops or getattr(config, "attention_dropout", 0) or (config.vocab_size != vocab and not full):
+    if drops or getattr(config, "attention_dropout", 0) or (config.vocab_size != vocab and not common):
         return None
     return mean_tolerance(next(model.parameters()).dtype)
 
 
-def _top_k(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:
-    return TopKDistillation(make_token_loss(skd.loss.settings, vocab=vocab))
-
-
-def _full_vocabulary(actor: Any, skd: SKDConfig, vocab: int, token_level_loss: bool) -> Distillation:
+def _distillation(actor: Any, skd: SKDConfig, vocab: int, foresight: Foresight | None) -> Distillation:
+    """`foresight`: of a student whose head is read chunk by chunk; None: it makes the logits of all tokens."""
+    settings = skd.loss.settings
+    if foresight is None:
+        return TopKDistillation(make_token_loss(settings, vocab=vocab))
+    if skd.loss.vocabulary == "top_k":
+        return ChunkedTopKDistillation(make_token_loss(settings), foresight)
     dtype = next(actor.model.parameters()).dtype
     return FullVocabularyDistillation(
         load_output_head(skd.teacher.model_name_or_path, dtype, torch.cuda.current_device()),
-        make_token_loss(skd.loss.settings, against=whole_vocabulary_loss),
+        make_token_loss(settings, against=whole_vocabulary_loss),
+        foresight,
         chunk=skd.loss.chunk,
         vocab=vocab,
-        token_level_loss=token_level_loss,
-        alone=not skd.objective.uses_rewards,
     )
 
 
@@ -98,9 +110,10 @@ class SKDPolicy(HostPolicy):
         trust.close_transformers()
         on_cpu.adapt_trainer()
         skd = strategy.args.skd
-        if skd.loss.vocabulary == "full":
-            vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)
-            rebind(host, "Actor", partial(FullVocabularyActor, chunk=skd.loss.chunk, vocab=vocab))
+        # A compiled model would not call the forward that takes the head's place.
+        chunk = None if strategy.args.ds.deepcompile else skd.loss.chunk
+        vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)
+        rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
 

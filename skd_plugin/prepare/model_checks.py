@@ -8,7 +8,13 @@ from typing import Any
 from skd_plugin import trust
 from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
-from skd_plugin.models import load_model_config, load_tokenizer, output_head_names, output_head_type
+from skd_plugin.models import (
+    changed_logits,
+    load_model_config,
+    load_tokenizer,
+    output_head_names,
+    output_head_type,
+)
 from skd_plugin.quantization import method_of
 
 
@@ -144,32 +150,17 @@ def check_attention(configs: Mapping[str, Any]) -> None:
         )
 
 
-# Options of transformers' models that change the logits after the output head, and the values at which they do not.
-TRANSFORMED_LOGITS: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None, 0),  # Gemma 2 and later
-    "logits_soft_cap": (None, 0),
-    "logits_scaling": (None, 1),  # Granite
-    "logit_scale": (None, 1),  # Cohere
-    "lm_head_multiplier": (None, 1),  # Falcon-H1
-    "output_multiplier": (None, 1),
-    "mup_width_multiplier": (None, 1),  # Phi-3-small
-    "dim_model_base": (None,),  # MiniCPM divides its last hidden state by a ratio of it
-}
-
-
 FULL_TYPES = ("F32", "F16", "BF16")  # of safetensors
 
 
 def check_output_head(name: str, role: str) -> None:
     """Raises RecipeError for a model whose logits are not just its output head times its last hidden state."""
-    config = load_model_config(name, role).get_text_config()
-    for option, neutral in TRANSFORMED_LOGITS.items():
-        value = getattr(config, option, None)
-        if value not in neutral:
-            raise RecipeError(
-                f"skd.loss.vocabulary=full: the {role} '{name}' transforms the product of its output head ({option} = "
-                f"{value}), which this loss does not follow; use skd.loss.vocabulary=top_k with this model"
-            )
+    change = changed_logits(load_model_config(name, role))
+    if change is not None:
+        raise RecipeError(
+            f"skd.loss.vocabulary=full: the {role} '{name}' transforms the product of its output head ({change}), "
+            "which this loss does not follow; use skd.loss.vocabulary=top_k with this model"
+        )
     output_head_names(name, role)
     if method_of(load_model_config(name, role)) is None:
         return

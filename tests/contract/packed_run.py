@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +21,15 @@ RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 import deepspeed
 import openrlhf.trainer.ray.ppo_critic as host_critic
 import torch
-from openrlhf.models import Actor, get_llm_for_sequence_regression
+from openrlhf.models import get_llm_for_sequence_regression
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 from openrlhf.utils import get_strategy, get_tokenizer
 
 from skd_plugin.config.schema import Coefficients
 from skd_plugin.core.trace import Source
-from skd_plugin.host import on_cpu
+from skd_plugin.host import chunked_actor, on_cpu
+from skd_plugin.host.chunked_actor import ChunkedActor
 from skd_plugin.host.critic import DynamicCriticTrainer
-from skd_plugin.host.full_vocabulary import FullVocabularyActor
 from skd_plugin.host.policy_actor import SKDActorTrainer
 from skd_plugin.host.samples import SKDExperienceMaker
 from skd_plugin.host.trace_store import TRACE_KEY
@@ -69,6 +68,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {  # options of skd, and of
 def main() -> None:
     folder, stages = Path(sys.argv[1]), [int(stage) for stage in sys.argv[2:]]
     on_cpu.adapt_trainer()
+    chunked_actor.FEW_LOGITS = 0  # so that a chunk is of as few tokens as asked for
     found: dict[str, Any] = {}
     for stage in stages:
         for case in CASES if stage == stages[0] else ("top-k", "whole vocabulary and rewards"):
@@ -85,12 +85,9 @@ def train(folder: Path, stage: int, case: str, layout: str) -> dict[str, Any]:
     skd, options = CASES[case]
     args = make_args(folder, stage, layout, options, skd)
     strategy = make_strategy(args)
-    kind = Actor
-    if args.skd.loss.vocabulary == "full":
-        kind = partial(FullVocabularyActor, chunk=args.skd.loss.chunk, vocab=VOCAB)
-    actor = kind(
+    actor = ChunkedActor(
         str(rollout.STUDENT), attn_implementation="sdpa", param_dtype="fp32", packing_samples=args.ds.packing_samples,
-        ds_config=strategy.get_ds_train_config(),
+        ds_config=strategy.get_ds_train_config(), chunk=args.skd.loss.chunk, vocab=VOCAB,
     )  # fmt: skip
     tokenizer = get_tokenizer(str(rollout.STUDENT), actor.model, "left", strategy)
     actor, optimizer, scheduler = strategy.prepare((actor, optimizer_of(args.actor)))

@@ -1,4 +1,4 @@
-"""What host/full_vocabulary.py leans on of DeepSpeed: a module's own forward is where its parameters are whole."""
+"""What host/chunked_actor.py leans on of DeepSpeed: a module's own forward is where its parameters are whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cases() -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_full_vocabulary_steps_are_the_hosts(cases: list[dict], stage: int) -> None:
+def test_steps_with_a_chunked_head_are_the_hosts(cases: list[dict], stage: int) -> None:
     """Three optimizer steps, head tied or not, gradient foreseen or computed again in the backward pass."""
     own = [case for case in cases if case["stage"] == stage]
     assert len(own) == 4

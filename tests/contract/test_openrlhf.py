@@ -229,10 +229,10 @@ SIGNATURES = [
     ("openrlhf.models:Actor.__init__",
      "pretrain_or_model attn_implementation param_dtype load_in_4bit lora_rank lora_alpha lora_dropout target_modules "
      "ds_config device_map packing_samples temperature use_liger_kernel freeze_visual_encoder experts_implementation "
-     "**", "host/full_vocabulary.py"),
+     "**", "host/chunked_actor.py"),
     ("openrlhf.models:Actor.forward",
      "sequences action_mask attention_mask return_output allgather_logits return_logprobs ring_attn_group "
-     "packed_seq_lens return_entropy **", "host/full_vocabulary.py"),
+     "packed_seq_lens return_entropy **", "host/chunked_actor.py"),
     (f"{CRITIC}.init_model_from_pretrained", "strategy pretrain max_steps", "host/critic.py"),
     (f"{CRITIC}.append", "experience", "host/critic.py"),
     (f"{LAUNCHER}:ReferenceModelActor.init_model_from_pretrained", "strategy pretrain", "host/bind.py"),
@@ -686,7 +686,7 @@ def test_actor_forward_returns_the_logits_that_the_loss_reads() -> None:
 
 
 def test_actor_gives_the_models_output_when_asked_for_nothing_else() -> None:
-    """FullVocabularyActor calls the host's forward so: whatever the head gave comes back as float32 logits."""
+    """ChunkedActor calls the host's forward so: whatever the head gave comes back as float32 logits."""
     from openrlhf.models import Actor
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -698,7 +698,7 @@ def test_actor_gives_the_models_output_when_asked_for_nothing_else() -> None:
     model.get_output_embeddings().forward = lambda hidden: hidden[..., :3].double()
     ids, ones = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     output = actor(ids, None, ones, return_output=True)
-    ours = "revisit skd_plugin/host/full_vocabulary.py"
+    ours = "revisit skd_plugin/host/chunked_actor.py"
     assert output["logits"].shape == (2, 6, 3) and output["logits"].dtype == torch.float32, ours
     source = inspect.getsource(find(f"{ACTOR}:PolicyModelActor.init_model_from_pretrained"))
     assert "actor = Actor(" in source and "ema_model = Actor(" in source, "revisit SKDPolicy in host/policy_actor.py"

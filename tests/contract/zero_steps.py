@@ -18,12 +18,14 @@ import torch  # noqa: E402
 from openrlhf.models import Actor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from skd_plugin.core.chunked import Scores, chunked_loss  # noqa: E402
+from skd_plugin.core.chunked import HeadLoss, against_teacher  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
-from skd_plugin.host.full_vocabulary import FullVocabularyActor  # noqa: E402
+from skd_plugin.host import chunked_actor  # noqa: E402
+from skd_plugin.host.chunked_actor import ChunkedActor  # noqa: E402
 from skd_plugin.host.objective import finite_gradients  # noqa: E402
 
 VOCAB, WIDTH, STEPS = 64, 12, 3
+chunked_actor.FEW_LOGITS = 0  # so that a chunk is of as few tokens as asked for
 
 
 class Task:
@@ -39,15 +41,15 @@ class Task:
         self.head = torch.randn(VOCAB, WIDTH, generator=generator)
         self.foreseen = foreseen
 
-    def read(self, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, entropy: bool) -> Scores:
+    def head_loss(self) -> HeadLoss:
         expected = torch.ones(self.count) if self.foreseen else None
-        return chunked_loss(hidden, head, self.hidden, self.head, lambda _, log_p, log_q: forward_kl(log_p, log_q),
-                            tokens_N=tokens, chunk=4, expected_N=expected)  # fmt: skip
+        divergence = against_teacher(self.hidden, self.head, lambda _, log_p, log_q: forward_kl(log_p, log_q))
+        return HeadLoss(divergence, expected)
 
     def loss(self, actor: Actor, full: bool) -> torch.Tensor:
         call = dict(action_mask=self.mask, attention_mask=torch.ones_like(self.ids), return_output=True)
         if full:
-            call["read_head"] = self.read
+            call["head_loss"] = self.head_loss()
         log_probs, output = actor(self.ids, **call)
         if full:
             divergence = output["token_losses"].sum()
@@ -62,7 +64,7 @@ def make_actor(stage: int, tied: bool, full: bool) -> Actor:
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
     model = LlamaForCausalLM(config)
-    actor = FullVocabularyActor(model, chunk=4, vocab=VOCAB) if full else Actor(model)
+    actor = ChunkedActor(model, chunk=4, vocab=VOCAB) if full else Actor(model)
     actor.packing_samples = False
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, Gemma2Config, Qwen2Config
 
 from skd_plugin.check.memory_budget import check_memory, fits_twice, make_budget
 from skd_plugin.check.memory_model import (
@@ -30,6 +27,7 @@ from skd_plugin.core.losses import forward_kl, top_k_loss
 from skd_plugin.core.targets import Targets
 from skd_plugin.models import count_parameters
 from skd_plugin.quantization import bits_of, method_of
+from tests.peak_bytes import PeakBytes
 
 GPU = 80 * GIB
 
@@ -186,6 +184,22 @@ def test_full_vocabulary_has_logits_of_one_chunk_and_both_heads(sizes):
     assert full.trainer.logits == found.logits
 
 
+def test_top_k_has_logits_of_one_chunk_where_the_head_is_plain(sizes):
+    given = {"rollout.batch_size": 64, "train.micro_batch_size": 2, "data.max_len": 1024}
+
+    def logits(student=sizes[1], loss=None, **changes):
+        asked = skd(loss=loss or {}), options(**given | changes)
+        return make_budget(sizes[0], student, *asked, cpu=False, device=GPU).trainer.logits
+
+    everything = 2 * 1024 * 151936 * LOGIT_BYTES
+    assert logits() == 128 * 151936 * LOGIT_BYTES + 151936 * 4 * 896
+    assert logits(loss={"chunk": 64}) == 64 * 151936 * LOGIT_BYTES + 151936 * 4 * 896
+    capped = Gemma2Config(vocab_size=151936, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    assert model_size(SMALL).plain_head and not model_size(capped).plain_head
+    assert logits(replace(sizes[1], plain_head=False)) == logits(loss={"chunk": None}) == everything
+    assert logits(**{"ds.deepcompile": True}) == everything
+
+
 def test_buckets_and_gathered_weights(sizes):
     assert trainer(sizes[0]).buffers == 2 * (500_000_000 + 500_000_000) + RUNTIME
     assert trainer(sizes[0], overlap_comm=True).buffers == 2 * (1_000_000_000 + 500_000_000) + RUNTIME
@@ -216,35 +230,6 @@ def test_bytes_of_a_logit_are_those_of_the_training_step():
     assert peak.bytes / (2 * 128 * 4096) == pytest.approx(LOGIT_BYTES, rel=0.15)
 
 
-class PeakBytes(TorchDispatchMode):
-    """Most bytes alive at once of the tensors made inside, without the small ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self._alive = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > 1e6:
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._alive += size
-        self.bytes = max(self.bytes, self._alive)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._alive -= size
-
-
 # --- a recipe's options ---
 
 
@@ -268,7 +253,8 @@ def test_budget_reads_the_hosts_options(sizes):
     assert found.engine.budget == int(0.9 * GPU)
     assert found.engine.teacher == BIG_PARAMETERS * 2 // 4
     assert found.engine.sampler == 34 * 3 * 152064 * SAMPLER_ROW_BYTES
-    expected = trainer(sizes[1], zero_stage=3, adam_offload=True, tokens=4 * 512, checkpointing=True, ranks=8)
+    changes = dict(zero_stage=3, adam_offload=True, tokens=4 * 512, checkpointing=True, ranks=8, chunk=128)
+    expected = trainer(sizes[1], **changes)
     assert found.trainer == expected
 
 
@@ -331,6 +317,9 @@ def check(config=skd(), device=GPU, **changes):  # noqa: B008
     return check_memory(BIG, SMALL, config, options(**changes), cpu=False, device=device)
 
 
+ALL_LOGITS = skd(loss={"chunk": None})
+
+
 def test_a_pair_that_fits():
     findings = check(**{"rollout.batch_size": 64})
     assert levels(findings) == {"parameters": "ok", "engine": "ok", "trainer": "ok"}
@@ -354,7 +343,7 @@ def test_sampler_rows_outside_of_vllms_share():
 
 
 def test_a_trainer_that_does_not_fit_is_told_what_helps():
-    found = check(**{"train.micro_batch_size": 32})[2]
+    found = check(ALL_LOGITS, **{"train.micro_batch_size": 32})[2]
     assert found.level == "failed"
     assert found.remedy.startswith("lower openrlhf.train.micro_batch_size")
     assert "gradient_checkpointing" in found.remedy and "zero_stage=3" in found.remedy
@@ -372,8 +361,8 @@ def test_dynamic_batches_count_tokens():
 
 def test_colocated_models_share_the_device():
     changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
-    assert check(**changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"
-    tight = check(**changes)[2]
+    assert check(ALL_LOGITS, **changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"
+    tight = check(ALL_LOGITS, **changes)[2]
     assert tight.level == "failed" and tight.remedy.startswith(
         "openrlhf.vllm.enable_sleep=true; openrlhf.ds.enable_sleep"
     )

@@ -7,14 +7,24 @@ import math
 import pytest
 import torch
 
-from skd_plugin.core.chunked import ChunkLoss, Scores, chunked_log_probs, chunked_loss
-from skd_plugin.core.losses import LOSSES, Divergence, forward_kl, make_divergence, soften
+from skd_plugin.core.chunked import HeadLoss, PairLoss, Scores, against_teacher, chunked_scores
+from skd_plugin.core.losses import (
+    LOSSES,
+    Divergence,
+    LossSettings,
+    forward_kl,
+    make_divergence,
+    make_token_loss,
+    soften,
+)
+from skd_plugin.core.targets import Targets
+from skd_plugin.core.trace import Source
 
 N, H, J, V, PADDING = 23, 8, 12, 50, 6
 PARAMETERS = {"beta": 0.3, "alpha": 0.1}
 
 
-def loss_of(divergence: Divergence, temperature: float = 1.0) -> ChunkLoss:
+def loss_of(divergence: Divergence, temperature: float = 1.0) -> PairLoss:
     """The divergence of both models at `temperature`."""
     return lambda rows, log_p, log_q: divergence(soften(log_p, temperature), soften(log_q, temperature))
 
@@ -31,10 +41,12 @@ class Case:
         self.tokens = torch.randint(0, V - PADDING, (N,), generator=generator)
         self.weights = torch.rand(N, generator=generator)
 
-    def scores(self, kind: str = "forward_kl", temperature: float = 1.0, **options) -> Scores:
+    def scores(self, kind: str = "forward_kl", temperature: float = 1.0, expected_N=None, **options) -> Scores:
+        hidden, head = self.teacher
         loss = loss_of(make_divergence(kind, **PARAMETERS), temperature)
+        loss = HeadLoss(against_teacher(hidden, head[: options.get("vocab")], loss), expected_N)
         options = {"chunk": 5, "entropy": True} | options
-        return chunked_loss(*self.student, *self.teacher, loss, tokens_N=self.tokens, **options)
+        return chunked_scores(*self.student, loss=loss, tokens_N=self.tokens, **options)
 
     def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(loss, self.student)
@@ -52,7 +64,7 @@ def reference(case: Case, kind: str, vocab: int = V, temperature: float = 1.0) -
         (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
     )
     entropy = torch.distributions.Categorical(logits=student).entropy()
-    return exact, Scores(divergence, log_q[torch.arange(N), case.tokens], entropy)
+    return exact, Scores(log_q[torch.arange(N), case.tokens], entropy, divergence)
 
 
 def mixed(scores: Scores, weights: torch.Tensor, share: float) -> torch.Tensor:
@@ -201,17 +213,64 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 def test_no_token_at_all_still_has_a_gradient_of_zero(hint: torch.Tensor | None) -> None:
     case = Case()
     hidden = torch.zeros(0, H, requires_grad=True)
-    scores = chunked_loss(
-        hidden, case.student[1], torch.zeros(0, J), case.teacher[1], loss_of(forward_kl),
-        tokens_N=torch.zeros(0, dtype=torch.int64), chunk=4, expected_N=hint,
-    )  # fmt: skip
+    loss = HeadLoss(against_teacher(torch.zeros(0, J), case.teacher[1], loss_of(forward_kl)), hint)
+    tokens = torch.zeros(0, dtype=torch.int64)
+    scores = chunked_scores(hidden, case.student[1], tokens_N=tokens, chunk=4, loss=loss)
     scores.loss.sum().backward()
     assert not case.student[1].grad.any() and hidden.grad.shape == (0, H)
 
 
+def top_k_case(case: Case, top_k: int, vocab: int) -> Targets:
+    """What a rollout with the case's teacher would know; every third emitted token is the teacher's first."""
+    log_p = (case.teacher[0] @ case.teacher[1][:vocab].T).double().log_softmax(-1)
+    logp, ids = log_p.topk(top_k)
+    case.tokens = torch.where(torch.arange(N) % 3 == 0, ids[:, 0], case.tokens)
+    token = case.tokens[:, None]
+    rest = log_p.scatter(1, ids, -math.inf).scatter(1, token, -math.inf).logsumexp(-1)
+    source = torch.where(torch.arange(N) % 2 == 0, int(Source.ACCEPTED), int(Source.REPLACED)).to(torch.uint8)
+    token_logp = log_p.gather(1, token).squeeze(1).float()
+    return Targets(
+        teacher_ids_NK=ids,
+        teacher_logp_NK=logp.float(),
+        teacher_rest_N=rest.float(),
+        token_N=case.tokens,
+        token_teacher_logp_N=token_logp,
+        token_student_logp_N=token_logp,
+        teacher_entropy_N=torch.zeros(N),
+        source_N=source,
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+@pytest.mark.parametrize("foreseen", [False, True])
+@pytest.mark.parametrize("kind", [*LOSSES, "mixed"])
+def test_top_k_losses_are_those_of_all_logits(kind: str, foreseen: bool, share: float) -> None:
+    """Values and gradients against the loss of float64 logits, padding rows and rewards included."""
+    vocab = V - PADDING
+    case = Case()
+    settings = LossSettings(kind, 0.3, 0.1)
+    if kind == "mixed":
+        settings = LossSettings("jsd", 0.3, 0.1, replaced_kind="reverse_kl", replaced_weight=0.5, clamp=2.0)
+    targets = top_k_case(case, 5, vocab)
+    token_loss = make_token_loss(settings)
+    loss = HeadLoss(
+        lambda rows, log_q: token_loss(log_q, targets.select(rows)), 0.2 * case.weights if foreseen else None
+    )
+    found = chunked_scores(*case.student, tokens_N=case.tokens, chunk=4, vocab=vocab, entropy=True, loss=loss)
+    exact, wanted = reference(case, "forward_kl", vocab=vocab)
+    hidden, head = exact.student
+    wanted = wanted._replace(loss=make_token_loss(settings, vocab=vocab)(hidden @ head.T, targets))
+    for name, value in found._asdict().items():
+        torch.testing.assert_close(value.double(), getattr(wanted, name), rtol=1e-4, atol=1e-5, msg=name)
+    right = exact.gradients(mixed(wanted, case.weights.double(), share))
+    for gradient, exact_gradient in zip(case.gradients(mixed(found, case.weights, share)), right, strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_log_probs_without_a_teacher() -> None:
     case = Case()
-    log_prob, entropy = chunked_log_probs(*case.student, tokens_N=case.tokens, chunk=6, entropy=True)
+    log_prob, entropy, loss = chunked_scores(*case.student, tokens_N=case.tokens, chunk=6, entropy=True)
+    assert loss is None
     exact, wanted = reference(case, "forward_kl")
     torch.testing.assert_close(log_prob.double(), wanted.log_prob, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy.double(), wanted.entropy, rtol=1e-4, atol=1e-5)
@@ -219,4 +278,4 @@ def test_log_probs_without_a_teacher() -> None:
     right = exact.gradients((wanted.log_prob * case.weights).sum() + wanted.entropy.sum())
     for gradient, exact_gradient in zip(found, right, strict=True):
         torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
-    assert chunked_log_probs(*case.student, tokens_N=case.tokens, chunk=6)[1] is None
+    assert chunked_scores(*case.student, tokens_N=case.tokens, chunk=6).entropy is None

@@ -27,16 +27,16 @@ def even(trace: Trace) -> torch.Tensor:
     return torch.ones(len(trace))
 
 
-def batches(weighting=even, replaced_tokens: str = "exclude"):
+def batches(weighting=even, replaced_tokens: str = "exclude", packed: bool = False):
     """What makes the micro-batches of an optimizer step."""
     from skd_plugin.host.batch import OptimizerStepBatches
 
-    return OptimizerStepBatches(weighting, replaced_tokens, packed=False)
+    return OptimizerStepBatches(weighting, replaced_tokens, packed=packed)
 
 
 def token_losses(logits, sequences, mask, traces, loss) -> torch.Tensor:
     """Loss of every response token as a per-token tensor [B, T - 1]."""
-    from skd_plugin.host.objective import TopKDistillation
+    from skd_plugin.host.distillation import TopKDistillation
 
     batch = batches().batch_of(experience_of(sequences, mask, traces))
     return batch.layout.spread(TopKDistillation(loss).token_losses(batch, {"logits": logits}))
@@ -258,7 +258,8 @@ class Student(torch.nn.Module):
 
 def objective(loss, token_level: bool = True):
     """What a training step minimises, with the distillation loss alone."""
-    from skd_plugin.host.objective import Coefficients, Objective, TopKDistillation
+    from skd_plugin.host.distillation import TopKDistillation
+    from skd_plugin.host.objective import Coefficients, Objective
 
     found = Objective(TopKDistillation(loss), None, token_level)
     found.begin_step(Coefficients(kd=1.0, rl=0.0))
@@ -333,7 +334,8 @@ def test_a_step_leaves_nothing_behind() -> None:
 
 
 def test_a_step_without_coefficients_is_an_error() -> None:
-    from skd_plugin.host.objective import Objective, TopKDistillation
+    from skd_plugin.host.distillation import TopKDistillation
+    from skd_plugin.host.objective import Objective
 
     whole = Objective(TopKDistillation(LOSSES["forward_kl"]), None, True)
     with pytest.raises(RuntimeError, match="no coefficients yet"), whole.step(Student(), SimpleNamespace()):

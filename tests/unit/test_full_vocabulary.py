@@ -1,4 +1,8 @@
-"""Training over the whole vocabulary equals training on all V teacher entries, in the host's real Actor."""
+"""Training with an output head that is read chunk by chunk, in the host's real Actor.
+
+It equals training with all logits in memory: on the teacher's top-K on the same traces, over the whole vocabulary on
+traces with all V entries.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,17 @@ from tests.traces import trace_of
 from tests.unit.test_distillation import batches
 
 LENGTHS = [(3, 4), (2, 1), (5, 6)]
+WAYS = {"top_k": 7, "full": VOCAB}  # entries of the teacher in the traces of what it equals
 LOSSES = {
     "forward_kl": LossSettings("forward_kl", 0.3, 0.1),
     "reverse_kl": LossSettings("reverse_kl", 0.3, 0.1, temperature=2.0),
     "jsd": LossSettings("jsd", 0.3, 0.1, replaced_kind="cross_entropy", replaced_weight=0.5, clamp=3.0),
 }
+
+
+def kinds_of(way: str) -> list[str]:
+    """The traces have the teacher's tail at temperature 1, so that other temperatures need all entries."""
+    return [kind for kind, loss in LOSSES.items() if loss.temperature == 1 or way == "full"]
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +41,8 @@ def modules():
 
     on_cpu.install()
     import skd_plugin.host.batch
-    import skd_plugin.host.full_vocabulary
+    import skd_plugin.host.chunked_actor
+    import skd_plugin.host.distillation
     import skd_plugin.host.objective
 
     return skd_plugin.host
@@ -44,6 +55,11 @@ def uncompiled():
         yield
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules.chunked_actor, "FEW_LOGITS", 0)
+
+
 @pytest.fixture
 def student(hf_models):
     from copy import deepcopy
@@ -51,11 +67,11 @@ def student(hf_models):
     return deepcopy(hf_models["student"])
 
 
-def make_actor(modules, model: torch.nn.Module, full: bool):
+def make_actor(modules, model: torch.nn.Module, chunked: bool = True, packed: bool = False, chunk: int | None = 3):
     from openrlhf.models import Actor
 
-    actor = modules.full_vocabulary.FullVocabularyActor(model, chunk=3, vocab=VOCAB) if full else Actor(model)
-    actor.packing_samples = False
+    actor = modules.chunked_actor.ChunkedActor(model, chunk=chunk, vocab=VOCAB) if chunked else Actor(model)
+    actor.packing_samples = packed
     return actor
 
 
@@ -63,7 +79,9 @@ class Batch:
     """Prompts and responses of the tiny pair, with left and right padding, and the teacher's whole word on them."""
 
     @torch.no_grad()
-    def __init__(self, modules, teacher: torch.nn.Module, lengths: list[tuple[int, int]] = LENGTHS) -> None:
+    def __init__(self, teacher: torch.nn.Module, top_k: int = VOCAB, packed: bool = False) -> None:
+        lengths = LENGTHS
+        self.packed = packed
         generator = torch.Generator().manual_seed(3)
         width = max(map(sum, lengths)) + 2
         self.sequences = torch.zeros(len(lengths), width, dtype=torch.long)
@@ -76,14 +94,14 @@ class Batch:
             self.sequences[row, span], self.attention[row, span] = ids, 1
             self.action_mask[row, row + prompt - 1 : row + prompt + response - 1] = 1
             hidden = teacher.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
-            traces.append(make_trace(ids[prompt:], hidden, teacher.lm_head.weight))
+            traces.append(make_trace(ids[prompt:], hidden, teacher.lm_head.weight, top_k))
         self.traces = traces
         self.weights = torch.rand(self.action_mask.shape, generator=generator)
 
     @property
     def experience(self) -> SimpleNamespace:
-        found = SimpleNamespace(sequences=self.sequences, action_mask=self.action_mask, info={"skd": self.traces})
-        made = batches().batch_of(found)
+        found = SimpleNamespace(**self.inputs, info={"skd": self.traces})
+        made = batches(packed=self.packed).batch_of(found)
         found.batch = replace(made, token_weights_N=made.layout.take(self.weights))
         return found
 
@@ -92,31 +110,32 @@ class Batch:
         return dict(sequences=self.sequences, action_mask=self.action_mask, attention_mask=self.attention)
 
 
-def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor) -> Trace:
-    """With all V teacher entries; what the losses do not read is empty of meaning."""
+def make_trace(response: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, top_k: int) -> Trace:
+    """With `top_k` teacher entries, at temperature 1; what the losses do not read is empty of meaning."""
     logp = torch.nn.functional.linear(hidden, head).log_softmax(-1)
-    top_logp, ids = logp.sort(dim=-1, descending=True)
-    nothing = torch.full((len(response),), float("-inf"))
+    top_logp, ids = logp.topk(top_k, dim=-1)
+    rest = logp.scatter(1, ids, float("-inf")).scatter(1, response[:, None], float("-inf")).logsumexp(-1)
     return trace_of(
         response,
         source=(torch.arange(len(response)) % 2).to(torch.uint8),  # kept and replaced
         teacher_logp=logp.gather(1, response[:, None]).squeeze(1),
         teacher_topk_ids=ids.to(torch.int32),
         teacher_topk_logp=top_logp,
-        teacher_rest_tempered=nothing,
+        teacher_rest_tempered=rest,
         teacher_hidden=hidden,
     )
 
 
-def make_objective(modules, head: torch.Tensor, kind: str, full: bool, by_token: bool = True, alone: bool = True):
-    """The distillation loss alone, over the whole vocabulary or all V teacher entries."""
-    against = whole_vocabulary_loss if full else top_k_loss
-    token_loss = make_token_loss(LOSSES[kind], against=against)
-    distillation = modules.objective.TopKDistillation(token_loss)
-    if full:
-        distillation = modules.full_vocabulary.FullVocabularyDistillation(
-            head, token_loss, chunk=3, vocab=VOCAB, token_level_loss=by_token, alone=alone
-        )
+def make_objective(modules, head: torch.Tensor, kind: str, way: str | None, by_token: bool = True, alone: bool = True):
+    """The distillation loss alone, from a head read in chunks (a name of `WAYS`), or from all logits."""
+    parts = modules.distillation
+    token_loss = make_token_loss(LOSSES[kind], against=whole_vocabulary_loss if way == "full" else top_k_loss)
+    foresight = parts.Foresight(token_level_loss=by_token, alone=alone)
+    distillation = parts.TopKDistillation(token_loss)
+    if way == "top_k":
+        distillation = parts.ChunkedTopKDistillation(token_loss, foresight)
+    if way == "full":
+        distillation = parts.FullVocabularyDistillation(head, token_loss, foresight, chunk=3, vocab=VOCAB)
     objective = modules.objective.Objective(distillation, None, by_token)
     objective.begin_step(modules.objective.Coefficients(kd=1.0, rl=0.0))
     return objective
@@ -130,14 +149,15 @@ def run_step(objective, actor, batch: Batch, return_entropy: bool = False, **tot
     return value, log_probs, output
 
 
-def train(modules, hf_models, kind: str, full: bool, by_token: bool = True, rl: float = 0.0, entropy: float = 0.0):
+def train(modules, hf_models, kind: str, way: str, chunked: bool, *, by_token=True, rl=0.0, entropy=0.0, packed=False):
     """(loss, log-probs, gradients by name) of one batch."""
     from copy import deepcopy
 
     model, teacher = deepcopy(hf_models["student"]), hf_models["teacher"]
-    actor = make_actor(modules, model, full)
-    objective = make_objective(modules, teacher.lm_head.weight.detach(), kind, full, by_token, alone=not rl)
-    batch = Batch(modules, teacher)
+    actor = make_actor(modules, model, chunked, packed)
+    head = teacher.lm_head.weight.detach()
+    objective = make_objective(modules, head, kind, way if chunked else None, by_token, alone=not rl)
+    batch = Batch(teacher, WAYS[way], packed)
     loss, log_probs, output = run_step(objective, actor, batch, bool(entropy))
     loss = loss + rl * (log_probs * torch.linspace(-1, 1, log_probs.shape[1])).sum()
     if entropy:
@@ -146,12 +166,15 @@ def train(modules, hf_models, kind: str, full: bool, by_token: bool = True, rl: 
     return loss.detach(), log_probs.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize(("by_token", "packed"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("rl", "entropy"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.1)])
-@pytest.mark.parametrize("kind", list(LOSSES))
-def test_a_training_step_is_the_one_of_all_entries(modules, hf_models, kind, rl, entropy, by_token) -> None:
-    loss, log_probs, gradients = train(modules, hf_models, kind, True, by_token, rl, entropy)
-    right_loss, right_log_probs, right = train(modules, hf_models, kind, False, by_token, rl, entropy)
+@pytest.mark.parametrize(("kind", "way"), [(kind, way) for way in WAYS for kind in kinds_of(way)])
+def test_a_training_step_is_the_one_of_all_logits(
+    modules, hf_models, kind, way, rl, entropy, by_token, packed
+) -> None:
+    settings = dict(by_token=by_token, rl=rl, entropy=entropy, packed=packed)
+    loss, log_probs, gradients = train(modules, hf_models, kind, way, True, **settings)
+    right_loss, right_log_probs, right = train(modules, hf_models, kind, way, False, **settings)
     torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(log_probs, right_log_probs, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == right.keys()
@@ -160,31 +183,35 @@ def test_a_training_step_is_the_one_of_all_entries(modules, hf_models, kind, rl,
         assert gradient.any(), name
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("by_token", [True, False])
-def test_the_gradient_is_foreseen(modules, hf_models, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_foreseen(
+    modules, hf_models, by_token: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a run of distillation alone no chunk is computed twice, whatever the weights and the reduction."""
     import skd_plugin.core.chunked as chunked
 
     calls = []
     real = chunked._log_softmax
     monkeypatch.setattr(chunked, "_log_softmax", lambda *args: calls.append(len(args[0])) or real(*args))
-    train(modules, hf_models, "forward_kl", True, by_token)
     tokens = sum(response for _, response in LENGTHS)
-    assert sum(calls) == 2 * tokens + tokens  # both heads once, and the check of the teacher's head (all are < 16)
+    heads, check = (2, tokens) if way == "full" else (1, 0)  # the teacher's, too; fewer than 16 tokens are all checked
+    train(modules, hf_models, "forward_kl", way, True, by_token=by_token)
+    assert sum(calls) == heads * tokens + check
     calls.clear()
-    train(modules, hf_models, "forward_kl", True, by_token, rl=0.5)
-    assert sum(calls) == 4 * tokens + tokens
+    train(modules, hf_models, "forward_kl", way, True, by_token=by_token, rl=0.5)
+    assert sum(calls) == 2 * heads * tokens + check
 
 
 def test_other_forwards_are_the_hosts(modules, student, hf_models) -> None:
-    batch = Batch(modules, hf_models["teacher"])
+    batch = Batch(hf_models["teacher"])
     found, output = {}, {}
-    for full in (True, False):
-        actor = make_actor(modules, student, full)
+    for chunked in (True, False):
+        actor = make_actor(modules, student, chunked)
         with torch.no_grad():
-            found[full] = actor(**batch.inputs)
-            log_probs, output[full] = actor(**batch.inputs, return_output=True, return_entropy=True)
-        assert torch.equal(log_probs, found[full])
+            found[chunked] = actor(**batch.inputs)
+            log_probs, output[chunked] = actor(**batch.inputs, return_output=True, return_entropy=True)
+        assert torch.equal(log_probs, found[chunked])
         assert "forward" not in vars(student.lm_head)
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
     mask = batch.action_mask
@@ -192,13 +219,14 @@ def test_other_forwards_are_the_hosts(modules, student, hf_models) -> None:
 
 
 def test_no_logits_of_the_batch(modules, student, hf_models) -> None:
-    actor = make_actor(modules, student, True)
-    batch = Batch(modules, hf_models["teacher"])
+    actor = make_actor(modules, student)
+    batch = Batch(hf_models["teacher"])
     _, output = actor(**batch.inputs, return_output=True)
     assert output["logits"].shape == (*batch.sequences.shape, 3)
 
 
-def test_a_tied_head_gets_both_gradients(modules, hf_models) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tied_head_gets_both_gradients(modules, hf_models, way: str) -> None:
     from transformers import LlamaForCausalLM
 
     config = type(hf_models["student"].config)(
@@ -207,28 +235,29 @@ def test_a_tied_head_gets_both_gradients(modules, hf_models) -> None:
     torch.manual_seed(0)
     tied = {"student": LlamaForCausalLM(config), "teacher": hf_models["teacher"]}
     assert tied["student"].lm_head.weight is tied["student"].model.embed_tokens.weight
-    _, _, gradients = train(modules, tied, "forward_kl", True)
-    _, _, right = train(modules, tied, "forward_kl", False)
+    _, _, gradients = train(modules, tied, "forward_kl", way, True)
+    _, _, right = train(modules, tied, "forward_kl", way, False)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_batch_without_a_response_token_has_a_gradient_of_zero(modules, student, hf_models) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_without_a_response_token_has_a_gradient_of_zero(modules, student, hf_models, way: str) -> None:
     """Every ZeRO rank must run its backward."""
     teacher = hf_models["teacher"]
-    batch = Batch(modules, teacher)
+    batch = Batch(teacher)
     batch.action_mask.zero_()
     batch.traces = [trace.slice(0, 0) for trace in batch.traces]
-    objective = make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", True)
-    loss, *_ = run_step(objective, make_actor(modules, student, True), batch, batch_num_tokens=torch.tensor(5.0))
+    objective = make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", way)
+    loss, *_ = run_step(objective, make_actor(modules, student), batch, batch_num_tokens=torch.tensor(5.0))
     loss.backward()
     assert not any(p.grad is None or p.grad.any() for p in student.parameters())
 
 
 def test_a_forward_outside_of_a_step_has_no_loss(modules, student, hf_models) -> None:
     teacher = hf_models["teacher"]
-    batch, actor = Batch(modules, teacher), make_actor(modules, student, True)
-    value, *_ = run_step(make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", True), actor, batch)
+    batch, actor = Batch(teacher), make_actor(modules, student)
+    value, *_ = run_step(make_objective(modules, teacher.lm_head.weight.detach(), "forward_kl", "full"), actor, batch)
     assert value > 0
     _, output = actor(**batch.inputs, return_output=True)
     assert not output["token_losses"].any()
@@ -236,13 +265,13 @@ def test_a_forward_outside_of_a_step_has_no_loss(modules, student, hf_models) ->
 
 def test_another_head_than_the_engines_teacher_raises(modules, student, hf_models) -> None:
     teacher = hf_models["teacher"]
-    objective = make_objective(modules, 0.5 * teacher.lm_head.weight.detach(), "forward_kl", True)
+    objective = make_objective(modules, 0.5 * teacher.lm_head.weight.detach(), "forward_kl", "full")
     with pytest.raises(RuntimeError, match=r"nats from those of the engine .* skd.loss.vocabulary=top_k"):
-        run_step(objective, make_actor(modules, student, True), Batch(modules, teacher))
+        run_step(objective, make_actor(modules, student), Batch(teacher))
 
 
 def test_tokens_that_are_not_the_traces_raise(modules, hf_models) -> None:
-    batch = Batch(modules, hf_models["teacher"])
+    batch = Batch(hf_models["teacher"])
     batch.sequences[0, 5] += 1
     with pytest.raises(RuntimeError, match="not those of its traces"):
         _ = batch.experience

@@ -16,14 +16,13 @@ from typing import Any
 import estimate
 import pytest
 from time_model import GPUS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory_model import GIB, in_gib
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.run import Run
 from skd_plugin.prepare.load_run import load_run
+from tests.stand_ins import write_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpus.md"
@@ -52,19 +51,6 @@ ROWS: dict[str, dict[str, Any]] = {  # with the columns of the Hub; the number m
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("gpu-*.yaml") if not path.stem.startswith("gpu-base"))
 PLANS = estimate.all_plans()
 plans = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name.replace(" ", "-"))
-
-
-def write_model(folder: Path, config: Any) -> Path:
-    """A folder with the published configuration and a tokenizer of single bytes."""
-    config.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(["<bos>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
-    fast.chat_template = "<bos>user: {{ messages[0]['content'] }}\nmodel:"
-    fast.save_pretrained(folder)
-    return folder
 
 
 def write_rows(folder: Path, task: str, count: int) -> Path:

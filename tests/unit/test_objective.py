@@ -21,9 +21,9 @@ def parts() -> SimpleNamespace:
     on_cpu.install()
     from openrlhf.models import PolicyLoss
 
-    from skd_plugin.host import objective
+    from skd_plugin.host import distillation, objective
 
-    return SimpleNamespace(PolicyLoss=PolicyLoss, objective=objective)
+    return SimpleNamespace(PolicyLoss=PolicyLoss, distillation=distillation, objective=objective)
 
 
 class Step:
@@ -47,7 +47,7 @@ class Step:
 
     def gradient(self, kd: float, rl: float, micro_batches=((0, 1, 2),), token_level: bool = True) -> torch.Tensor:
         """Gradient of the logits; `self.infos` and `self.loss` are set on the way."""
-        distillation = self.parts.objective.TopKDistillation(LOSSES["forward_kl"])
+        distillation = self.parts.distillation.TopKDistillation(LOSSES["forward_kl"])
         policy = self.parts.PolicyLoss(token_level_loss=token_level)
         objective = self.parts.objective.Objective(distillation, policy, token_level)
         objective.begin_step(self.parts.objective.Coefficients(kd=kd, rl=rl))
@@ -304,7 +304,7 @@ def test_a_student_that_is_not_the_engines_ends_the_step(parts) -> None:
     (made, _), *_ = step.batches([experience], SimpleNamespace(), 1, lambda e: e.action_mask)
     batch = made.batch
     batch.tokens.student_logp[:] = batch.layout.take(step.logp) + 0.004 * torch.randn(len(batch.layout))
-    distillation = parts.objective.TopKDistillation(LOSSES["forward_kl"])
+    distillation = parts.distillation.TopKDistillation(LOSSES["forward_kl"])
     objective = parts.objective.Objective(distillation, None, True, student_tolerance=0.01)
     objective.compare_students(batch, step.logp + 1)  # no step has begun
     objective.begin_step(parts.objective.Coefficients(kd=1.0, rl=0.0))

@@ -1,0 +1,108 @@
+"""The student whose training forward never makes logits [B, T, V].
+
+Its output head reads the few numbers off that are wanted of each response token, chunk by chunk. It does so inside the
+model's own forward, so that what holds for a parameter of any module holds here: ZeRO-3 gathers the head before and
+releases it after, forward and backward. Prompt and padding tokens are left out.
+
+Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary, H width, M numbers read of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from openrlhf.models import Actor
+
+from skd_plugin.core.chunked import HeadLoss, chunked_scores
+from skd_plugin.core.layout import ResponseLayout
+from skd_plugin.models import changed_logits
+
+FEW_LOGITS = 1 << 22  # at once cost no memory to speak of; chunks of fewer only cost time
+
+
+class ChunkedActor(Actor):
+    """OpenRLHF's Actor, whose output head is asked for numbers of the response tokens instead of logits of all.
+
+    Results are those of OpenRLHF, but that only response tokens have a log-probability or an entropy, 0 elsewhere,
+    that both are of the tokens which both models have, and that `output["logits"]` holds the numbers [B, T, M]. A
+    forward with `head_loss` also leaves the token losses in `output["token_losses"]` [N].
+
+    Where `reads_head` is false, its forward is OpenRLHF's.
+    """
+
+    def __init__(self, *args: Any, chunk: int | None, vocab: int, **kwargs: Any) -> None:
+        """
+        Args:
+            chunk: tokens whose logits are in memory at once, or more if those are few. None: those of all tokens, as
+                in OpenRLHF.
+            vocab: tokens that both models have; the student's rows after them are padding, without mass.
+        """
+        super().__init__(*args, **kwargs)
+        self._chunk = None if chunk is None else max(chunk, FEW_LOGITS // vocab)
+        self._vocab = vocab
+        self._compared = False
+        head = self.model.get_output_embeddings()
+        plain = type(head) is torch.nn.Linear and head.bias is None and changed_logits(self.model.config) is None
+        self.reads_head = self._chunk is not None and plain  # its logits are the product of hidden states and weight
+
+    def forward(
+        self,
+        sequences: torch.Tensor,
+        action_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_output: bool = False,
+        return_entropy: bool = False,
+        head_loss: HeadLoss | None = None,
+        **others: Any,
+    ) -> Any:
+        """Raises RuntimeError: the model changes what its head returns, which was not known of it."""
+        if not self.reads_head:
+            asked = dict(return_output=return_output, return_entropy=return_entropy)
+            return super().forward(sequences, action_mask, attention_mask, **asked, **others)
+        packed = self.packing_samples
+        layout = ResponseLayout.of(action_mask)
+        places = ResponseLayout.packed(action_mask, attention_mask) if packed else layout
+        tokens_N = layout.tokens(sequences)
+        numbers_NM = torch.empty(0)
+
+        def numbers(hidden_BTH: torch.Tensor) -> torch.Tensor:
+            """What is read of every response token, where the model expects logits: float32, [B, T, 3] or packed."""
+            nonlocal numbers_NM
+            scores = chunked_scores(
+                places.predictions(hidden_BTH),
+                head.weight,
+                tokens_N=tokens_N,
+                chunk=self._chunk,
+                vocab=self._vocab,
+                entropy=return_entropy,
+                loss=head_loss,
+            )
+            known = [torch.zeros_like(scores.log_prob) if score is None else score for score in scores]
+            numbers_NM = torch.stack(known, dim=-1)
+            return places.put(numbers_NM, hidden_BTH)
+
+        head = self.model.get_output_embeddings()
+        head.forward = numbers  # inside the module's own call, where ZeRO-3 has gathered its weight
+        try:
+            output = super().forward(sequences, None, attention_mask, return_output=True, **others)
+        finally:
+            del head.forward
+        found_NM = places.predictions(output["logits"])
+        self._compare(found_NM, numbers_NM)
+        log_prob_N, entropy_N, loss_N = found_NM.unbind(-1)
+        output["token_losses"], output["entropy"] = loss_N, layout.spread(entropy_N)
+        log_probs = layout.spread(log_prob_N)
+        return (log_probs, output) if return_output else log_probs
+
+    @torch.no_grad()
+    def _compare(self, found_NM: torch.Tensor, read_NM: torch.Tensor) -> None:
+        """Once: the model returned what its head did. One with a soft cap or a scale would not."""
+        if self._compared or not len(read_NM):
+            return
+        self._compared = True
+        if not torch.allclose(found_NM, read_NM, rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(
+                f"the student ({type(self.model).__name__}) changes what its output head returns in a way that is not "
+                "known here; set skd.loss.chunk=null, which keeps the logits of a whole micro-batch in memory"
+            )
