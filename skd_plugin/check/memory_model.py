@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from skd_plugin.core.chunked import FEW_LOGITS
 from skd_plugin.models import changed_logits, count_parameters
 from skd_plugin.quantization import bits_of
 
@@ -16,7 +17,6 @@ GIB = 1 << 30
 
 # Of each of the N x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
 LOGIT_BYTES = 24
-FEW_LOGITS = 1 << 22  # that host/chunked_actor.py has at once in any case
 # Of each row of V logits in SKD's sampler, per entry; measured, 28 with few rejections, 45 with nothing else.
 SAMPLER_ROW_BYTES = 45
 RUNTIME = 1 * GIB  # CUDA context, NCCL and allocator, a process

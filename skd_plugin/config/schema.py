@@ -261,7 +261,8 @@ class LossConfig(Section):
         128,
         ge=1,
         description="response tokens whose student's logits a training step has in memory at once, or as many as have "
-        "4 million logits; null: those of all tokens, as always where they are more than the head's product (soft cap, scale, bias, adapter)",
+        "4 million logits; null: those of all tokens, as always where they are more than the head's product (a cap, "
+        "scale, bias, adapter)",
     )
     accepted_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that the gate kept")
     replaced_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of tokens that it replaced")

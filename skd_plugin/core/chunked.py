@@ -26,6 +26,7 @@ PairLoss = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
 # (rows of the chunk, log q [C, V]) -> values [C] each. Differentiable in log q, which it must not change.
 Readings = Callable[[slice, torch.Tensor], list[torch.Tensor]]
 
+FEW_LOGITS = 1 << 22  # cost no memory to speak of: a chunk that has fewer costs time alone
 SAME_RATIO = 1e-6  # gradients agree with the expected ones up to one factor, to float32 rounding
 GATHERED_CHUNKS = 4  # whose gradients are added to that of a head of half precision at once
 HEAD_BLOCK = 32_768  # rows of that head at once

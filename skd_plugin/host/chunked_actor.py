@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from openrlhf.models import Actor
 
-from skd_plugin.core.chunked import HeadLoss, chunked_scores
+from skd_plugin.core.chunked import FEW_LOGITS, HeadLoss, chunked_scores
 from skd_plugin.core.layout import ResponseLayout
 from skd_plugin.models import changed_logits
-
-FEW_LOGITS = 1 << 22  # at once cost no memory to speak of; chunks of fewer only cost time
 
 
 class ChunkedActor(Actor):

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {  # options of skd, and of
     "top-k": (DISTILL, {}),
     "top-k, reweighted": ([*DISTILL, "skd.loss.reweight.by=divergence"], {}),
     "top-k, sequence mean": (DISTILL, {"actor.loss_agg_mode": "seq-mean-token-mean"}),
-    "top-k and rewards": (BOTH, {**GROUPS, "actor.entropy_coef": 0.01}),
+    "top-k and rewards": ([*BOTH, "skd.loss.chunk=7"], {**GROUPS, "actor.entropy_coef": 0.01}),
     "whole vocabulary": ([*DISTILL, "skd.loss.vocabulary=full", "skd.loss.chunk=7"], {}),
     "whole vocabulary and rewards": ([*BOTH, "skd.loss.vocabulary=full", "skd.loss.chunk=7"], GROUPS),
 }
