@@ -12,7 +12,7 @@ depend on the prefix), with S = sum of q over A and replacements from p, it is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,37 +20,54 @@ from typing import NamedTuple
 import torch
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.copies import to_device
+from skd_plugin.core.logit_rows import LogitRows, in_parts
 from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import NOTHING, Source
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Drafted tokens of requests that share a gate, with everything a gate may look at."""
+    """Drafted tokens with everything a gate may look at. Distributions are read when they are asked for."""
 
     draft_N: torch.Tensor  # int64
-    teacher_logits_NV: torch.Tensor  # float32, raw
-    student_logp_NV: torch.Tensor  # log q1
+    teacher: LogitRows  # [N], raw
+    student: LogitRows  # [N], raw, or log q1
     position_N: torch.Tensor  # int64, index of the token in its sequence (prompt included)
     seed_N: torch.Tensor  # int64, of the request's random stream
     prompt_len_N: torch.Tensor  # int64
     settings: SettingRows  # [N]
 
-    def select(self, rows: torch.Tensor) -> Proposals:
+    def select(self, rows: torch.Tensor | slice) -> Proposals:
         return Proposals(
             draft_N=self.draft_N[rows],
-            teacher_logits_NV=self.teacher_logits_NV[rows],
-            student_logp_NV=self.student_logp_NV[rows],
+            teacher=self.teacher.select(rows),
+            student=self.student.select(rows),
             position_N=self.position_N[rows],
             seed_N=self.seed_N[rows],
             prompt_len_N=self.prompt_len_N[rows],
             settings=self.settings.select(rows),
         )
 
+    def in_parts(self, rows: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor | slice, Proposals]]:
+        """Some proposals at a time, as many as may be read at once, with the rows that they are.
+
+        Args:
+            rows: int64, those that are wanted; None for all.
+        """
+        count = len(self.draft_N) if rows is None else len(rows)
+        parts = in_parts(count, self.teacher.values_SV)
+        for part in parts:
+            own = part if rows is None else rows[part]
+            yield own, self if rows is None and len(parts) == 1 else self.select(own)
+
     @cached_property
     def top_k_N(self) -> torch.Tensor:
         """K at the place of each proposal, int64."""
-        return decayed_top_k(self.settings.top_k, self.position_N - self.prompt_len_N, self.settings.top_k_decay_len)
+        settings = self.settings
+        if settings.values("top_k_decay_len") == {0}:
+            return settings.top_k
+        return decayed_top_k(settings.top_k, self.position_N - self.prompt_len_N, settings.top_k_decay_len)
 
     @cached_property
     def rank_N(self) -> torch.Tensor:
@@ -58,16 +75,27 @@ class Proposals:
         return teacher_rank(self.teacher_logits_NV, self.draft_N)
 
     @cached_property
+    def teacher_logits_NV(self) -> torch.Tensor:
+        """float32, raw."""
+        return self.teacher.read()
+
+    @cached_property
+    def student_logp_NV(self) -> torch.Tensor:
+        """log q1."""
+        return self.student.read().log_softmax(-1)
+
+    @cached_property
     def teacher_logp_NV(self) -> torch.Tensor:
+        """log p1."""
         return self.teacher_logits_NV.log_softmax(-1)
 
     @cached_property
     def teacher_probs_NV(self) -> torch.Tensor:
-        return sampling.warp(self.teacher_logits_NV, self.settings.teacher_temperature, self.settings.teacher_top_p)
+        return sampling.warp_of(self.teacher_logits_NV, self.settings, "teacher")
 
     @cached_property
     def student_probs_NV(self) -> torch.Tensor:
-        return sampling.warp(self.student_logp_NV, self.settings.student_temperature, self.settings.student_top_p)
+        return sampling.warp_of(self.student_logp_NV, self.settings, "student")
 
     @property
     def teacher_logp_N(self) -> torch.Tensor:
@@ -129,27 +157,62 @@ class Gate:
 
 class Verdict(NamedTuple):
     token_N: torch.Tensor  # int64, the proposal or what takes its place
-    source_N: torch.Tensor  # int64: Source.ACCEPTED, Source.REPLACED or Source.RESAMPLED
+    source_N: torch.Tensor  # int64, codes of `Source`
+    rank_N: torch.Tensor  # int64, of the proposal on the teacher's raw logits
+
+
+@dataclass(frozen=True)
+class Group:
+    """Proposals that are judged alike."""
+
+    gate: Gate | None  # None: a given text, of which every token stays
+    rows: torch.Tensor | None  # bool [N], which these are, in ordinary memory; None: all
 
 
 def judge(gate: Gate, proposals: Proposals) -> Verdict:
-    """Puts every proposal to the gate and draws what takes the place of the rejected ones."""
-    kept_N = gate.keep(proposals)
-    token_N, source_N = proposals.draft_N.clone(), torch.where(kept_N, Source.ACCEPTED, Source.REPLACED)
-    rejected_R = (~kept_N).nonzero().squeeze(1)
-    if gate.again is not None and len(rejected_R):
-        lost = proposals.select(rejected_R)
-        probs_RV = gate.again(lost)
-        possible_R = probs_RV.sum(-1) > 0
-        rows = rejected_R[possible_R]
-        noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.AGAIN)
-        token_N[rows], source_N[rows] = sampling.draw(probs_RV[possible_R], noise_R[possible_R]), Source.RESAMPLED
-        rejected_R = rejected_R[~possible_R]
-    if len(rejected_R):
-        lost = proposals.select(rejected_R)
-        noise_R = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
-        token_N[rejected_R] = sampling.draw(gate.replacement(lost), noise_R)
-    return Verdict(token_N, source_N)
+    """Puts every proposal to one gate."""
+    return judge_groups([Group(gate, None)], proposals)
+
+
+def judge_groups(groups: Sequence[Group], proposals: Proposals) -> Verdict:
+    """Puts every proposal to the gate of its group and draws what takes the place of the rejected ones.
+
+    Waits once for the device: for which proposals are kept. A group knows its rows without that.
+    """
+    token_N, rank_N = proposals.draft_N.clone(), torch.empty_like(proposals.draft_N)
+    source_N, kept_N = torch.zeros_like(rank_N), torch.ones_like(rank_N, dtype=torch.bool)
+    for group in groups:
+        for rows, part in proposals.in_parts(_numbers(group.rows, token_N.device)):
+            rank_N[rows] = part.rank_N
+            if group.gate is None:
+                source_N[rows] = Source.REFERENCE
+            else:
+                kept_N[rows] = group.gate.keep(part)
+    rejected_N = ~kept_N.cpu()
+    for group in groups:
+        own_N = rejected_N if group.rows is None else rejected_N & group.rows
+        if group.gate is not None and bool(own_N.any()):
+            for rows, part in proposals.in_parts(_numbers(own_N, token_N.device)):
+                token_N[rows], source_N[rows] = _instead(group.gate, part)
+    return Verdict(token_N, source_N, rank_N)
+
+
+def _numbers(mask_N: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Of the rows of a mask in ordinary memory."""
+    return None if mask_N is None else to_device(mask_N.nonzero().squeeze(1), device)
+
+
+def _instead(gate: Gate, lost: Proposals) -> tuple[torch.Tensor, torch.Tensor]:
+    """What takes the place of rejected proposals, and its source."""
+    noise_N = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
+    token_N = sampling.draw(gate.replacement(lost), noise_N)
+    source_N = torch.full_like(token_N, Source.REPLACED)
+    if gate.again is None:
+        return token_N, source_N
+    probs_NV = gate.again(lost)
+    again_N = sampling.draw(probs_NV, rng.uniform(lost.seed_N, lost.position_N, rng.AGAIN))
+    possible_N = probs_NV.sum(-1) > 0
+    return torch.where(possible_N, again_N, token_N), source_N.masked_fill(possible_N, Source.RESAMPLED)
 
 
 def assemble_block(
@@ -175,14 +238,20 @@ def assemble_block(
 def teacher_rank(teacher_logits_NV: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
     """Rank of a token under the teacher: 0 is the most probable; the lower id goes first among equal logits.
 
+    Args:
+        teacher_logits_NV: float32, in which a count is exact up to 2^24.
+
     Returns:
         int64 [N].
     """
-    own_N1 = teacher_logits_NV.gather(1, token_N[:, None])
-    ids_V = torch.arange(teacher_logits_NV.shape[1], device=token_N.device)
-    above = teacher_logits_NV > own_N1
-    tied_before = (teacher_logits_NV == own_N1) & (ids_V[None] < token_N[:, None])
-    return (above | tied_before).sum(-1)
+    own_N1, token_N1 = teacher_logits_NV.gather(1, token_N[:, None]), token_N[:, None].to(teacher_logits_NV.dtype)
+    ids_V = torch.arange(teacher_logits_NV.shape[1], dtype=teacher_logits_NV.dtype, device=token_N.device)
+    # Ones and zeros in the type of the logits: a sum of bools would be one of 64-bit integers.
+    one_NV, before_NV = torch.empty_like(teacher_logits_NV), torch.empty_like(teacher_logits_NV)
+    above_N = torch.gt(teacher_logits_NV, own_N1, out=one_NV).sum(-1)
+    torch.eq(teacher_logits_NV, own_N1, out=one_NV)
+    tied_before_N = one_NV.mul_(torch.lt(ids_V, token_N1, out=before_NV)).sum(-1)
+    return (above_N + tied_before_N).long()
 
 
 def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:
@@ -277,10 +346,21 @@ def from_student_inside(proposals: Proposals) -> torch.Tensor:
         m(v) = 1[v in A] q(v) (1 + (1 - S) / S) = 1[v in A] q(v) / S
     where S > 0, and p where S = 0: the student, held to what the teacher finds plausible. K = V is the student.
     """
-    order_NV = proposals.teacher_logits_NV.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order_NV.shape[1], device=order_NV.device).expand_as(order_NV)
-    rank_NV = torch.empty_like(order_NV).scatter_(1, order_NV, places)
-    return torch.where(rank_NV < proposals.top_k_N[:, None], proposals.student_probs_NV, 0.0)
+    inside_NV = in_top_k(proposals.teacher_logits_NV, proposals.top_k_N, max(proposals.settings.values("top_k")))
+    return proposals.student_probs_NV * inside_NV
+
+
+def in_top_k(logits_NV: torch.Tensor, top_k_N: torch.Tensor, highest: int) -> torch.Tensor:
+    """Which tokens are the K largest of their row, each row with its own K: bool [N, V].
+
+    Args:
+        highest: no K is above it.
+    """
+    largest_NK = logits_NV.topk(min(max(highest, 1), logits_NV.shape[1]), dim=-1).values
+    last_N1 = largest_NK.gather(1, (top_k_N - 1).clamp(0, largest_NK.shape[1] - 1)[:, None])
+    above_NV, tied_NV = logits_NV > last_N1, logits_NV == last_N1
+    free_N1 = top_k_N[:, None] - above_NV.sum(-1, keepdim=True)  # places for those that are as large as the last
+    return above_NV | (tied_NV & (tied_NV.cumsum(-1, dtype=torch.int32) <= free_N1))
 
 
 def keep_top_k_of_nucleus(proposals: Proposals) -> torch.Tensor:

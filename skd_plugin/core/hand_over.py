@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.copies import to_device
 from skd_plugin.core.gates import Proposals, Verdict, from_residual
+from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import Source
 
 
@@ -47,11 +49,22 @@ def teachers_text(proposals: Proposals) -> torch.Tensor:
 
 
 def hand_over(
-    proposals: Proposals, verdict: Verdict, legs_B: Legs, request_N: torch.Tensor, place_N: torch.Tensor
+    proposals: Proposals,
+    settings: SettingRows,
+    draft_N: torch.Tensor,
+    verdict: Verdict,
+    legs_B: Legs,
+    request_N: torch.Tensor,
+    place_N: torch.Tensor,
 ) -> tuple[Verdict, Legs]:
     """What becomes of each proposal if all before it in its block were emitted.
 
+    Waits once for the device, where the proposals are, if a response may be in a leg; everything else is in ordinary
+    memory.
+
     Args:
+        settings: of each proposal.
+        draft_N: the proposals' tokens.
         verdict: the gate's; of a request without hand-over it stays.
         legs_B: where each response stands before its block.
         request_N: int64, the request of each proposal.
@@ -63,23 +76,35 @@ def hand_over(
     token_N, source_N = verdict.token_N.clone(), verdict.source_N.clone()
     left_B, begun_B = legs_B.left.clone(), legs_B.begun.clone()
     after_N = Legs(torch.zeros_like(token_N), torch.zeros_like(token_N))
+    trips_N = (source_N == Source.REPLACED) & (settings.hand_over_len > 0)
+    first_B = torch.full_like(left_B, len(place_N)).scatter_reduce_(0, request_N[trips_N], place_N[trips_N], "amin")
+    text_N, calm_N = _written(proposals, (left_B[request_N] > 0) | (place_N > first_B[request_N]))
     for place in range(int(place_N.max()) + 1):
         rows_R = (place_N == place).nonzero().squeeze(1)
-        request_R, settings = request_N[rows_R], proposals.settings.select(rows_R)
-        in_leg_R = left_B[request_R] > 0
-        if bool(in_leg_R.any()):
-            in_leg_R[in_leg_R.clone()] = ~_is_calm(proposals.select(rows_R[in_leg_R]))
-            rows = rows_R[in_leg_R]
-            token_N[rows], source_N[rows] = teachers_text(proposals.select(rows)), Source.HANDED
-        spent_R = ~in_leg_R & (begun_B[request_R] >= settings.hand_overs)
-        rows = rows_R[spent_R]
-        token_N[rows], source_N[rows] = proposals.draft_N[rows], Source.ACCEPTED
-        trips_R = (source_N[rows_R] == Source.REPLACED) & (settings.hand_over_len > 0)
+        request_R, own = request_N[rows_R], settings.select(rows_R)
+        in_leg_R = (left_B[request_R] > 0) & ~calm_N[rows_R]
+        rows = rows_R[in_leg_R]
+        token_N[rows], source_N[rows] = text_N[rows], Source.HANDED
+        rows = rows_R[~in_leg_R & (begun_B[request_R] >= own.hand_overs)]
+        token_N[rows], source_N[rows] = draft_N[rows], Source.ACCEPTED
+        trips_R = (source_N[rows_R] == Source.REPLACED) & (own.hand_over_len > 0)
         goes_on_R = torch.where(in_leg_R, left_B[request_R] - 1, 0)
-        left_B[request_R] = torch.where(trips_R, settings.hand_over_len - 1, goes_on_R)
+        left_B[request_R] = torch.where(trips_R, own.hand_over_len - 1, goes_on_R)
         begun_B[request_R] += trips_R
         after_N.left[rows_R], after_N.begun[rows_R] = left_B[request_R], begun_B[request_R]
-    return Verdict(token_N, source_N), after_N
+    return verdict._replace(token_N=token_N, source_N=source_N), after_N
+
+
+def _written(proposals: Proposals, possible_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the places that may be in a leg: the teacher's text int64 [N], and whether a leg ends before it, bool [N]."""
+    found_2N = torch.zeros(2, len(possible_N), dtype=torch.int64)
+    rows = possible_N.nonzero().squeeze(1)
+    if len(rows):
+        device = proposals.draft_N.device
+        parts = proposals.in_parts(to_device(rows, device))
+        found = [torch.stack([teachers_text(part), _is_calm(part).long()]) for _, part in parts]
+        found_2N[:, rows] = torch.cat(found, dim=1).cpu()
+    return found_2N[0], found_2N[1].bool()
 
 
 def _is_calm(proposals: Proposals) -> torch.Tensor:

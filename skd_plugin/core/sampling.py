@@ -1,15 +1,20 @@
 """How a response is sampled: its settings; temperature, nucleus and inverse-CDF sampling, each row with its own.
 
-Shapes: N rows, V vocabulary entries.
+Nothing here waits for a value of a tensor, and no row is sorted.
+
+Shapes: N rows, V vocabulary entries, E entries of a part of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
+
+from skd_plugin.core.copies import to_device
+from skd_plugin.core.logit_rows import in_parts
 
 KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept; a limit that nothing reaches
 
@@ -40,79 +45,167 @@ _COLUMNS = {name: _DTYPES[kind] for name, kind in get_type_hints(SamplingSetting
 class SettingRows:
     """Settings as tensors, one entry a row: `rows.top_k` is int64 [N], `rows.threshold` float32 [N], and so on."""
 
-    def __init__(self, columns: dict[str, torch.Tensor]) -> None:
-        self._columns = columns
+    def __init__(
+        self,
+        columns: Mapping[str, torch.Tensor],
+        values: Mapping[str, frozenset[Any]],
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            columns: of each setting, by its name.
+            values: that occur in each column.
+            rows: of the columns, int64 [N]; None for all of them.
+        """
+        self._columns, self._values, self._rows = columns, values, rows
+        self._read: dict[str, torch.Tensor] = {}
 
     @classmethod
     def of(cls, settings: Sequence[SamplingSettings], device: torch.device | str) -> SettingRows:
+        lists = {name: [getattr(own, name) for own in settings] for name in _COLUMNS}
         return cls(
             {
-                name: torch.tensor([getattr(own, name) for own in settings], dtype=dtype, device=device)
+                name: to_device(torch.tensor(lists[name], dtype=dtype), torch.device(device))
                 for name, dtype in _COLUMNS.items()
-            }
+            },
+            {name: frozenset(values) for name, values in lists.items()},
         )
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in _COLUMNS:
             raise AttributeError(f"'{name}' is no setting that rows have; they have {', '.join(_COLUMNS)}")
-        return self._columns[name]
+        if self._rows is None:
+            return self._columns[name]
+        if name not in self._read:
+            self._read[name] = self._columns[name][self._rows]
+        return self._read[name]
 
-    def select(self, rows: torch.Tensor | list[int]) -> SettingRows:
-        """Args: rows: indices, or a mask."""
-        return self._each(lambda column: column[rows])
+    def select(self, rows: torch.Tensor | slice) -> SettingRows:
+        """Args: rows: int64, the same one as often as one likes; or a slice."""
+        if isinstance(rows, slice):
+            return SettingRows({name: getattr(self, name)[rows] for name in self._columns}, self._values)
+        return SettingRows(self._columns, self._values, rows if self._rows is None else self._rows[rows])
 
-    def repeat(self, counts_N: torch.Tensor) -> SettingRows:
-        """Each row as often as its entry of `counts_N` says."""
-        return self._each(lambda column: column.repeat_interleave(counts_N))
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SettingRows:
-        return SettingRows({name: change(column) for name, column in self._columns.items()})
+    def values(self, name: str) -> frozenset[Any]:
+        """What this setting may be in a row, and in no row anything else. Known without asking the device."""
+        return self._values[name]
 
 
-def warp(logits_NV: torch.Tensor, temperature_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
-    """Probabilities after temperature and nucleus (top-p) truncation.
+Model = Literal["student", "teacher"]
 
-    A temperature of 0 puts all mass on the largest logit (the lowest id among equals). The nucleus is the smallest
-    set of most probable tokens whose mass reaches top_p (Holtzman et al. 2020); the token that crosses it is kept.
+
+def sample(logits_NV: torch.Tensor, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
+    """One token a row, int64 [N], from what `warp` makes of it with the model's settings.
 
     Args:
         logits_NV: [N, V], any float type.
-        temperature_N: float [N], >= 0.
-        top_p_N: float [N], in (0, 1].
+        uniform_N: float64 [N], in (0, 1].
+    """
+    parts = in_parts(len(logits_NV), logits_NV)
+    if len(parts) == 1:
+        return draw(warp_of(logits_NV, settings, model), uniform_N)
+    return torch.cat([draw(warp_of(logits_NV[rows], settings.select(rows), model), uniform_N[rows]) for rows in parts])
+
+
+def warp_of(logits_NV: torch.Tensor, settings: SettingRows, model: Model) -> torch.Tensor:
+    """`warp` with the settings of one of the models, without the passes that none of the rows needs."""
+    temperature, top_p = f"{model}_temperature", f"{model}_top_p"
+    temperatures = settings.values(temperature)
+    return warp(
+        logits_NV,
+        None if temperatures == {1.0} else getattr(settings, temperature),
+        None if settings.values(top_p) == {1.0} else getattr(settings, top_p),
+        greedy=0.0 in temperatures,
+    )
+
+
+def warp(
+    logits_NV: torch.Tensor, temperature_N: torch.Tensor | None, top_p_N: torch.Tensor | None, *, greedy: bool = True
+) -> torch.Tensor:
+    """Probabilities after temperature and nucleus (top-p) truncation.
+
+    A temperature of 0 puts all mass on the largest logit (the lowest id among equals). The nucleus is the smallest
+    set of most probable tokens whose mass reaches top_p (Holtzman et al. 2020); the token that crosses it is kept, and
+    of equally probable ones the lower id first.
+
+    Args:
+        logits_NV: [N, V], any float type.
+        temperature_N: float [N], >= 0; None is 1 in every row.
+        top_p_N: float [N], in (0, 1]; None is 1 in every row.
+        greedy: whether a temperature may be 0.
 
     Returns:
         float32 [N, V]; rows sum to 1.
     """
     logits_NV = logits_NV.float()
-    greedy_N = temperature_N <= 0
-    probs_NV = (logits_NV / torch.where(greedy_N, 1.0, temperature_N)[:, None]).softmax(-1)
-    if bool((top_p_N < 1).any()):
+    if temperature_N is None:
+        probs_NV = logits_NV.softmax(-1)
+    else:
+        probs_NV = (logits_NV / torch.where(temperature_N <= 0, 1.0, temperature_N)[:, None]).softmax(-1)
+    if top_p_N is not None:
         probs_NV = _nucleus(probs_NV, top_p_N)
-    if bool(greedy_N.any()):
+    if temperature_N is not None and greedy:
         one_hot = torch.zeros_like(probs_NV).scatter_(1, logits_NV.argmax(-1, keepdim=True), 1.0)
-        probs_NV = torch.where(greedy_N[:, None], one_hot, probs_NV)
+        probs_NV = torch.where((temperature_N <= 0)[:, None], one_hot, probs_NV)
     return probs_NV
 
 
 def _nucleus(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
-    sorted_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
-    mass_before_NV = sorted_NV.cumsum(-1, dtype=torch.float64) - sorted_NV
-    keep_NV = (mass_before_NV < top_p_N[:, None]) | (top_p_N >= 1)[:, None]
-    kept_NV = torch.zeros_like(probs_NV).scatter_(1, order_NV, sorted_NV * keep_NV)
+    """The nucleus of each row without a sort.
+
+    The probability of the token that crosses is found bit by bit, from the highest on: the largest float32 number
+    such that what is at least as probable reaches top_p. Floats that are not negative are in the order of their bits.
+    """
+    top_p_N1, at_least_NV = top_p_N[:, None], torch.empty_like(probs_NV)
+    crosses_N1 = torch.zeros_like(top_p_N1, dtype=torch.int32)
+    for bit in reversed(range(30)):  # 1.0 has its highest one at 29
+        higher_N1 = crosses_N1 | 1 << bit
+        torch.ge(probs_NV, higher_N1.view(torch.float32), out=at_least_NV)
+        reaches_N1 = at_least_NV.mul_(probs_NV).sum(-1, keepdim=True) >= top_p_N1
+        crosses_N1 = torch.where(reaches_N1, higher_N1, crosses_N1)
+    least_N1 = crosses_N1.view(torch.float32)
+    above_NV, ties_NV = probs_NV * (probs_NV > least_N1), probs_NV * (probs_NV == least_N1)
+    before_NV = ties_NV.cumsum(-1).sub_(ties_NV).add_(above_NV.sum(-1, keepdim=True))
+    kept_NV = above_NV.add_(ties_NV.mul_(before_NV < top_p_N1))
+    kept_NV = torch.where(top_p_N1 < 1, kept_NV, probs_NV)
     return kept_NV / kept_NV.sum(-1, keepdim=True)
+
+
+_BLOCK = 256  # entries of a long row that a draw adds up first
 
 
 def draw(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     """One token a row by inversion of the cumulative distribution; never a token of probability zero.
 
+    A long row is cut into blocks: the number falls into one of them, and then to an entry of it. So what is added up
+    one by one, in float64, is two short rows and not the long one.
+
     Args:
-        probs_NV: float [N, V], non-negative; rows need not be normalised.
+        probs_NV: float [N, V], non-negative; rows need not be normalised. Of a row that is no distribution (NaN, or no
+            mass at all) comes some token.
         uniform_N: float64 [N], in (0, 1].
 
     Returns:
         int64 [N].
     """
-    cdf_NV = probs_NV.cumsum(-1, dtype=torch.float64)
-    target_N1 = uniform_N[:, None] * cdf_NV[:, -1:]
-    # The first entry that reaches the target: it has risen above its neighbour, so its probability is not zero.
-    return torch.searchsorted(cdf_NV, target_N1, right=False).squeeze(1)
+    vocab_size = probs_NV.shape[1]
+    if vocab_size <= 4 * _BLOCK:
+        sum_NV = probs_NV.cumsum(-1, dtype=torch.float64)
+        return _reach(sum_NV, uniform_N[:, None] * sum_NV[:, -1:]).squeeze(1)
+    whole = vocab_size // _BLOCK * _BLOCK
+    blocks = [probs_NV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1), probs_NV[:, whole:].sum(-1, keepdim=True)]
+    sum_NE = torch.cat(blocks, dim=1).cumsum(-1, dtype=torch.float64)
+    target_N1 = uniform_N[:, None] * sum_NE[:, -1:]
+    block_N1 = _reach(sum_NE, target_N1)
+    before_N1 = torch.where(block_N1 > 0, sum_NE.gather(1, (block_N1 - 1).clamp_min(0)), 0.0)
+    share_N1 = ((target_N1 - before_N1) / (sum_NE.gather(1, block_N1) - before_N1)).clamp_max(1.0)
+    ids_NE = block_N1 * _BLOCK + torch.arange(_BLOCK, device=probs_NV.device)
+    own_NE = torch.where(ids_NE < vocab_size, probs_NV.gather(1, ids_NE.clamp_max(vocab_size - 1)), 0.0)
+    sum_NE = own_NE.cumsum(-1, dtype=torch.float64)
+    token_N1 = block_N1 * _BLOCK + _reach(sum_NE, share_N1 * sum_NE[:, -1:])
+    return token_N1.squeeze(1).clamp_max(vocab_size - 1)
+
+
+def _reach(sum_NE: torch.Tensor, target_N1: torch.Tensor) -> torch.Tensor:
+    """The first entry that reaches the target: it has risen above its neighbour, so its probability is not zero."""
+    return torch.searchsorted(sum_NE, target_N1, right=False).clamp_max_(sum_NE.shape[1] - 1)

@@ -49,10 +49,12 @@ class Drafting:
     vLLM hands it through, unread, as the sampling metadata of `propose`.
     """
 
-    def __init__(self, rows: RequestRows, position_B: torch.Tensor) -> None:
-        self.rows = rows
-        self.position_B = position_B  # int64, of the next token to draft, to the student
-        self.logp_BV: list[torch.Tensor] = []  # log q at temperature 1, a tensor a drafted token
+    def __init__(self, rows: RequestRows, position_B: torch.Tensor, draft_len: int) -> None:
+        """Args: position_B: int64, of the next token to draft, to the student."""
+        self.rows, self.place = rows, 0
+        self.position_LB = position_B + torch.arange(draft_len, device=position_B.device)[:, None]
+        self.noise_LB = rng.uniform(rows.seed_B, self.position_LB, rng.STUDENT)
+        self.logits_LBV: torch.Tensor | None = None  # in the type in which the student's head makes them
 
 
 class SKDDrafter(DraftModelProposer):
@@ -104,14 +106,16 @@ class SKDDrafter(DraftModelProposer):
         # prepare_inputs_padded leaves the rejected drafts in these lengths
         kept_B = read_B if num_rejected_tokens_gpu is None else read_B - num_rejected_tokens_gpu
         rows = self._table.rows(request_ids)
-        drafting = Drafting(rows, kept_B + 1 - rows.shift_B)  # set_inputs_first_pass adds the sampled one
+        next_B = kept_B + 1 - rows.shift_B  # set_inputs_first_pass adds the sampled one
+        drafting = Drafting(rows, next_B, self._runner.num_spec_tokens)
         tokens_BL = super().propose(
             common_attn_metadata=common_attn_metadata,
             sampling_metadata=drafting,
             num_rejected_tokens_gpu=num_rejected_tokens_gpu,
             **others,
         )
-        self._table.keep_proposals(request_ids, torch.stack(drafting.logp_BV, dim=1))
+        assert drafting.logits_LBV is not None
+        self._table.keep_proposals(request_ids, drafting.logits_LBV)
         return tokens_BL
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, torch.Tensor, Any]:
@@ -177,13 +181,14 @@ class SKDDrafter(DraftModelProposer):
     ) -> tuple[torch.Tensor, None]:
         """The next token of each request [B]; vLLM has no use for its distribution."""
         drafting, rows = sampling_metadata, sampling_metadata.rows
-        logits_BV = self.model.compute_logits(hidden_states).float()[:, : self._table.vocab_size]
-        logits_BV = self._table.finite(logits_BV, "student")
-        probs_BV = sampling.warp(logits_BV, rows.settings.student_temperature, rows.settings.student_top_p)
-        drawn_B = sampling.draw(probs_BV, rng.uniform(rows.seed_B, drafting.position_B, rng.STUDENT))
-        token_B = follow(rows.forced_BF, drafting.position_B - rows.prompt_len_B, drawn_B)
-        drafting.logp_BV.append(logits_BV.log_softmax(-1))
-        drafting.position_B = drafting.position_B + 1
+        logits_BV = self.model.compute_logits(hidden_states)[:, : self._table.vocab_size]
+        place, drafting.place = drafting.place, drafting.place + 1
+        if drafting.logits_LBV is None:
+            drafting.logits_LBV = logits_BV.new_empty(len(drafting.position_LB), *logits_BV.shape)
+        drafting.logits_LBV[place] = logits_BV
+        token_B = sampling.sample(drafting.logits_LBV[place], rows.settings, "student", drafting.noise_LB[place])
+        if rows.forced_BF is not None:
+            token_B = follow(rows.forced_BF, drafting.position_LB[place] - rows.prompt_len_B, token_B)
         return token_B, None
 
 

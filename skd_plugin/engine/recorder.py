@@ -1,15 +1,38 @@
 """What a trace says of the tokens that a step has emitted.
 
-Shapes: M emitted tokens, V vocabulary, K teacher entries kept a token, J width of the teacher.
+Shapes: M emitted tokens, V vocabulary, K teacher entries kept a token, J width of the teacher, R tokens of a
+response, F columns of what is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from skd_plugin.core.trace import NOTHING, Source, Trace
+from skd_plugin.core.copies import Arriving
+from skd_plugin.core.logit_rows import LogitRows, in_parts
+from skd_plugin.core.trace import Trace
+
+_KNOWN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_version")  # columns of `Part.known_MC`
+# The first columns of `Part.figures_MF`; behind them are the teacher's entries: K log-probabilities, and K ids.
+_FIGURES = ("student_logp", "teacher_logp", "kl", "student_entropy", "teacher_entropy", "teacher_rest_tempered")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens that a step has emitted, request by request."""
+
+    known_MC: torch.Tensor  # int32
+    figures_MF: Arriving  # int32: the bits of float32 numbers, and ids
+    hidden_MJ: Arriving | None
+
+    def settle(self) -> None:
+        """Waits for what is on its way."""
+        self.figures_MF.read()
+        if self.hidden_MJ is not None:
+            self.hidden_MJ.read()
 
 
 @dataclass(frozen=True)
@@ -17,40 +40,67 @@ class Recorder:
     teacher_top_k: int  # K
     loss_temperature: float
 
-    def drafted(
+    def record(
         self,
+        known_MC: torch.Tensor,
         token_M: torch.Tensor,
-        source_M: torch.Tensor,
-        *,
-        draft_M: torch.Tensor,
-        rank_M: torch.Tensor,
-        student_logp_MV: torch.Tensor,
-        teacher_logp_MV: torch.Tensor,
-        teacher_hidden_MJ: torch.Tensor,
-    ) -> Trace:
-        """Of tokens in place of which the student proposed `draft`, of rank `rank` under the teacher."""
-        passed_M = (source_M == Source.ACCEPTED) | (source_M == Source.REFERENCE)
-        return Trace(
-            response_ids=token_M.to(torch.int32).cpu(),
-            source=source_M.to(torch.uint8).cpu(),
-            rejected_ids=torch.where(passed_M, NOTHING, draft_M).to(torch.int32).cpu(),
-            draft_rank=rank_M.to(torch.int32).cpu(),
-            student_logp=student_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
-            kl=(teacher_logp_MV.exp() * (teacher_logp_MV - student_logp_MV)).sum(-1).cpu(),
-            student_entropy=-(student_logp_MV.exp() * student_logp_MV).sum(-1).cpu(),
-            **self._of_teacher(teacher_logp_MV, token_M),
-            teacher_hidden=teacher_hidden_MJ.cpu(),
-        )
+        teacher: LogitRows,
+        student: LogitRows,
+        hidden_MJ: torch.Tensor | None,
+    ) -> Part:
+        """Of emitted tokens.
 
-    def _of_teacher(self, teacher_logp_MV: torch.Tensor, token_M: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The fields on the teacher's distribution and the emitted token; masses are sums, not 1 - head."""
-        top_logp, top_ids = teacher_logp_MV.topk(self.teacher_top_k, dim=-1)
-        others_MV = teacher_logp_MV.scatter(1, top_ids, float("-inf"))
-        others_MV.scatter_(1, token_M[:, None], float("-inf"))
-        return {
-            "teacher_logp": teacher_logp_MV.gather(1, token_M[:, None]).squeeze(1).cpu(),
-            "teacher_entropy": torch.special.entr(teacher_logp_MV.exp()).sum(-1).cpu(),
-            "teacher_topk_ids": top_ids.to(torch.int32).cpu(),
-            "teacher_topk_logp": top_logp.cpu(),
-            "teacher_rest_tempered": (others_MV / self.loss_temperature).logsumexp(-1).cpu(),
-        }
+        Args:
+            known_MC: what the sampler says of them, in ordinary memory; the columns are `_KNOWN`.
+            token_M: int64, they themselves.
+            teacher, student: the logits [M] at their places. Each row is read once.
+            hidden_MJ: what the teacher's head made its logits of; None: not kept.
+        """
+        width = len(_FIGURES) + 2 * self.teacher_top_k
+        figures_MF = torch.empty(len(token_M), width, dtype=torch.int32, device=token_M.device)
+        for rows in in_parts(len(token_M), teacher.values_SV):
+            self._look(figures_MF[rows], token_M[rows, None], teacher.select(rows), student.select(rows))
+        return Part(known_MC, Arriving(figures_MF), None if hidden_MJ is None else Arriving(hidden_MJ))
+
+    def _look(self, figures_MF: torch.Tensor, token_M1: torch.Tensor, teacher: LogitRows, student: LogitRows) -> None:
+        """Fills in the figures."""
+        teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
+        top_MK, ids_MK = teacher_MV.topk(self.teacher_top_k, dim=-1)
+        p_MV = teacher_MV.exp()
+        others_MV = p_MV if self.loss_temperature == 1 else (teacher_MV / self.loss_temperature).exp_()
+        columns = [
+            student_MV.gather(1, token_M1),
+            teacher_MV.gather(1, token_M1),
+            _mean(p_MV, teacher_MV - student_MV),
+            -_mean(student_MV.exp(), student_MV),
+            -_mean(p_MV, teacher_MV),
+            # Masses are sums, and not 1 less the others: that would be what rounding has left.
+            others_MV.scatter_(1, ids_MK, 0.0).scatter_(1, token_M1, 0.0).sum(-1, keepdim=True).log_(),
+        ]
+        numbers = torch.cat([*columns, top_MK], dim=1)
+        figures_MF[:, : numbers.shape[1]] = numbers.view(torch.int32)
+        figures_MF[:, numbers.shape[1] :] = ids_MK
+
+
+def _mean(probs_MV: torch.Tensor, values_MV: torch.Tensor) -> torch.Tensor:
+    """Mean of the values [M, 1], in whose place it writes. What has no probability adds nothing, infinite or not."""
+    product_MV = values_MV.mul_(probs_MV)
+    return product_MV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1, keepdim=True)
+
+
+def to_trace(parts: Sequence[tuple[Part, int, int]]) -> Trace:
+    """Args: parts: at least one, each with the first of its tokens and the one after the last."""
+    known_RC = torch.cat([part.known_MC[start:end] for part, start, end in parts])
+    figures_RF = torch.cat([part.figures_MF.read()[start:end] for part, start, end in parts])
+    hidden = [part.hidden_MJ.read()[start:end] for part, start, end in parts if part.hidden_MJ is not None]
+    count = (figures_RF.shape[1] - len(_FIGURES)) // 2
+    # Fields of their own memory: a trace goes to other processes field by field.
+    own = dict(zip(_KNOWN, (column.clone() for column in known_RC.T), strict=True))
+    numbers_RF = figures_RF.view(torch.float32)
+    own |= {name: numbers_RF[:, place].clone() for place, name in enumerate(_FIGURES)}
+    return Trace(
+        **own | {"source": own["source"].to(torch.uint8)},
+        teacher_topk_logp=numbers_RF[:, len(_FIGURES) : -count].clone(),
+        teacher_topk_ids=figures_RF[:, -count:].clone(),
+        **({"teacher_hidden": torch.cat(hidden)} if hidden else {}),
+    )

@@ -12,6 +12,7 @@ from zlib import crc32
 
 import torch
 
+from skd_plugin.core.copies import to_device
 from skd_plugin.core.rng import COIN, derive_seed, uniform
 from skd_plugin.core.trace import NOTHING
 from skd_plugin.models import end_tokens
@@ -49,7 +50,7 @@ def padded(forced: Sequence[Sequence[int] | None], device: torch.device) -> torc
     """References of a batch, int64 [B, F]; `NOTHING` after their ends, and all over a row without one."""
     width = max(1, *(len(ids or ()) for ids in forced))
     rows = [[*(ids or ()), *[NOTHING] * (width - len(ids or ()))] for ids in forced]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return to_device(torch.tensor(rows, dtype=torch.int64), device)
 
 
 def follow(forced_BF: torch.Tensor, age_B: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:

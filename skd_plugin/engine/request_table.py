@@ -6,15 +6,20 @@ Shapes: B requests, L draft length, V vocabulary, N drafted tokens of all reques
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import torch
 
+from skd_plugin.core.copies import to_device
+from skd_plugin.core.gates import GATES, Group
 from skd_plugin.core.hand_over import Legs
 from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import NOTHING, Trace
 from skd_plugin.engine import references
+from skd_plugin.engine.recorder import Part, to_trace
 from skd_plugin.engine.request import RequestParams
 from skd_plugin.engine.student_prompt import StudentPrompts
 
@@ -24,24 +29,69 @@ class InFlight:
     """One request, from its first step to its last."""
 
     params: RequestParams
-    proposed_logp_LV: torch.Tensor | None = None  # log q of the student's proposals that wait for the teacher
-    leg: tuple[int, int] = (0, 0)  # where the response stands among the teacher's legs: `Legs` of it
-    emitted: int = 0  # tokens of the response
-    last_id: int = NOTHING  # the last of them
+    progress: Sequence[int] = (0, NOTHING, 0, 0)  # a column of `RequestRows.progress_4B`
 
 
-class RequestRows(NamedTuple):
-    """The parameters of a batch, one entry a request."""
+class Waiting(NamedTuple):
+    """The student's logits at a request's proposals, which wait for the teacher."""
 
+    logits_LBV: torch.Tensor  # of all requests that were drafted together
+    row: int  # the request's place among these B
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """The parameters of a batch, one entry a request, and what happened while the batch was this one."""
+
+    request_ids: tuple[str, ...]
     params: list[RequestParams]
     seed_B: torch.Tensor  # int64
     prompt_len_B: torch.Tensor  # int64, of the student's prompts
     shift_B: torch.Tensor  # int64, tokens that the teacher's prompts have more
     student_prompts: StudentPrompts | None  # where a student's prompt is not the teacher's
-    is_forced_B: torch.Tensor  # bool
-    forced_BF: torch.Tensor  # references, as `references.padded` makes them
+    forced_BF: torch.Tensor | None  # references, as `references.padded` makes them; None: there are none
     settings: SettingRows
-    hands_over: bool  # some request has legs of the teacher
+    row_of: dict[int, int]  # trace -> the row of its request
+    # int64, in ordinary memory: tokens of the response, the last of them, and where it stands among the teacher's legs
+    progress_4B: torch.Tensor
+    # Of each step: its tokens, and the first of each request's, with their number behind them.
+    steps: list[tuple[Part, list[int]]] = field(default_factory=list)
+
+    def note_emitted(self, token_BL: torch.Tensor) -> None:
+        """The tokens that a step gave each request, in ordinary memory; some got none."""
+        count_B = (token_BL != NOTHING).sum(1)
+        last_B = token_BL.gather(1, (count_B - 1).clamp_min(0)[:, None]).squeeze(1)
+        self.progress_4B[0] += count_B
+        self.progress_4B[1] = torch.where(count_B > 0, last_B, self.progress_4B[1])
+
+    @property
+    def legs(self) -> Legs:
+        """Where the responses stand before their next token."""
+        return Legs(*self.progress_4B[2:])
+
+    @cached_property
+    def hands_over(self) -> bool:
+        """Whether some request has legs of the teacher."""
+        return any(params.settings.hand_over_len for params in self.params)
+
+    @cached_property
+    def settings_here(self) -> SettingRows:
+        """The settings once more, in ordinary memory."""
+        return SettingRows.of([params.settings for params in self.params], "cpu")
+
+    @cached_property
+    def _gates(self) -> list[str | None]:
+        """The gate of each request; None of one whose text is given."""
+        return [None if params.forced_ids is not None else params.settings.gate for params in self.params]
+
+    def groups(self, request_N: torch.Tensor) -> list[Group]:
+        """Which gate judges which proposals. Args: request_N: the request of each, in ordinary memory."""
+        kinds = list(dict.fromkeys(self._gates))
+        gates = [None if name is None else GATES[name] for name in kinds]
+        if len(gates) == 1:
+            return [Group(gates[0], None)]
+        kind_N = torch.tensor([kinds.index(name) for name in self._gates])[request_N]
+        return [Group(gate, kind_N == kind) for kind, gate in enumerate(gates)]
 
 
 class RequestTable:
@@ -65,10 +115,13 @@ class RequestTable:
         self._device = device
         self._teacher_top_k = teacher_top_k
         self._in_flight: dict[str, InFlight] = {}
-        self._parts: dict[int, list[Trace]] = {}  # of each trace, a part a step; they stay until they are fetched
+        self._scheduled: Mapping[str, Sequence[int]] = {}  # drafts that this step verifies
+        self._waiting: dict[str, Waiting] = {}
+        self._batches: dict[int, list[RequestRows]] = {}  # in which each trace that was not fetched has taken part
+        self._last_part: Part | None = None
         self._fetched: set[int] = set()  # traces of requests in flight that nobody will fetch again
         self._fault: Exception | None = None  # of a step; whoever fetches traces next is told
-        self._latest: tuple[tuple[str, ...], RequestRows] | None = None
+        self._latest: RequestRows | None = None
 
     def rows(self, request_ids: Sequence[str]) -> RequestRows:
         """The parameters of a batch; made once where one step after the other asks for the same.
@@ -77,122 +130,137 @@ class RequestTable:
             KeyError: a request was not made by this plugin.
         """
         key = tuple(request_ids)
-        if self._latest is None or self._latest[0] != key:
-            self._latest = key, self._rows([self._of(request_id).params for request_id in key])
-        return self._latest[1]
+        if self._latest is None or self._latest.request_ids != key:
+            self._store_progress()
+            self._latest = self._rows(key)
+        return self._latest
 
-    def keep_proposals(self, request_ids: Sequence[str], logp_BLV: torch.Tensor) -> None:
-        """log q of the tokens that the student has proposed. They wait for the teacher, and not always for the next
+    def _store_progress(self) -> None:
+        """Writes down how far the requests of the present batch have come, before there is another."""
+        if self._latest is not None:
+            for request_id, progress in zip(
+                self._latest.request_ids, self._latest.progress_4B.T.tolist(), strict=True
+            ):
+                if request_id in self._in_flight:
+                    self._in_flight[request_id].progress = progress
+            self._latest = None
+
+    def schedule(self, drafts: Mapping[str, Sequence[int]]) -> None:
+        """Args: drafts: that a step verifies, by request, from vLLM's scheduler: on a GPU the sampler would have to
+        wait for them.
+        """
+        self._scheduled = drafts
+
+    def draft_counts(self, request_ids: Sequence[str]) -> list[int]:
+        """Drafts of the student that this step verifies, of each request.
+
+        vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
+        """
+        drafts = [self._scheduled.get(request_id, ()) for request_id in request_ids]
+        return [len(own) if own and own[0] >= 0 else 0 for own in drafts]
+
+    def keep_proposals(self, request_ids: Sequence[str], logits_LBV: torch.Tensor) -> None:
+        """The student's logits where it has proposed tokens. They wait for the teacher, and not always for the next
         step: a request for which that has no room keeps its drafts, but vLLM forgets their distributions.
         """
-        for request_id, logp_LV in zip(request_ids, logp_BLV, strict=True):
-            self._of(request_id).proposed_logp_LV = logp_LV
+        self._waiting.update(zip(request_ids, map(Waiting, repeat(logits_LBV), range(len(request_ids))), strict=True))
 
-    def take_proposals(self, request_ids: Sequence[str], counts: Sequence[int]) -> torch.Tensor:
-        """log q [N, V] of the proposals that are verified now, N the sum of the counts; taken once each.
+    def take_proposals(
+        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor, place_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's logits [S, V] where it has made proposals that are verified now, and the row of each
+        proposal in them, int64 [N] in ordinary memory. Each request's are taken once.
+
+        Args:
+            counts: proposals of each request; N is their sum.
+            request_N: the request of each proposal, its place in the batch, in ordinary memory.
+            place_N: the proposal's place among those of its request, in ordinary memory.
 
         Raises:
             RuntimeError: vLLM scheduled drafts that the student did not propose; their distribution is unknown.
         """
-        taken = []
-        for request_id, count in zip(request_ids, counts, strict=True):
+        sources: dict[int, torch.Tensor] = {}
+        source_B, row_B = [0] * len(counts), [0] * len(counts)
+        for place, (request_id, count) in enumerate(zip(request_ids, counts, strict=True)):
             if not count:
                 continue
-            request = self._of(request_id)
-            if request.proposed_logp_LV is None:
+            if request_id not in self._waiting:
                 raise RuntimeError(
                     f"vLLM scheduled draft tokens that the student did not propose, for request {request_id}: the "
                     "engine's max_model_len is too small for its drafts. Start it with the arguments of "
                     "skd_plugin.engine.arguments."
                 )
-            taken.append(request.proposed_logp_LV[:count])
-            request.proposed_logp_LV = None
-        return torch.cat(taken)
+            logits_LBV, row_B[place] = self._waiting.pop(request_id)
+            source_B[place] = id(logits_LBV)
+            sources[source_B[place]] = logits_LBV
+        row_N = torch.tensor(row_B)[request_N]
+        if len(sources) == 1:
+            (logits_LBV,) = sources.values()
+            return logits_LBV.flatten(0, 1), place_N * logits_LBV.shape[1] + row_N
+        # Some have waited longer than others: only here are their rows copied.
+        source_N, copied, order = torch.tensor(source_B)[request_N], [], []
+        for key, logits_LBV in sources.items():
+            own = (source_N == key).nonzero().squeeze(1)
+            rows = place_N[own] * logits_LBV.shape[1] + row_N[own]
+            copied.append(logits_LBV.flatten(0, 1)[to_device(rows, self._device)])
+            order.append(own)
+        return torch.cat(copied), torch.cat(order).argsort()
 
-    def legs(self, request_ids: Sequence[str]) -> Legs:
-        """Where the responses stand before their next token."""
-        states = torch.tensor([self._of(request_id).leg for request_id in request_ids], device=self._device)
-        return Legs(*states.unbind(1))
+    def record(self, batch: RequestRows, counts: Sequence[int], part: Part) -> None:
+        """The tokens of a step: the first counts[0] of them are of the first request of the batch, and so on."""
+        if self._last_part is not None:
+            self._last_part.settle()
+        self._last_part = part
+        batch.steps.append((part, [0, *accumulate(counts)]))
 
-    def keep_legs(self, request_ids: Sequence[str], counts: Sequence[int], after_B: Legs) -> None:
-        """Where those that have emitted tokens now stand. A token that is emitted once more, behind a preemption,
-        moves nothing.
-        """
-        for request_id, count, left, begun in zip(
-            request_ids, counts, *map(torch.Tensor.tolist, after_B), strict=True
-        ):
-            if count:
-                self._of(request_id).leg = left, begun
+    def _parts(self, trace_id: int, batches: Iterable[RequestRows]) -> list[tuple[Part, int, int]]:
+        """Where the tokens of a response are, in their order."""
+        found = []
+        for batch in batches:
+            row = batch.row_of[trace_id]
+            found += [(part, starts[row], starts[row + 1]) for part, starts in batch.steps]
+        return [(part, start, end) for part, start, end in found if end > start]
 
-    def record(self, trace_ids: Sequence[int], counts: Sequence[int], tokens: Trace) -> None:
-        """Deals out the tokens of a step: the first counts[0] of them go to the first trace, and so on. Those of a
-        request that is cut off while it goes on here (a stop string, an executor that gave up) go nowhere.
-        """
-        # Before an update vLLM preempts what is in flight: no draft of an older version is left to be verified.
-        tokens = replace(tokens, student_version=torch.full((len(tokens),), self.student_version, dtype=torch.int32))
-        start = 0
-        for trace_id, count in zip(trace_ids, counts, strict=True):
-            if count and trace_id not in self._fetched:
-                self._parts.setdefault(trace_id, []).append(tokens.slice(start, start + count))
-            start += count
-
-    def note_emitted(self, request_ids: Sequence[str], blocks: Sequence[Sequence[int]]) -> None:
-        """The tokens that a step gave each request; some got none."""
-        for request_id, block in zip(request_ids, blocks, strict=True):
-            if block:
-                request = self._of(request_id)
-                request.emitted, request.last_id = request.emitted + len(block), block[-1]
-
-    def last_token(self, request_id: str, place: int) -> int:
-        """The last token of a response, which stands at `place` in it, and is to be emitted once more.
+    def last_token(self, batch: RequestRows, row: int, place: int) -> int:
+        """The last token of the response of a row, which stands at `place` in it, and is to be emitted once more.
 
         At any other place it would be a token that no student has proposed; `take` raises that error.
         """
-        request = self._of(request_id)
-        if place != request.emitted - 1:
+        emitted, last_id = batch.progress_4B[:2, row].tolist()
+        if place != emitted - 1:
             self._fault = RuntimeError(
                 f"vLLM asked for token {place} of a response without drafts for it: a token of the teacher would "
                 "stand there that no student proposed. Its scheduler is not skd_plugin's, or a newer vLLM works in "
                 "another way; run pytest tests/contract"
             )
             return 0
-        return request.last_id
+        return last_id
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops requests that have ended, however they did; their traces stay."""
+        self._store_progress()
         for request_id in request_ids:
             request = self._in_flight.pop(request_id, None)
+            self._waiting.pop(request_id, None)
             if request is not None:
                 self._fetched.discard(request.params.trace_id)
-            self._latest = None
-
-    def finite(self, logits_NV: torch.Tensor, model: str) -> torch.Tensor:
-        """The logits; where no distribution follows from them, numbers to go on with. `take` raises the error: raised
-        here it would take the engine down, and nobody would read why.
-        """
-        if bool(logits_NV.amax(-1).isfinite().all()):
-            return logits_NV
-        self._fault = FloatingPointError(
-            f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: the "
-            "student has diverged; go on from the last checkpoint with a lower learning rate. At the start: the "
-            "model's weights are broken, or its dtype overflows"
-        )
-        return torch.zeros_like(logits_NV)
 
     def take(self, trace_ids: Sequence[int]) -> list[Trace]:
-        """Traces of finished requests, removed from the table. An id without a token has an empty trace.
+        """Traces of requests, removed from the table. An id without a token has an empty trace. What a request that
+        is cut off while it goes on here (a stop string, an executor that gave up) emits from now on goes nowhere.
 
         Raises:
-            FloatingPointError: logits were not finite since the last call.
+            FloatingPointError: logits were not finite.
             RuntimeError: a token was to come from no proposal.
         """
-        taken = [self._parts.pop(trace_id, []) for trace_id in trace_ids]
+        taken = [self._parts(trace_id, self._batches.pop(trace_id, ())) for trace_id in trace_ids]
         in_flight = {request.params.trace_id for request in self._in_flight.values()}
         self._fetched |= in_flight.intersection(trace_ids)
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
+        traces = [to_trace(parts) if parts else Trace.empty(self._teacher_top_k) for parts in taken]
+        fault, self._fault = self._fault or not_finite(traces), None
+        if fault is not None:
             raise fault
-        return [Trace.join(parts) if parts else Trace.empty(self._teacher_top_k) for parts in taken]
+        return traces
 
     def _of(self, request_id: str) -> InFlight:
         if request_id not in self._in_flight:
@@ -200,18 +268,41 @@ class RequestTable:
             self._in_flight[request_id] = InFlight(RequestParams.from_extra_args(extra_args))
         return self._in_flight[request_id]
 
-    def _rows(self, params: list[RequestParams]) -> RequestRows:
-        def column(values: list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self._device)
+    def _rows(self, request_ids: tuple[str, ...]) -> RequestRows:
+        requests = [self._of(request_id) for request_id in request_ids]
+        params = [request.params for request in requests]
+        forced = [p.forced_ids for p in params]
 
-        return RequestRows(
+        def column(values: list[int]) -> torch.Tensor:
+            return to_device(torch.tensor(values), self._device)
+
+        rows = RequestRows(
+            request_ids=request_ids,
             params=params,
-            seed_B=column([p.seed for p in params], torch.int64),
-            prompt_len_B=column([p.prompt_len for p in params], torch.int64),
-            shift_B=column([p.shift for p in params], torch.int64),
+            seed_B=column([p.seed for p in params]),
+            prompt_len_B=column([p.prompt_len for p in params]),
+            shift_B=column([p.shift for p in params]),
             student_prompts=StudentPrompts.of(params),
-            is_forced_B=column([p.forced_ids is not None for p in params], torch.bool),
-            forced_BF=references.padded([p.forced_ids for p in params], self._device),
+            forced_BF=None if forced == [None] * len(forced) else references.padded(forced, self._device),
             settings=SettingRows.of([p.settings for p in params], self._device),
-            hands_over=any(p.settings.hand_over_len for p in params),
+            row_of={p.trace_id: row for row, p in enumerate(params)},
+            progress_4B=torch.tensor([request.progress for request in requests]).T.contiguous(),
         )
+        for trace_id in rows.row_of.keys() - self._fetched:
+            self._batches.setdefault(trace_id, []).append(rows)
+        return rows
+
+
+def not_finite(traces: Iterable[Trace]) -> FloatingPointError | None:
+    """What to say of traces in which a model's log-probabilities are no numbers. The engine samples on from such
+    logits: raised there, the error would take it down, and nobody would read why.
+    """
+    for trace in traces:
+        for model, logp in (("teacher", trace.teacher_logp), ("student", trace.student_logp)):
+            if bool(logp.isnan().any()):
+                return FloatingPointError(
+                    f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: "
+                    "the student has diverged; go on from the last checkpoint with a lower learning rate. At the "
+                    "start: the model's weights are broken, or its dtype overflows"
+                )
+    return None

@@ -48,6 +48,7 @@ class SKDWorker(VllmWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._skd_requests.forget(scheduler_output.finished_req_ids)
+        self._skd_requests.schedule(scheduler_output.scheduled_spec_decode_tokens)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.gates import GATES, Proposals, assemble_block, teacher_rank
+from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import NOTHING
 
@@ -38,8 +39,8 @@ def kept_by_top_k(logits_V: torch.Tensor, draft_N: torch.Tensor, top_k: list[int
     return GATES["top_k"].keep(
         Proposals(
             draft_N=draft_N,
-            teacher_logits_NV=logits_V.expand(count, -1),
-            student_logp_NV=torch.zeros(count, len(logits_V)).log_softmax(-1),
+            teacher=LogitRows.of(logits_V.expand(count, -1)),
+            student=LogitRows.of(torch.zeros(count, len(logits_V))),
             position_N=nothing,
             seed_N=nothing,
             prompt_len_N=nothing,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.gates import GATES, Proposals, assemble_block, decayed_top_k, judge
+from skd_plugin.core.gates import GATES, Proposals, assemble_block, decayed_top_k, in_top_k, judge, teacher_rank
+from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import Source
 
@@ -31,8 +32,8 @@ def proposals(seed: int, threshold: float, top_k: int = TOP_K, repeat: int = 1, 
     count = VOCAB * repeat
     return Proposals(
         draft_N=torch.arange(VOCAB).repeat_interleave(repeat),
-        teacher_logits_NV=teacher.expand(count, -1),
-        student_logp_NV=student.log_softmax(-1).expand(count, -1),
+        teacher=LogitRows.of(teacher.expand(count, -1)),
+        student=LogitRows.of(student.expand(count, -1)),
         position_N=torch.arange(count),
         seed_N=torch.full((count,), seed),
         prompt_len_N=torch.zeros(count, dtype=torch.int64),
@@ -152,7 +153,7 @@ def test_asked_again_without_mass_inside_the_teacher_answers():
     worst = int(case.teacher_logits_NV[0].argmin())
     logp = torch.full((VOCAB, VOCAB), -50.0)
     logp[:, worst] = 0.0
-    sure = replace(case, student_logp_NV=logp, draft_N=torch.full((VOCAB,), worst))
+    sure = replace(case, student=LogitRows.of(logp), draft_N=torch.full((VOCAB,), worst))
     assert (judge(GATES["ask_again"], sure).source_N == Source.REPLACED).all()
 
 
@@ -165,6 +166,15 @@ def test_the_students_second_answer_has_its_own_random_numbers(first):
     assert (again.source_N == Source.RESAMPLED).all()
     expected = (case.student_probs_NV[0] ** 2).sum().item()
     assert abs((again.token_N == drawn).double().mean().item() - expected) < 5 * math.sqrt(0.25 / len(drawn))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.tuples(st.lists(st.integers(-2, 2), min_size=5, max_size=5), st.integers(0, 7)), min_size=1))
+def test_in_top_k_of_rows_with_ties(rows):
+    """The lower id goes first among equals, as in a rank."""
+    logits, top_k = torch.tensor([row for row, _ in rows]).float(), torch.tensor([k for _, k in rows])
+    ranks = torch.stack([teacher_rank(logits, torch.full((len(rows),), token)) for token in range(5)], dim=1)
+    assert torch.equal(in_top_k(logits, top_k, int(top_k.max())), ranks < top_k[:, None])
 
 
 @pytest.mark.parametrize("gate", SETTINGS)
@@ -276,5 +286,5 @@ def test_interpolation_has_exactly_the_mixed_distribution(gamma):
 
 def test_interpolation_of_equal_models_always_has_a_replacement():
     case = proposals(7, 0.5)
-    same = replace(case, student_logp_NV=case.teacher_logits_NV.log_softmax(-1))
+    same = replace(case, student=case.teacher)
     assert (GATES["interpolated"].replacement(same).sum(-1) > 0).all()

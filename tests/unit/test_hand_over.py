@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from skd_plugin.config.schema import RolloutConfig, parse_skd
 from skd_plugin.core.gates import Proposals, Verdict
 from skd_plugin.core.hand_over import Legs, hand_over, teachers_text
+from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings, SettingRows
 from skd_plugin.core.trace import Source
 from skd_plugin.engine.sampling_rule import SamplingRule
@@ -29,8 +30,8 @@ def block_of(fates: list[str], calm: list[bool], own: SamplingSettings) -> tuple
     logits_NV[torch.tensor(calm), 0] = 50.0
     drafts = Proposals(
         draft_N=torch.full((count,), 3),
-        teacher_logits_NV=logits_NV,
-        student_logp_NV=torch.zeros(count, VOCAB).log_softmax(-1),
+        teacher=LogitRows.of(logits_NV),
+        student=LogitRows.of(torch.zeros(count, VOCAB)),
         position_N=torch.arange(count),
         seed_N=torch.zeros(count, dtype=torch.int64),
         prompt_len_N=torch.zeros(count, dtype=torch.int64),
@@ -38,7 +39,8 @@ def block_of(fates: list[str], calm: list[bool], own: SamplingSettings) -> tuple
     )
     codes = {"k": Source.ACCEPTED, "r": Source.REPLACED, "a": Source.RESAMPLED}
     tokens = {"k": 3, "r": 7, "a": 8}
-    return drafts, Verdict(torch.tensor([tokens[f] for f in fates]), torch.tensor([codes[f] for f in fates]))
+    made = [torch.tensor([table[fate] for fate in fates]) for table in (tokens, codes)]
+    return drafts, Verdict(*made, rank_N=torch.zeros(count, dtype=torch.int64))
 
 
 def slow_states(fates: list[str], calm: list[bool], own: SamplingSettings) -> list[tuple[str, int, int]]:
@@ -84,12 +86,13 @@ def test_states_are_those_of_the_definition_however_a_response_is_cut_into_block
         for index, (fates, calm, own) in enumerate(cases):
             cut = slice(start, start + size)
             if fates[cut]:
-                parts.append(block_of(fates[cut], calm[cut], own))
+                parts.append((*block_of(fates[cut], calm[cut], own), own))
                 request += [index] * len(fates[cut])
                 place += range(len(fates[cut]))
-        drafts = joined([part[0] for part in parts])
+        drafts = joined([(part, own) for part, _, own in parts])
         verdict = Verdict(*(torch.cat(x) for x in zip(*(part[1] for part in parts), strict=True)))
-        made, after = hand_over(drafts, verdict, legs, torch.tensor(request), torch.tensor(place))
+        own = drafts.settings, drafts.draft_N
+        made, after = hand_over(drafts, *own, verdict, legs, torch.tensor(request), torch.tensor(place))
         for row, index in enumerate(request):
             origin = letters[Source(int(made.source_N[row]))]
             found[index].append((origin, int(after.left[row]), int(after.begun[row])))
@@ -99,14 +102,15 @@ def test_states_are_those_of_the_definition_however_a_response_is_cut_into_block
     assert found == [slow_states(*case) for case in cases]
 
 
-def joined(parts: list[Proposals]) -> Proposals:
-    names = "draft_N teacher_logits_NV student_logp_NV position_N seed_N prompt_len_N".split()
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    kinds = "top_k hand_over_len hand_overs hand_over_until student_temperature student_top_p teacher_temperature"
-    rows = {
-        name: torch.cat([getattr(part.settings, name) for part in parts]) for name in [*kinds.split(), "teacher_top_p"]
+def joined(parts: list[tuple[Proposals, SamplingSettings]]) -> Proposals:
+    names = "draft_N position_N seed_N prompt_len_N".split()
+    columns = {name: torch.cat([getattr(part, name) for part, _ in parts]) for name in names}
+    columns |= {
+        name: LogitRows.of(torch.cat([getattr(part, name).read() for part, _ in parts]))
+        for name in ("teacher", "student")
     }
-    return Proposals(**columns, settings=SettingRows(rows))
+    settings = [own for part, own in parts for _ in part.draft_N]
+    return Proposals(**columns, settings=SettingRows.of(settings, "cpu"))
 
 
 @pytest.mark.parametrize("warp", [{}, {"student_temperature": 0.7, "teacher_temperature": 1.5, "teacher_top_p": 0.9}])
@@ -128,7 +132,7 @@ def test_a_greedy_teacher_writes_its_first_choice():
 
 def test_equal_models_never_throw_a_proposal_away():
     case = proposals(8, 0.0, repeat=50)
-    same = replace(case, student_logp_NV=case.teacher_logits_NV.log_softmax(-1))
+    same = replace(case, student=case.teacher)
     assert torch.equal(teachers_text(same), same.draft_N)
 
 

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from skd_plugin.core.copies import Arriving
+from skd_plugin.core.gates import GATES, Group
+from skd_plugin.core.trace import NOTHING, Source
+from skd_plugin.engine.recorder import _FIGURES, Part
 from skd_plugin.engine.request_table import RequestTable
 from tests.requests import make_request
 from tests.rules import make_rule
-from tests.traces import trace_of
 
+TOP_K = 2
 REFERENCE = make_rule(top_k=5, reference_share=1.0)
 
 
@@ -21,7 +25,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
-        self.table = RequestTable(self.states, torch.device("cpu"), teacher_top_k=2, vocab_size=9)
+        self.table = RequestTable(self.states, torch.device("cpu"), teacher_top_k=TOP_K, vocab_size=9)
 
     def add(self, request_id: str, prompt_ids: list[int], **request: Any) -> None:
         params = make_request(prompt_ids, **request).sampling_params
@@ -40,13 +44,34 @@ def worker() -> Worker:
     return worker
 
 
+def part_of(ids: list[int], **figures: float) -> Part:
+    """A step that has emitted these tokens, all kept; every figure is 0 where it isn't given."""
+    known = torch.tensor([[token, Source.ACCEPTED, NOTHING, 0, 0] for token in ids], dtype=torch.int32)
+    numbers = torch.zeros(len(ids), len(_FIGURES) + 2 * TOP_K)
+    for name, value in figures.items():
+        numbers[:, _FIGURES.index(name)] = value
+    return Part(known, Arriving(numbers.view(torch.int32)), None)
+
+
 def test_rows_are_those_of_the_batch(worker: Worker) -> None:
     rows = worker.table.rows(["b", "a"])
     assert rows.seed_B.tolist() == [-8, 7] and rows.prompt_len_B.tolist() == [2, 3]
-    assert rows.is_forced_B.tolist() == [True, False] and rows.settings.top_k.tolist() == [5, 3]
+    assert rows.settings.top_k.tolist() == [5, 3] and rows.row_of == {2: 0, 1: 1}
     assert rows.forced_BF.tolist() == [[*map(ord, "xyz"), 2], [-1] * 4]
     assert [params.first_token for params in rows.params] == [8, 6]
-    assert worker.table.rows(["b", "a"]) is rows and worker.table.rows(["a"]).seed_B.tolist() == [7]
+    assert worker.table.rows(["b", "a"]) is rows
+    alone = worker.table.rows(["a"])
+    assert alone.seed_B.tolist() == [7] and alone.forced_BF is None
+
+
+def test_each_proposal_has_the_gate_of_its_request(worker: Worker) -> None:
+    """A reference's token has none."""
+    worker.add("c", [4, 5], rule=make_rule(top_k=0, gate="floor"), trace_id=3)
+    request_N = torch.tensor([0, 0, 1, 2, 2])
+    groups = worker.table.rows(["c", "a", "b"]).groups(request_N)
+    assert [group.gate for group in groups] == [GATES["floor"], GATES["top_k"], None]
+    assert [group.rows.tolist() for group in groups] == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert worker.table.rows(["a"]).groups(torch.tensor([0, 0])) == [Group(GATES["top_k"], None)]
 
 
 def test_an_id_that_comes_again_is_another_request(worker: Worker) -> None:
@@ -62,50 +87,84 @@ def test_a_request_of_another_maker_is_refused(worker: Worker) -> None:
         worker.table.rows(["a", "c"])
 
 
+def test_placeholders_are_no_drafts(worker: Worker) -> None:
+    worker.table.schedule({"a": [-1, -1], "b": [5, 6]})
+    assert worker.table.draft_counts(["c", "b", "a"]) == [0, 2, 0]
+    worker.table.schedule({})
+    assert worker.table.draft_counts(["b"]) == [0]
+
+
+def taken(worker: Worker, request_ids: list[str], counts: list[int]) -> torch.Tensor:
+    """The student's logits at each proposal."""
+    request_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    place_N = torch.cat([torch.arange(count) for count in counts])
+    logits, rows = worker.table.take_proposals(request_ids, counts, request_N, place_N)
+    return logits[rows]
+
+
 def test_proposals_wait_for_their_step(worker: Worker) -> None:
-    """Of two requests with two drafts each, one is verified a step later, and then in part."""
-    logp_BLV = torch.randn(2, 2, 9)
-    worker.table.keep_proposals(["a", "b"], logp_BLV)
-    assert torch.equal(worker.table.take_proposals(["a", "b"], [0, 2]), logp_BLV[1])
-    worker.table.keep_proposals(["b"], torch.randn(1, 2, 9))
-    assert torch.equal(worker.table.take_proposals(["a"], [1]), logp_BLV[0, :1])
+    """Of two requests with two drafts each, one is verified a step later, and then in part, between newer ones."""
+    first_LBV, second_LBV = torch.randn(2, 2, 9), torch.randn(2, 2, 9)
+    worker.table.keep_proposals(["a", "b"], first_LBV)
+    assert torch.equal(taken(worker, ["a", "b"], [0, 2]), first_LBV[:, 1])
+    worker.table.keep_proposals(["c", "b"], second_LBV)
+    expected = torch.cat([second_LBV[:, 1], first_LBV[:1, 0], second_LBV[:, 0]])
+    assert torch.equal(taken(worker, ["b", "a", "c"], [2, 1, 2]), expected)
     with pytest.raises(RuntimeError, match="did not propose, for request a: the engine's max_model_len is too small"):
-        worker.table.take_proposals(["a"], [1])
+        taken(worker, ["a"], [1])
+
+
+def test_proposals_of_an_ended_request_do_not_wait(worker: Worker) -> None:
+    worker.table.rows(["a"])
+    worker.table.keep_proposals(["a"], torch.randn(2, 1, 9))
+    worker.end("a")
+    assert not worker.table._waiting
 
 
 def test_an_ended_request_leaves_its_trace_alone(worker: Worker) -> None:
-    worker.table.rows(["a", "b"])
-    worker.table.keep_proposals(["a"], torch.randn(1, 2, 9))
-    worker.table.record([1, 2], [2, 0], trace_of(torch.tensor([4, 5])))
-    worker.table.record([1, 2], [1, 1], trace_of(torch.tensor([6, 7])))
+    table = worker.table
+    table.record(table.rows(["a", "b"]), [2, 0], part_of([4, 5]))
+    table.record(table.rows(["b", "a"]), [1, 1], part_of([7, 6]))
     for request_id in ("a", "b", "a"):
-        worker.table.forget([request_id])
-    assert not worker.table._in_flight
-    first, second, unknown = worker.table.take([1, 2, 3])
+        table.forget([request_id])
+    assert not table._in_flight
+    first, second, unknown = table.take([1, 2, 3])
     assert (first.response_ids.tolist(), second.response_ids.tolist(), len(unknown)) == ([4, 5, 6], [7], 0)
-    assert unknown.teacher_topk_ids.shape == (0, 2)
-    assert [len(trace) for trace in worker.table.take([1, 2])] == [0, 0]
+    assert first.teacher_topk_ids.shape == (3, TOP_K) and unknown.teacher_topk_ids.shape == (0, TOP_K)
+    assert [len(trace) for trace in table.take([1, 2])] == [0, 0]
 
 
 def test_a_request_that_goes_on_after_a_preemption_repeats_its_last_token(worker: Worker) -> None:
-    """On every rank of an engine, also on those that keep no traces."""
-    worker.table.note_emitted(["a", "b"], [[4, 5], []])
-    worker.table.note_emitted(["a", "b"], [[6], [7]])
-    assert (worker.table.last_token("a", 2), worker.table.last_token("b", 0)) == (6, 7)
-    worker.table.take([1, 2])
-    assert worker.table.last_token("a", 3) == 0
+    """Also on a rank of an engine that keeps no traces; and whatever became of the batch in the meantime."""
+    table = worker.table
+    table.rows(["a", "b"]).note_emitted(torch.tensor([[4, 5], [-1, -1]]))
+    table.rows(["a", "b"]).note_emitted(torch.tensor([[6, -1], [7, -1]]))
+    table.forget(["c"])
+    batch = table.rows(["b", "a"])
+    assert (table.last_token(batch, 1, 2), table.last_token(batch, 0, 0)) == (6, 7)
+    table.take([1, 2])
+    assert table.last_token(batch, 1, 3) == 0
     with pytest.raises(RuntimeError, match="vLLM asked for token 3 of a response without drafts for it"):
-        worker.table.take([1])
+        table.take([1])
 
 
 def test_tokens_after_the_last_look_go_nowhere(worker: Worker) -> None:
     """A request that was cut off, by a stop string or by who asked for it, may go on for a step."""
-    worker.table.rows(["a", "b"])
-    both = trace_of(torch.tensor([7, 8], dtype=torch.int32))
-    worker.table.record([1, 2], [1, 1], both)
-    assert [len(trace) for trace in worker.table.take([1])] == [1]
-    worker.table.record([1, 2], [1, 1], both)
+    table = worker.table
+    table.record(table.rows(["a", "b"]), [1, 1], part_of([7, 8]))
+    assert [len(trace) for trace in table.take([1])] == [1]
+    table.record(table.rows(["a", "b"]), [1, 1], part_of([7, 8]))
+    table.record(table.rows(["b", "a"]), [1, 1], part_of([8, 7]))
     worker.end("a")
-    assert [trace.response_ids.tolist() for trace in worker.table.take([1, 2])] == [[], [8, 8]]
+    assert [trace.response_ids.tolist() for trace in table.take([1, 2])] == [[], [8, 8, 8]]
     worker.end("b")
-    assert not worker.table._parts and not worker.table._fetched
+    assert not table._batches and not table._fetched
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_logits_that_are_no_numbers_are_told_once(worker: Worker, model: str) -> None:
+    table = worker.table
+    table.record(table.rows(["a", "b"]), [1, 1], part_of([4, 5], **{f"{model}_logp": float("nan")}))
+    with pytest.raises(FloatingPointError, match=f"the {model}'s logits are NaN or infinite"):
+        table.take([1])
+    assert table.take([]) == []

@@ -95,6 +95,74 @@ def test_draw_has_the_distribution_of_its_row():
     )
 
 
+LARGE = 151_936  # entries of Qwen's vocabulary
+
+
+def large_row(seed: int) -> torch.Tensor:
+    """Logits as a bfloat16 head makes them: many are equal."""
+    return (torch.randn(1, LARGE, generator=torch.Generator().manual_seed(seed)) * 3).bfloat16()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+def test_law_of_a_draw_from_a_large_vocabulary(temperature, top_p):
+    """Chi-square over bins of about equal mass, of tokens that lie all over the row; none of no probability."""
+    probs = sampling.warp(large_row(3), torch.tensor([temperature]), torch.tensor([top_p]))
+    count, bins = 4000, 160
+    noise = rng.uniform(torch.arange(count), torch.full((count,), 17), rng.TEACHER)
+    drawn = torch.cat([sampling.draw(probs.expand(500, -1), part) for part in noise.split(500)])
+    exact = probs[0].double() / probs[0].double().sum()
+    assert (exact[drawn] > 0).all()
+    order = torch.randperm(LARGE, generator=torch.Generator().manual_seed(4))
+    bin_of = torch.empty(LARGE, dtype=torch.int64)
+    bin_of[order] = (exact[order].cumsum(0) * bins).long().clamp_max(bins - 1)
+    expected = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, exact) * count
+    observed = torch.bincount(bin_of[drawn], minlength=bins)
+    keep = expected > 8
+    assert keep.sum() > 40
+    observed, expected = (torch.cat([x[keep], x[~keep].sum()[None]]) for x in (observed, expected))
+    statistic = ((observed - expected) ** 2 / expected.clamp_min(1)).sum().item()
+    assert stats.chi2.sf(statistic, int(keep.sum())) > P_VALUE
+
+
+def test_draws_of_a_large_row_are_those_of_one_long_sum():
+    """In two steps, and by a cumulative sum over all entries: the same tokens, but for rounding at a boundary."""
+    probs = large_row(5).float().softmax(-1)
+    noise = rng.uniform(torch.arange(2000), torch.zeros(2000), rng.STUDENT)
+    cdf = probs[0].double().cumsum(0)
+    expected = torch.searchsorted(cdf, noise * cdf[-1])
+    drawn = torch.cat([sampling.draw(probs.expand(500, -1), part) for part in noise.split(500)])
+    assert (drawn == expected).sum() >= 1998
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.95, 0.9999])
+def test_nucleus_of_a_large_row_is_that_of_a_sort(top_p):
+    """Of many equal probabilities at its edge the lower ids are in."""
+    probs = large_row(6).float().softmax(-1)
+    order = probs[0].argsort(descending=True, stable=True)
+    before = probs[0][order].double().cumsum(0) - probs[0][order]
+    inside = torch.zeros(LARGE, dtype=torch.bool)
+    inside[order] = before < top_p
+    found = sampling.warp(large_row(6), None, torch.tensor([top_p]))[0] > 0
+    edge = probs[0][inside].min()
+    assert torch.equal(found[probs[0] != edge], inside[probs[0] != edge])
+    ties = (probs[0] == edge).nonzero().squeeze(1)
+    kept = int(found[ties].sum())
+    assert found[ties[:kept]].all(), "the lower ids"
+    assert abs(kept - inside[ties].sum()) * edge <= max(edge, 1e-6), "as many as a sum in float32 can tell"
+
+
+@pytest.mark.parametrize("width", [3, 500, 1024, 1025, 1300, 5000])
+def test_draw_at_every_width(width):
+    """The first and the last possible token of rows of one block, several, and a rest. Any row gives some token."""
+    probs = torch.zeros(4, width)
+    probs[0, -1], probs[1, 0], probs[2, [1, -1]] = 1.0, 1e-30, 0.5
+    probs[3] = float("nan")
+    low, high = (sampling.draw(probs, torch.full((4,), u, dtype=torch.float64)).tolist() for u in (2.0**-54, 1.0))
+    assert low[:3] == [width - 1, 0, 1] and high[:3] == [width - 1, 0, width - 1]
+    assert 0 <= low[3] < width
+    assert 0 <= sampling.draw(torch.zeros(1, width), torch.tensor([0.5], dtype=torch.float64)).item() < width
+
+
 def test_draw_inverts_the_distribution():
     probs = torch.tensor([0.25, 0.0, 0.5, 0.25])
     noise = torch.tensor([1e-9, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 1e-9], dtype=torch.float64)
@@ -120,7 +188,7 @@ def test_the_largest_uniform_number_draws_a_possible_token():
 
 def test_setting_rows_are_the_settings_row_by_row():
     """Every setting but the gate's name, in a type that holds it exactly; a new field of the settings is a new row."""
-    first = sampling.SamplingSettings(sampling.KEEP_ALL, "floor", 0.25, 30, False, 0.5, 0.75, 2.0, 0.5)
+    first = sampling.SamplingSettings(sampling.KEEP_ALL, "floor", 0.25, 30, False, 4, 2, 1.0, 0.5, 0.75, 2.0, 0.5)
     second = sampling.SamplingSettings(0)
     rows = sampling.SettingRows.of([first, second], "cpu")
     names = [field.name for field in fields(sampling.SamplingSettings) if field.name != "gate"]
@@ -128,9 +196,10 @@ def test_setting_rows_are_the_settings_row_by_row():
         values = [getattr(first, name), getattr(second, name)]
         assert getattr(rows, name).tolist() == values and values[0] != values[1], name
     assert (rows.top_k.dtype, rows.threshold.dtype, rows.write_back.dtype) == (torch.int64, torch.float32, torch.bool)
-    assert rows.repeat(torch.tensor([1, 2])).top_k.tolist() == [sampling.KEEP_ALL, 0, 0]
-    assert rows.repeat(torch.tensor([0, 2])).write_back.tolist() == [True, True]
-    assert rows.select(torch.tensor([1, 0])).threshold.tolist() == [0.0, 0.25]
-    assert rows.select([1]).top_k_decay_len.tolist() == [0]
+    assert rows.select(torch.tensor([0, 1, 1])).top_k.tolist() == [sampling.KEEP_ALL, 0, 0]
+    assert rows.select(torch.tensor([1, 0])).select(torch.tensor([1])).threshold.tolist() == [0.25]
+    assert rows.select(torch.tensor([1, 1, 0])).select(slice(1, 3)).write_back.tolist() == [True, False]
+    assert rows.select(slice(1, 2)).top_k_decay_len.tolist() == [0]
+    assert rows.select(torch.tensor([1])).values("threshold") == {0.0, 0.25}
     with pytest.raises(AttributeError, match="'gate' is no setting that rows have; they have top_k, threshold"):
         rows.gate  # noqa: B018

@@ -1,0 +1,91 @@
+"""What a trace says of a token, against float64, whatever the logits are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skd_plugin.core import logit_rows
+from skd_plugin.core.logit_rows import LogitRows
+from skd_plugin.core.trace import Trace
+from skd_plugin.engine.recorder import Recorder, to_trace
+from skd_plugin.engine.request_table import not_finite
+
+COUNT, VOCAB, TOP_K = 7, 40, 4
+
+
+def logits(seed: int) -> torch.Tensor:
+    return torch.randn(COUNT, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def trace_of(teacher: torch.Tensor, student: torch.Tensor, tau: float = 1.0) -> Trace:
+    token = torch.arange(COUNT) * 5
+    known = torch.stack([token, torch.zeros_like(token), token, token, token], dim=1).int()
+    part = Recorder(TOP_K, tau).record(known, token, LogitRows.of(teacher), LogitRows.of(student), None)
+    return to_trace([(part, 0, COUNT)])
+
+
+def expected(teacher: torch.Tensor, student: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
+    p, q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+    token, rows = torch.arange(COUNT) * 5, torch.arange(COUNT)
+    order = p.argsort(descending=True, stable=True)
+    rest = [
+        sum((p[row, v] / tau).exp().item() for v in range(VOCAB) if v not in (*order[row, :TOP_K], token[row]))
+        for row in range(COUNT)
+    ]
+
+    def mean(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(weights > 0, weights * values, 0.0).sum(-1)
+
+    return {
+        "response_ids": token,
+        "student_version": token,
+        "student_logp": q[rows, token],
+        "teacher_logp": p[rows, token],
+        "kl": mean(p.exp(), p - q),
+        "student_entropy": -mean(q.exp(), q),
+        "teacher_entropy": -mean(p.exp(), p),
+        "teacher_rest_tempered": torch.tensor(rest).log(),
+        "teacher_topk_ids": order[:, :TOP_K],
+        "teacher_topk_logp": p.gather(1, order[:, :TOP_K]),
+    }
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("at_once", [3, 1000], ids=["in parts", "at once"])
+def test_figures(monkeypatch: pytest.MonkeyPatch, at_once: int, tau: float) -> None:
+    monkeypatch.setattr(logit_rows, "_ENTRIES_ON_CPU", at_once * VOCAB)
+    teacher, student = logits(1), logits(2)
+    given = teacher.clone(), student.clone()
+    trace = trace_of(teacher, student, tau)
+    for name, values in expected(teacher, student, tau).items():
+        torch.testing.assert_close(getattr(trace, name).double(), values.double(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(teacher, given[0]) and torch.equal(student, given[1]), "the models' own logits are left alone"
+
+
+def test_tokens_that_a_model_rules_out() -> None:
+    """A logit of -inf adds nothing where it is the teacher's, and makes the divergence infinite where p is not 0."""
+    teacher, student = logits(1), logits(2)
+    teacher[:, 30:], student[:, 35:] = -torch.inf, -torch.inf
+    trace, figures = trace_of(teacher, student), expected(teacher, student, 1.0)
+    for name in ("kl", "student_entropy", "teacher_entropy", "teacher_rest_tempered"):
+        torch.testing.assert_close(getattr(trace, name).double(), figures[name].double(), atol=1e-5, rtol=1e-5)
+    assert not_finite([trace]) is None
+    student[:, 7] = -torch.inf
+    assert trace_of(teacher, student).kl.isposinf().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_one_bad_number_is_enough(model: str, bad: float) -> None:
+    rows = {"teacher": logits(1), "student": logits(2)}
+    assert not_finite([trace_of(**rows)]) is None
+    rows[model][4, 11] = bad
+    assert f"the {model}'s logits are NaN or infinite" in str(not_finite([trace_of(**rows)]))
+
+
+def test_a_field_has_memory_of_its_own() -> None:
+    """Else each of them would take all the others along to another process."""
+    trace = trace_of(logits(1), logits(2))
+    for tensor in vars(trace).values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
