@@ -124,7 +124,7 @@ def test_waits_are_seen() -> None:
         torch.arange(3).pin_memory().to(values.device, non_blocking=True)
         values.repeat_interleave(2)
         values.repeat_interleave(values.long(), output_size=6)
-        values[torch.tensor([1], device=values.device)] = 0
+        values[torch.arange(1, device=values.device)] = 0
         torch.where(values > 1, values, 0.0).softmax(-1)
         assert gpu.waits.total() == before
 
