@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -377,6 +378,23 @@ def test_speculative_config_has_our_fields(arguments: dict[str, Any]) -> None:
     given = arguments["speculative_config"]
     assert set(given) <= {f.name for f in dataclasses.fields(SpeculativeConfig)}, "revisit engine/arguments.py"
     assert given["draft_sample_method"] in DraftSampleMethod.__args__, "revisit skd_plugin/engine/arguments.py"
+
+
+def test_a_rounding_is_the_teachers_alone(tiny_pair: Path) -> None:
+    """SpeculativeConfig has its own `quantization`, and the drafter takes nothing from the configuration around it."""
+    from vllm import EngineArgs
+
+    from skd_plugin.engine.drafter import SKDDrafter
+
+    rounded = {"quantization": "fp8_per_channel", "dtype": "bfloat16", "max_num_batched_tokens": 64}
+    teacher, student = (str(tiny_pair / name) for name in ("teacher", "student"))
+    spec = make_spec(teacher=teacher, student=student, options=rounded)
+    config = EngineArgs(**spec.arguments()).create_engine_config()
+    assert (config.model_config.quantization, config.quant_config.get_name()) == ("fp8_per_channel", "online")
+    assert config.speculative_config.draft_model_config.quantization is None
+    drafter = object.__new__(SKDDrafter)
+    drafter.vllm_config, drafter.speculative_config = config, config.speculative_config
+    assert drafter._create_draft_vllm_config().quant_config is None
 
 
 def test_sizes_of_the_vocabularies_are_compared_in_one_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
