@@ -74,11 +74,11 @@ def make_budget(
 
 
 def _tokens_of_a_batch(options: HostOptions) -> int:
-    """The most that one forward of the training step may get on a device."""
-    longest = options["data.max_len"]
+    """The most that one forward of the training step may get on a device; a ring's ranks share it."""
+    longest, ring = options["data.max_len"], options["ds.ring_attn_size"]
     if options["train.dynamic_batch_enable"]:
-        return max(options["train.max_tokens_per_gpu"], longest)  # a longer sequence is a batch of its own
-    return options["train.micro_batch_size"] * longest
+        return max(options["train.max_tokens_per_gpu"], -(-longest // ring))  # a longer sequence is its own batch
+    return -(-options["train.micro_batch_size"] * longest // ring)
 
 
 def fits_twice(config: Any, skd: SKDConfig, options: HostOptions, device: int | None) -> bool:

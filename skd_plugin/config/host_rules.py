@@ -36,7 +36,6 @@ CPU_DEFAULTS: dict[str, Any] = {
 FIXED: dict[str, tuple[Any, str]] = {
     "rollout.temperature": (1.0, "OpenRLHF divides the trained logits by it; set skd.rollout.student_temperature"),
     "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
-    "ds.ring_attn_size": (1, "the loss of tokens that are spread over ranks is not there yet"),
     "ds.tensor_parallel_size": (
         1,
         "each rank would send the engines its part of the weights only; ds.zero_stage=3 splits them, too",
@@ -98,6 +97,7 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
             "response is in flight when weights change"
         )
     _check_batches(options)
+    _check_ring(options, skd)
     if skd.objective.uses_rewards:
         _check_rewards(options, teacher_advantage=skd.objective.teacher_advantage)
     if skd.rollout.needs_references:
@@ -106,6 +106,28 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
         raise RecipeError(
             "openrlhf.ds.deepcompile is on, but skd.loss.vocabulary=full replaces the forward of the output head, "
             "which a compiled model would not call; turn one of them off"
+        )
+
+
+def _check_ring(options: HostOptions, skd: SKDConfig) -> None:
+    """Raises RecipeError where tokens cannot be spread over the ranks of a ring."""
+    ring = options["ds.ring_attn_size"]
+    if ring == 1:
+        return
+    name, actors = (
+        f"openrlhf.ds.ring_attn_size is {ring}",
+        options["actor.num_nodes"] * options["actor.num_gpus_per_node"],
+    )
+    if actors % ring:
+        raise RecipeError(
+            f"{name}, but openrlhf.actor.num_nodes x num_gpus_per_node = {actors} actors make no whole rings of it"
+        )
+    if not options["ds.packing_samples"]:
+        raise RecipeError(f"{name}, but a ring divides packed sequences; set openrlhf.ds.packing_samples=true")
+    if skd.loss.chunk is None or options["ds.deepcompile"]:
+        raise RecipeError(
+            f"{name}, but the loss of tokens on several ranks is read off the output head: leave skd.loss.chunk and "
+            "openrlhf.ds.deepcompile at their defaults"
         )
 
 

@@ -51,6 +51,8 @@ OTHERWISE = {
     "ckpt.output_dir": "`model` in the run folder; another place must be empty, and a link leads to it",
     "ckpt.path": "`checkpoints` in the run folder; another place must be empty, and a link leads to it",
     "ckpt.load_enable": "the same command goes on by itself; `true`: also where the recipe has changed",
+    "ds.ring_attn_head_stride": "with ring attention",
+    "ds.ring_attn_size": "on GPUs with `ds.packing_samples`; its attention was not run here (docs/gpus.md)",
     "ds.use_liger_kernel": "on a GPU; not tried here",
     "logger.tensorboard_dir": "`tensorboard` in the run folder",
     "logger.wandb.run_name": "the name of the run folder",
@@ -69,7 +71,6 @@ WITHOUT_EFFECT = {
     "ds.lora.alpha": "adapters are refused",
     "ds.lora.dropout": "adapters are refused",
     "ds.lora.target_modules": "adapters are refused",
-    "ds.ring_attn_head_stride": "ring attention is refused",
 }
 
 

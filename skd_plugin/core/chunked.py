@@ -49,6 +49,14 @@ class HeadLoss(NamedTuple):
     # chunk again. The gradients are the same.
     expected_N: torch.Tensor | None = None
 
+    def of(self, own: slice) -> HeadLoss:
+        """Of these of its tokens alone."""
+
+        def of_chunk(rows: slice, log_q_CV: torch.Tensor) -> torch.Tensor:
+            return self.of_chunk(slice(own.start + rows.start, own.start + rows.stop), log_q_CV)
+
+        return HeadLoss(of_chunk, None if self.expected_N is None else self.expected_N[own])
+
 
 def chunked_scores(
     hidden_NH: torch.Tensor,

@@ -43,6 +43,18 @@ class ResponseLayout:
     def __len__(self) -> int:
         return len(self.row_N)
 
+    def within(self, first: int, count: int) -> tuple[slice, ResponseLayout]:
+        """Of a packed output that is spread over ranks, the part of places `first` to `first + count`: which of the N
+        tokens are predicted there, and where in the part.
+        """
+        bounds = torch.tensor([first, first + count], device=self.output_place_N.device)
+        start, stop = torch.searchsorted(self.output_place_N, bounds).tolist()  # tokens stand in the order of places
+        own = slice(start, stop)
+        places_N = self.output_place_N[own] - first
+        return own, ResponseLayout(
+            self.action_mask, self.row_N[own], self.entry_N[own], self.output_row_N[own], places_N
+        )
+
     def counts(self) -> list[int]:
         """Response tokens of each sequence."""
         return self.action_mask.sum(1).tolist()

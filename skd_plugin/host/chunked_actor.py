@@ -4,6 +4,12 @@ Its output head reads the few numbers off that are wanted of each response token
 model's own forward, so that what holds for a parameter of any module holds here: ZeRO-3 gathers the head before and
 releases it after, forward and backward. Prompt and padding tokens are left out.
 
+With ring attention (`setup_ring_attn`) each rank of a ring has a part of the packed tokens, the one that OpenRLHF's
+`get_tensor_in_current_ring_attn_rank` cuts out. It reads what is predicted there, and `gather_and_pad_tensor`, as for
+OpenRLHF's own log-probabilities, brings the numbers of all ranks together, so that each one has the whole loss.
+Backwards it adds up the gradients of the ranks' equal losses, and DeepSpeed's mean over all ranks
+takes that factor out again.
+
 Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary, H width, M numbers read of a token.
 """
 
@@ -12,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from openrlhf.models import Actor
 
 from skd_plugin.core.chunked import FEW_LOGITS, HeadLoss, chunked_scores
@@ -52,42 +59,49 @@ class ChunkedActor(Actor):
         return_output: bool = False,
         return_entropy: bool = False,
         head_loss: HeadLoss | None = None,
+        ring_attn_group: dist.ProcessGroup | None = None,
         **others: Any,
     ) -> Any:
         """Raises RuntimeError: the model changes what its head returns, which was not known of it."""
         if not self.reads_head:
-            asked = dict(return_output=return_output, return_entropy=return_entropy)
+            asked = dict(return_output=return_output, return_entropy=return_entropy, ring_attn_group=ring_attn_group)
             return super().forward(sequences, action_mask, attention_mask, **asked, **others)
         packed = self.packing_samples
         layout = ResponseLayout.of(action_mask)
         places = ResponseLayout.packed(action_mask, attention_mask) if packed else layout
-        tokens_N = layout.tokens(sequences)
-        numbers_NM = torch.empty(0)
+        own, numbers_NM = slice(0, len(layout)), torch.empty(0)
 
         def numbers(hidden_BTH: torch.Tensor) -> torch.Tensor:
             """What is read of every response token, where the model expects logits: float32, [B, T, 3] or packed."""
-            nonlocal numbers_NM
+            nonlocal own, numbers_NM
+            here, loss = places, head_loss
+            if ring_attn_group is not None:
+                length = hidden_BTH.shape[1]
+                own, here = places.within(dist.get_rank(ring_attn_group) * length, length)
+                loss = None if head_loss is None else head_loss.of(own)
             scores = chunked_scores(
-                places.predictions(hidden_BTH),
+                here.predictions(hidden_BTH),
                 head.weight,
-                tokens_N=tokens_N,
+                tokens_N=here.tokens(sequences),
                 chunk=self._chunk,
                 vocab=self._vocab,
                 entropy=return_entropy,
-                loss=head_loss,
+                loss=loss,
             )
             known = [torch.zeros_like(scores.log_prob) if score is None else score for score in scores]
             numbers_NM = torch.stack(known, dim=-1)
-            return places.put(numbers_NM, hidden_BTH)
+            return here.put(numbers_NM, hidden_BTH)
 
         head = self.model.get_output_embeddings()
         head.forward = numbers  # inside the module's own call, where ZeRO-3 has gathered its weight
         try:
-            output = super().forward(sequences, None, attention_mask, return_output=True, **others)
+            output = super().forward(
+                sequences, None, attention_mask, True, packed, ring_attn_group=ring_attn_group, **others
+            )
         finally:
             del head.forward
-        found_NM = places.predictions(output["logits"])
-        self._compare(found_NM, numbers_NM)
+        found_NM = layout.predictions(output["logits"].flatten(2))  # padded again, where it was packed
+        self._compare(found_NM[own], numbers_NM)
         log_prob_N, entropy_N, loss_N = found_NM.unbind(-1)
         output["token_losses"], output["entropy"] = loss_N, layout.spread(entropy_N)
         log_probs = layout.spread(log_prob_N)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from skd_plugin import cpu
 from skd_plugin.seams import rebind
@@ -35,16 +36,13 @@ def _stand_in_for_flash_attention() -> None:
     which transformers keeps within each sequence by the position ids.
     """
 
-    def missing(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("flash-attn is not installed; turn off ring attention")
-
     padding = {"index_first_axis": _index_first_axis, "rearrange": _rearrange}
     padding |= {"pad_input": _pad_input, "unpad_input": _unpad_input}
     modules: dict[str, dict[str, Callable[..., Any]]] = {
         "flash_attn": {},
         "flash_attn.bert_padding": padding,
         "flash_attn.utils": {},
-        "flash_attn.utils.distributed": {"all_gather": missing},
+        "flash_attn.utils.distributed": {"all_gather": _AllGather.apply},
     }
     for name, functions in modules.items():
         module = types.ModuleType(name)
@@ -52,6 +50,23 @@ def _stand_in_for_flash_attention() -> None:
         module.__path__ = []
         vars(module).update(functions)
         sys.modules[name] = module
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks [R S, ...] from those of each [S, ...]; backwards the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_S: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows_S, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, rows_S.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=ctx.group)
+        return summed.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 def _rearrange(values_BT: torch.Tensor, pattern: str) -> torch.Tensor:

@@ -40,6 +40,11 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
         self.step = 0  # the training step that is running or was the last, counted from 1
         reads_head = isinstance(self.actor, ChunkedActor) and self.actor.reads_head
+        if self.strategy.ring_attn_group is not None and not reads_head:
+            raise RuntimeError(
+                "openrlhf.ds.ring_attn_size is above 1, but this student's output head cannot be read on each rank: "
+                "it has a bias, an adapter, or changes its logits; set it to 1"
+            )
         alone = not skd.objective.uses_rewards and not self.args.actor.entropy_coef
         foresight = Foresight(token_level_loss=token_level_loss, alone=alone)
         distillation = _distillation(self.actor, skd, vocab, foresight if reads_head else None)

@@ -34,7 +34,13 @@ from skd_plugin.config.vllm_options import check_vllm
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptForm
 from skd_plugin.models import check_saving
-from skd_plugin.prepare.model_checks import check_experts, check_full_weights, check_output_head, check_pair
+from skd_plugin.prepare.model_checks import (
+    check_experts,
+    check_full_weights,
+    check_output_head,
+    check_pair,
+    check_ring,
+)
 from skd_plugin.prepare.prompts import check_dataset, check_references, make_prompts
 from skd_plugin.prepare.rows import Dataset, check_column, content_digest, mixed, read_dataset, task_digest, values
 from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
@@ -189,6 +195,8 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     if models.cpu:
         check_experts(models.student)
     check_full_weights(models.student)
+    if complete["ds.ring_attn_size"] > 1:
+        check_ring(models.student, complete["ds.ring_attn_size"], cpu=models.cpu)
     check_saving(models.student, "student")
     if skd.loss.vocabulary == "full":
         check_output_head(skd.teacher.model_name_or_path, "teacher")

@@ -173,6 +173,19 @@ def check_output_head(name: str, role: str) -> None:
         )
 
 
+def check_ring(student: str, ring: int, *, cpu: bool) -> None:
+    """Raises RecipeError where ring attention has no kernels, or the student's head cannot be read on each rank."""
+    name = f"openrlhf.ds.ring_attn_size is {ring}"
+    if cpu:
+        raise RecipeError(f"{name}, but ring attention is made of flash-attn's kernels, which need a GPU; set it to 1")
+    change = changed_logits(load_model_config(student, "student"))
+    if change is not None:
+        raise RecipeError(
+            f"{name}, but the student '{student}' transforms the product of its output head ({change}), which the "
+            "loss of tokens on several ranks does not follow; set it to 1"
+        )
+
+
 def check_vocabularies(teacher: dict[str, int], student: dict[str, int]) -> None:
     """Raises RecipeError naming tokens that differ: an id must mean the same token in both models."""
     if teacher == student:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.contract import parity_run as rollout  # prepares this process
+from tests.contract import ring_stand_in
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -22,6 +24,7 @@ import deepspeed
 import openrlhf.trainer.ray.ppo_critic as host_critic
 import torch
 from openrlhf.models import get_llm_for_sequence_regression
+from openrlhf.models.ring_attn_utils import set_ring_attn_group
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 from openrlhf.utils import get_strategy, get_tokenizer
 
@@ -50,6 +53,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"ds.packing_samples": True},
     "dynamic": {"ds.packing_samples": True, **DYNAMIC},
 }
+RINGS: dict[str, dict[str, Any]] = {  # of two ranks
+    "ring": {"ds.packing_samples": True},
+    "ring, dynamic": {"ds.packing_samples": True, **DYNAMIC},
+}
 DISTILL, BOTH = (
     ["skd.objective.kd_coef=1", "skd.objective.rl_coef=0"],
     ["skd.objective.kd_coef=1", "skd.objective.rl_coef=0.5"],
@@ -63,17 +70,22 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {  # options of skd, and of
     "whole vocabulary": ([*DISTILL, "skd.loss.vocabulary=full", "skd.loss.chunk=7"], {}),
     "whole vocabulary and rewards": ([*BOTH, "skd.loss.vocabulary=full", "skd.loss.chunk=7"], GROUPS),
 }
+RINGED = ("top-k", "top-k and rewards", "whole vocabulary", "whole vocabulary and rewards")
 
 
 def main() -> None:
     folder, stages = Path(sys.argv[1]), [int(stage) for stage in sys.argv[2:]]
     on_cpu.adapt_trainer()
+    ring_stand_in.install()
     chunked_actor.FEW_LOGITS = 0  # so that a chunk is of as few tokens as asked for
     found: dict[str, Any] = {}
     for stage in stages:
         for case in CASES if stage == stages[0] else ("top-k", "whole vocabulary and rewards"):
             for layout in LAYOUTS:
                 found[f"{stage}, {case}, {layout}"] = train(folder, stage, case, layout)
+            if WORLD_SIZE == 2 and case in RINGED:
+                for layout in RINGS:
+                    found[f"{stage}, {case}, {layout}"] = train(folder, stage, case, layout)
         found[f"{stage}, critic, padded"] = train_critic(folder, stage, "padded", host_critic.CriticPPOTrainer)
         found[f"{stage}, critic, dynamic"] = train_critic(folder, stage, "dynamic", DynamicCriticTrainer)
         found[f"{stage}, host's critic"] = train_critic(folder, stage, "dynamic", host_critic.CriticPPOTrainer)
@@ -86,8 +98,9 @@ def train(folder: Path, stage: int, case: str, layout: str) -> dict[str, Any]:
     args = make_args(folder, stage, layout, options, skd)
     strategy = make_strategy(args)
     actor = ChunkedActor(
-        str(rollout.STUDENT), attn_implementation="sdpa", param_dtype="fp32", packing_samples=args.ds.packing_samples,
-        ds_config=strategy.get_ds_train_config(), chunk=args.skd.loss.chunk, vocab=VOCAB,
+        str(rollout.STUDENT), attn_implementation=attention_of(args), param_dtype="fp32",
+        packing_samples=args.ds.packing_samples, ds_config=strategy.get_ds_train_config(),
+        chunk=args.skd.loss.chunk, vocab=VOCAB,
     )  # fmt: skip
     tokenizer = get_tokenizer(str(rollout.STUDENT), actor.model, "left", strategy)
     actor, optimizer, scheduler = strategy.prepare((actor, optimizer_of(args.actor)))
@@ -100,7 +113,8 @@ def train(folder: Path, stage: int, case: str, layout: str) -> dict[str, Any]:
     shapes = watch_shapes(actor.model)
     first, norms, losses = weights(actor.model, stage), [], []
     for step in range(STEPS):
-        trainer.replay_buffer.append(my_share(rollout.rollouts(actor, maker, args, step), args))
+        asked = partial(actor, ring_attn_group=strategy.ring_attn_group)
+        trainer.replay_buffer.append(my_share(rollout.rollouts(asked, maker, args, step), args, strategy))
         shapes.clear()
         torch.manual_seed(step)
         status = trainer.ppo_train(0.0)
@@ -134,13 +148,26 @@ def train_critic(folder: Path, stage: int, layout: str, kind: type) -> dict[str,
 
 
 def make_args(folder: Path, stage: int, layout: str, options: dict[str, Any], skd: list[str]) -> SimpleNamespace:
-    own = {"ds.zero_stage": stage, "train.max_epochs": 1, "train.micro_batch_size": 2, **LAYOUTS[layout], **options}
+    own = {
+        "ds.zero_stage": stage,
+        "train.max_epochs": 1,
+        "train.micro_batch_size": 2,
+        **(LAYOUTS | RINGS)[layout],
+        **options,
+    }
     args = rollout.make_args(folder, own, [f"skd.teacher.model_name_or_path={TEACHER}", *skd])
     args.actor.num_gpus_per_node = WORLD_SIZE
+    if layout in RINGS:
+        args.ds.ring_attn_size = WORLD_SIZE  # refused on a CPU, where its kernels are not
     return args
 
 
+def attention_of(args: SimpleNamespace) -> str:
+    return "sdpa" if args.ds.ring_attn_size == 1 else ring_stand_in.NAME
+
+
 def make_strategy(args: SimpleNamespace) -> Any:
+    set_ring_attn_group(None)  # of the last strategy
     strategy = get_strategy(args)
     strategy.setup_distributed()
     torch.manual_seed(0)
@@ -155,8 +182,10 @@ def optimizer_of(model: SimpleNamespace) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def my_share(experiences: list[Experience], args: SimpleNamespace) -> Experience:
-    """Every WORLD_SIZE-th sample, with a teacher that is known by the sample, whatever batch it stands in."""
+def my_share(experiences: list[Experience], args: SimpleNamespace, strategy: Any) -> Experience:
+    """Each data-parallel rank's share of the samples, with a teacher that is known by the sample, whatever batch it
+    stands in.
+    """
     items = [item for experience in experiences for item in split_experience_batch(experience)]
     items.sort(key=lambda item: item.sequences.tolist())
     for item in items:
@@ -170,7 +199,8 @@ def my_share(experiences: list[Experience], args: SimpleNamespace) -> Experience
             trace.teacher_hidden = torch.randn(len(trace), head.shape[1], generator=generator)
             log_p = (trace.teacher_hidden @ head.T).log_softmax(-1)
             trace.teacher_logp = log_p.gather(1, trace.response_ids[:, None].long()).squeeze(1)
-    return make_experience_batch(items[RANK::WORLD_SIZE])
+    ranks = strategy.ds_device_mesh["dp"]
+    return make_experience_batch(items[ranks.get_local_rank() :: ranks.size()])
 
 
 def critics_rollouts(step: int) -> list[Experience]:

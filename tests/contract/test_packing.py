@@ -62,6 +62,23 @@ def test_updates_are_those_of_padded_batches(trained: dict[str, dict], stage: st
     assert len(found["shapes"]) > 1, "an update of one micro-batch shows no accumulation"
 
 
+RINGED = [("2", case) for case in CASES if case in ("top-k", "top-k and rewards")]
+RINGED += [("2", "whole vocabulary"), ("3", "top-k"), ("3", "whole vocabulary and rewards")]
+
+
+@pytest.mark.parametrize("layout", ["ring", "ring, dynamic"])
+@pytest.mark.parametrize(("stage", "case"), RINGED)
+def test_updates_of_a_ring_are_those_of_padded_batches(
+    trained: dict[str, dict], stage: str, case: str, layout: str
+) -> None:
+    """Two ranks share each sequence, with a stand-in for the attention between them; padded, each has its own."""
+    padded, found = (trained[f"{stage}, {case}, {name}"] for name in ("padded", layout))
+    assert _distance(found, padded) < 2e-4
+    assert found["norms"] == pytest.approx(padded["norms"], rel=1e-4)
+    assert found["losses"] == pytest.approx(padded["losses"], rel=1e-5)
+    assert all(rows == 1 for rows, _ in found["shapes"]) and len(found["shapes"]) > 1
+
+
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 def test_updates_of_the_critic_in_dynamic_batches(trained: dict[str, dict], stage: str) -> None:
     assert _distance(trained[f"{stage}, critic, dynamic"], trained[f"{stage}, critic, padded"]) < 2e-4

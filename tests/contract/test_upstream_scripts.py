@@ -24,8 +24,6 @@ from tests.stand_ins import write_model
 
 # Script -> what is refused of it, in the order of the refusals. A refusal that is lifted leaves this table.
 REFUSED: dict[str, list[str]] = {
-    "train_reinforce_baseline_hybrid_engine.sh": ["ds.ring_attn_size"],
-    "train_reinforce_baseline_ray_agent_async.sh": ["ds.ring_attn_size"],
     "train_vlm_math_hybrid_engine.sh": ["data.max_images_per_prompt", "actor.freeze_visual_encoder"],
 }
 
@@ -121,7 +119,7 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 class AgentExecutor(SingleTurnAgentExecutor):
     pass
 """
-SWITCHED_OFF: dict[str, Any] = {"ds.ring_attn_size": 1, "data.max_images_per_prompt": 0}  # of others: false
+SWITCHED_OFF: dict[str, Any] = {"data.max_images_per_prompt": 0}  # of others: false
 
 
 def options_of(script: str) -> dict[str, str]:

@@ -359,6 +359,16 @@ def test_dynamic_batches_count_tokens():
     assert check(**dynamic, **{"train.max_tokens_per_gpu": 512})[2].found == longest.found
 
 
+@pytest.mark.parametrize("batches", [{"train.micro_batch_size": 4}, {"train.max_tokens_per_gpu": 1024}])
+def test_a_ring_shares_the_tokens_of_a_batch(sizes, batches):
+    changes = {"data.max_len": 4096, "train.dynamic_batch_enable": "train.max_tokens_per_gpu" in batches, **batches}
+    alone, ring = (
+        make_budget(*sizes, skd(), options(**changes, **{"ds.ring_attn_size": ranks}), cpu=False, device=GPU)
+        for ranks in (1, 4)
+    )
+    assert alone.trainer.activations == 4 * ring.trainer.activations
+
+
 def test_colocated_models_share_the_device():
     changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
     assert check(ALL_LOGITS, **changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"

@@ -55,7 +55,7 @@ REWARD_FREE = SKDConfig(teacher={"model_name_or_path": "t"})
 WRONG = {
     "algo.kl.init_coef": 0.01, "algo.advantage.estimator": "group_norm", "rollout.temperature": 0.7,
     "rollout.top_p": 0.9,
-    "ds.ring_attn_size": 2, "ds.tensor_parallel_size": 2, "data.max_images_per_prompt": 1,
+    "ds.tensor_parallel_size": 2, "data.max_images_per_prompt": 1,
     "data.image_key": "pictures",
 }  # fmt: skip
 
@@ -87,6 +87,23 @@ def test_a_step_sends_all_its_prompts_at_once(asked: int) -> None:
     host_rules.check(_complete(**options, **{"rollout.vllm_generate_batch_size": 8}), REWARD_FREE)
     with pytest.raises(RecipeError, match=rf"vllm_generate_batch_size is {asked}, but a step takes .* = 8 prompts"):
         host_rules.check(_complete(**options, **{"rollout.vllm_generate_batch_size": asked}), REWARD_FREE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss", "message"),
+    [
+        ({"actor.num_gpus_per_node": 3}, {}, r"= 3 actors make no whole rings of it"),
+        ({"ds.packing_samples": False}, {}, r"set openrlhf\.ds\.packing_samples=true"),
+        ({"ds.deepcompile": True}, {}, r"leave skd\.loss\.chunk and openrlhf\.ds\.deepcompile at their defaults"),
+        ({}, {"chunk": None}, r"leave skd\.loss\.chunk and openrlhf\.ds\.deepcompile at their defaults"),
+    ],
+)
+def test_rings_of_actors(changes: dict, loss: dict, message: str) -> None:
+    ring = {"ds.ring_attn_size": 2, "ds.packing_samples": True, "actor.num_gpus_per_node": 4}
+    skd = SKDConfig(teacher={"model_name_or_path": "t"}, loss=loss)
+    host_rules.check(_complete(**ring), REWARD_FREE)
+    with pytest.raises(RecipeError, match=rf"^openrlhf\.ds\.ring_attn_size is 2, but .*{message}"):
+        host_rules.check(_complete(**ring | changes), skd)
 
 
 def test_an_optimizer_that_cannot_sleep() -> None:

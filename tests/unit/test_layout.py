@@ -43,6 +43,22 @@ def test_a_packed_output_is_read_and_written_at_the_same_tokens(layout: Response
     assert torch.equal(of_packed.tokens(SEQUENCES), layout.tokens(SEQUENCES))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_parts_of_a_packed_output_have_all_tokens_once(layout: ResponseLayout, ranks: int) -> None:
+    """Each rank of a ring has as many places, the last ones padding; a rank may have no response token."""
+    of_packed = ResponseLayout.packed(layout.action_mask, ATTENTION)
+    length = -(-int(ATTENTION.sum()) // ranks)
+    packed = torch.nn.functional.pad(SEQUENCES[ATTENTION.bool()], (0, ranks * length - int(ATTENTION.sum())))
+    tokens, wanted = [], of_packed.predictions(packed[None, :, None]).squeeze(1)
+    for rank in range(ranks):
+        own, part = of_packed.within(rank * length, length)
+        local = packed[rank * length :][:length][None, :, None]
+        assert torch.equal(part.predictions(local).squeeze(1), wanted[own])
+        assert torch.equal(part.put(torch.ones(len(part), 2), local).sum((1, 2)), torch.tensor([2.0 * len(part)]))
+        tokens += part.tokens(SEQUENCES).tolist()
+    assert tokens == of_packed.tokens(SEQUENCES).tolist()
+
+
 def test_spread_and_take_are_inverse(layout: ResponseLayout) -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
     spread = layout.spread(values)

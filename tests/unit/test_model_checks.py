@@ -18,6 +18,7 @@ from skd_plugin.prepare.model_checks import (
     check_full_weights,
     check_output_head,
     check_pair,
+    check_ring,
     check_vocabularies,
 )
 from tests.recipes import PAIR
@@ -104,6 +105,18 @@ def test_a_rounded_head_is_refused_by_the_loss_over_all_tokens(pair, stored: str
         return
     with pytest.raises(RecipeError, match=f"the output head of the teacher .* {found}, rounded; use"):
         check_output_head(folder, "teacher")
+
+
+def test_a_ring_needs_a_gpu_and_a_student_whose_head_can_be_read(pair) -> None:
+    check_ring(pair()["student"], 2, cpu=False)
+    with pytest.raises(RecipeError, match=r"ring_attn_size is 2, but ring attention is made of flash-attn's kernels"):
+        check_ring("no model is looked at", 2, cpu=True)
+
+
+def test_a_ring_of_a_student_with_a_soft_cap_is_refused(pair) -> None:
+    student = pair(student={"final_logit_softcapping": 30.0})["student"]
+    with pytest.raises(RecipeError, match=r"ring_attn_size is 2, but the student .*final_logit_softcapping = 30.0"):
+        check_ring(student, 2, cpu=False)
 
 
 def test_head_with_a_bias_is_refused(tmp_path: Path) -> None:
