@@ -213,10 +213,13 @@ def test_unsupported_version(monkeypatch: pytest.MonkeyPatch, quickstart) -> Non
     monkeypatch.setitem(versions.SUPPORTED, ("openrlhf",), "0.99.")
     with pytest.raises(RecipeError, match=r"openrlhf 0\.11\.2 is installed; .* tested with openrlhf==0\.99\.\* only"):
         quickstart()
+    monkeypatch.setenv(versions.UNTESTED, "1")
+    assert quickstart().cpu
 
 
 def test_missing_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "SUPPORTED", {("no-such-host", "nor-this-one"): "1."})
+    monkeypatch.setenv(versions.UNTESTED, "1")
     with pytest.raises(RecipeError, match=r"no-such-host is not installed; .* pip install 'no-such-host==1\.\*'"):
         versions.check_versions()
 
