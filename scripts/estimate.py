@@ -25,6 +25,7 @@ from time_model import (
     block_seconds,
     rollout_seconds,
     sequences_at_once,
+    sleep_seconds,
     sync_seconds,
     tokens_per_block,
     training_seconds,
@@ -125,6 +126,12 @@ class Plan:
     def nodes(self) -> int:
         return self.options["actor.num_nodes"]
 
+    def micro_batch(self, sequence_len: int) -> int:
+        """Sequences of one forward of the training step, where they are `sequence_len` tokens long."""
+        if not self.options["train.dynamic_batch_enable"]:
+            return self.options["train.micro_batch_size"]
+        return max(1, self.options["train.max_tokens_per_gpu"] // sequence_len)
+
     def budget(self, gpu: Gpu) -> Budget:
         return make_budget(self.teacher, self.student, self.skd, self.options, cpu=False, device=gpu.memory)
 
@@ -181,11 +188,15 @@ def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTim
             updates=plan.responses // options["train.batch_size"] * options["train.max_epochs"],
             ranks=gpus_needed(options)[0],
             across_nodes=gpus_needed(options)[0] > GPUS_OF_A_NODE,  # Ray packs the trainer onto as few as it can
-            micro_batch=options["train.micro_batch_size"],
+            micro_batch=plan.micro_batch(plan.prompt_len + response_len),
             checkpointing=options["actor.gradient_checkpointing_enable"],
             rollout_logp=plan.skd.objective.uses_rewards,
         ),
         sync=sync_seconds(plan.student, gpu, across_nodes=plan.nodes > 1),
+        sleep=sleep_seconds(
+            budget.engine.teacher + budget.engine.student if options["vllm.enable_sleep"] else 0.0,
+            budget.trainer.gradients + budget.trainer.optimizer if options["ds.enable_sleep"] else 0.0,
+        ),
     )
 
 

@@ -33,6 +33,7 @@ GPUS = (
 BANDWIDTH_SHARE = 0.7  # of a forward that reads its weights once
 PREFILL_SHARE = 0.5  # of the FLOPs, in forwards of many tokens
 TRAINING_SHARE = 0.3  # of the FLOPs, in forward and backward of a small model in small micro-batches
+PINNED = 20e9  # bytes a second between a GPU and its node's pinned memory, one direction: PCIe 4, less its overhead
 NETWORK = 20e9  # bytes a second between nodes: 200 Gbit/s, less its overhead
 FORWARD_S = 1e-3  # of any forward in the engine, however small: kernels to start, in CUDA graphs
 BLOCK_S = (
@@ -147,16 +148,27 @@ def sync_seconds(student: ModelSize, gpu: Gpu, *, across_nodes: bool) -> float:
     return student.weights(2) / (NETWORK if across_nodes else gpu.link)
 
 
+def sleep_seconds(engine: float, trainer: float) -> float:
+    """What sleeps in a step goes to ordinary memory and comes back once: 2 bytes / PINNED.
+
+    Args:
+        engine: bytes of its weights, 0 where it does not sleep.
+        trainer: bytes of its gradients and optimizer, likewise.
+    """
+    return 2 * (engine + trainer) / PINNED
+
+
 @dataclass(frozen=True)
 class StepTime:
     rollout: float
     train: float
     sync: float
+    sleep: float = 0.0
 
     @property
     def total(self) -> float:
         """The parts follow each other: the student that proposes is the one that was just trained."""
-        return self.rollout + self.train + self.sync + STEP_S
+        return self.rollout + self.train + self.sync + self.sleep + STEP_S
 
 
 def sequences_at_once(engine: EngineMemory) -> int:

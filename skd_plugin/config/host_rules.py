@@ -32,6 +32,10 @@ CPU_DEFAULTS: dict[str, Any] = {
     "vllm.enforce_eager": True,
 }
 
+IMAGES = (
+    "the student would draft without seeing the image: vLLM hands a draft model token ids only, and refuses one with "
+    "M-RoPE (Qwen-VL)"
+)
 # What is not supported: option -> (allowed value, reason). Together with REWARD_FREE the one list of refusals.
 FIXED: dict[str, tuple[Any, str]] = {
     "rollout.temperature": (1.0, "OpenRLHF divides the trained logits by it; set skd.rollout.student_temperature"),
@@ -40,9 +44,9 @@ FIXED: dict[str, tuple[Any, str]] = {
         1,
         "each rank would send the engines its part of the weights only; ds.zero_stage=3 splits them, too",
     ),
-    "data.max_images_per_prompt": (0, "the student drafts from token ids only"),
-    "data.image_key": ("images", "the student drafts from token ids only"),
-    "actor.freeze_visual_encoder": (False, "the student drafts from token ids only"),
+    "data.max_images_per_prompt": (0, IMAGES),
+    "data.image_key": ("images", IMAGES),
+    "actor.freeze_visual_encoder": (False, IMAGES),
     "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
     "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
     "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),

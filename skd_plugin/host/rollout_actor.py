@@ -16,7 +16,7 @@ from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
 from skd_plugin import trust
-from skd_plugin.config.host_rules import NO_REWARD
+from skd_plugin.config.host_rules import IMAGES, NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
@@ -109,7 +109,7 @@ class SKDRollout(HostRollout):
         prompt's task has of its `own`.
         """
         if multi_modal_data:
-            raise ValueError("SKD does not support image inputs: the student drafts from token ids only")
+            raise ValueError(f"a prompt has an image: {IMAGES}")
         limit = min(sampling_params.max_tokens, own.max_new_tokens or sampling_params.max_tokens)
         request = prepare_request(
             prompt_token_ids,

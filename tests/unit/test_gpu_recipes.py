@@ -93,23 +93,34 @@ def test_command_of_a_recipe_loads(plan: Any, load: Any) -> None:
     assert len(lines) == plan.options["rollout.batch_size"]
 
 
-def test_colocated_example_of_the_page(load: Any) -> None:
-    """The host asks in its train() for as many actors as GPUs of engines, too late to be checked by load_run."""
-    (line,) = re.findall(r"^openrlhf\.train\.colocate_all=true .*$", PAGE.read_text(), re.MULTILINE)
-    plan = estimate.read_plan(ROOT / "recipes" / "gpu-qwen3-1.7b-from-8b.yaml", line.split())
+def test_examples_of_the_page(load: Any) -> None:
+    """What both take where they sleep in turns, and what the ways of sharing GPUs cost."""
+    page, recipe = PAGE.read_text(), ROOT / "recipes" / "gpu-qwen3-1.7b-from-8b.yaml"
+    (line,) = re.findall(r"^openrlhf\.vllm\.enable_sleep=true .*$", page, re.MULTILINE)
+    apart = ["colocate_all=false", "dynamic_batch_enable=false"]
+    halves = ["openrlhf.actor.num_gpus_per_node=4", "openrlhf.vllm.num_engines=4"]
+    ways = {
+        "apart, 4 + 4, padded batches of 4": [*(f"openrlhf.train.{option}" for option in apart), *halves],
+        "apart, 4 + 4, packed and dynamic": [f"openrlhf.train.{apart[0]}", *halves],
+        "**colocated on 8, `vllm.gpu_memory_utilization` 0.45: the recipe**": [],
+        "colocated on 8, both asleep in turns, 0.85": line.split(),
+    }
+    for name, options in ways.items():
+        plan = estimate.read_plan(recipe, options)
+        seconds = estimate.step_time(plan, GPUS[1], estimate.ACCEPTANCE, estimate.LENGTH).total
+        assert f"| {name} | {seconds:.1f} |" in page, f"{name}: {seconds:.1f}"
     load(plan)
-    actors, engine_gpus, _ = gpus_needed(plan.options)
-    assert plan.options["train.colocate_all"] and actors == engine_gpus == estimate.GPUS_OF_A_NODE
-    assert plan.responses % (actors * plan.options["train.micro_batch_size"]) == 0
-    budget = plan.budget(GPUS[0])
-    assert budget.engine.peak + budget.trainer.total < GPUS[0].memory
+    asleep = estimate.step_time(plan, GPUS[1], estimate.ACCEPTANCE, estimate.LENGTH).sleep
+    assert f"{asleep:.1f} s a step in the example" in page
 
 
 @plans
 def test_sizes_agree_with_actors_engines_and_gpus(plan: Any) -> None:
     options = plan.options
     actors, engine_gpus, others = gpus_needed(options)
-    assert (actors + engine_gpus, others) == (plan.nodes * estimate.GPUS_OF_A_NODE, 0)
+    shared = options["train.colocate_all"]
+    assert (actors if shared else actors + engine_gpus, others) == (plan.nodes * estimate.GPUS_OF_A_NODE, 0)
+    assert not shared or actors == engine_gpus, "the host asks for it in its train()"
     assert plan.responses == options["train.batch_size"], "one update a rollout"
     assert plan.responses % (actors * options["train.micro_batch_size"]) == 0
     assert plan.responses % (actors * options["rollout.micro_batch_size"]) == 0
@@ -125,6 +136,8 @@ def test_it_fits_by_the_cost_model(plan: Any) -> None:
         assert budget.engine.sequences >= budget.requests
         assert budget.engine.peak < gpu.memory, in_gib(budget.engine.peak)
         assert budget.trainer.total < 0.8 * gpu.memory, in_gib(budget.trainer.total)
+        together = budget.engine.peak + budget.trainer.total if plan.options["train.colocate_all"] else 0
+        assert together < gpu.memory, in_gib(together)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
