@@ -48,6 +48,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: ThreadingHTTPServer) -> None:
+    """With two engines, and two actors whose student ZeRO-3 has split: the engines must have the whole one."""
     finish(
         tmp_path,
         *UNMEASURED,
@@ -60,6 +61,9 @@ def test_server_groups_filtering_and_length_penalty(tmp_path: Path, server: Thre
         "openrlhf.algo.dynamic_filtering_range=[0.1,0.9]",
         "openrlhf.rollout.n_samples_per_prompt=4",
         "openrlhf.train.batch_size=8",  # four updates a step
+        "openrlhf.vllm.num_engines=2",
+        "openrlhf.actor.num_gpus_per_node=2",
+        "openrlhf.ds.zero_stage=3",
     )
     trained = steps(tmp_path)
     assert trained and len(server.asked) > 32 * len(trained)  # type: ignore[attr-defined]
