@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.blend import geometric_blend
 from skd_plugin.core.copies import to_device
 from skd_plugin.core.logit_rows import LogitRows, in_parts
 from skd_plugin.core.sampling import SettingRows
@@ -96,6 +97,11 @@ class Proposals:
     @cached_property
     def student_probs_NV(self) -> torch.Tensor:
         return sampling.warp_of(self.student_logp_NV, self.settings, "student")
+
+    @cached_property
+    def blend_NV(self) -> torch.Tensor:
+        """The geometric blend of the two within a budget of `threshold` nats."""
+        return geometric_blend(self.teacher_probs_NV, self.student_probs_NV, self.settings.threshold)
 
     @property
     def teacher_logp_N(self) -> torch.Tensor:
@@ -401,6 +407,24 @@ def from_residual(proposals: Proposals) -> torch.Tensor:
     return torch.where(equal, proposals.teacher_probs_NV, residual_NV)
 
 
+def keep_blended(proposals: Proposals) -> torch.Tensor:
+    """Keeps with probability min(1, m(v) / q(v)), m the geometric blend: the distribution is exactly m.
+
+    TRB (arXiv 2605.31159): m is proportional to q^(1 - a) p^a, a at each place the largest in [0, 1] for which
+    KL(m||q) <= threshold, nats. By speculative sampling with m as the target: what is rejected is replaced from
+    (m - q)+. threshold = 0 is the student; where it is KL(p||q) or more, m is p.
+    """
+    own = proposals.draft_N[:, None]
+    m_N, q_N = (probs_NV.gather(1, own).squeeze(1) for probs_NV in (proposals.blend_NV, proposals.student_probs_NV))
+    return proposals.coin_N * q_N < m_N
+
+
+def from_blend_residual(proposals: Proposals) -> torch.Tensor:
+    residual_NV = (proposals.blend_NV - proposals.student_probs_NV).clamp_min(0)
+    equal = residual_NV.sum(-1, keepdim=True) <= 0  # m = q: nothing is rejected but by rounding
+    return torch.where(equal, proposals.blend_NV, residual_NV)
+
+
 GATES: dict[str, Gate] = {
     "top_k": Gate(keep_top_k, "it is among the teacher's {top_k} most probable", has_top_k=True, decays=True),
     "ask_again": Gate(
@@ -457,6 +481,14 @@ GATES: dict[str, Gate] = {
         threshold=Threshold(-1, is_probability=True),
         replacement=from_residual,
         replaced_from="(p - q)+",
+    ),
+    "blended": Gate(
+        keep_blended,
+        "the next token's distribution stays q^(1-a) p^a, a as large as {threshold} nats from q allow",
+        # KL(p||q) has no bound; a student that far from its teacher has learned nothing yet.
+        threshold=Threshold(-1, highest=lambda vocab_size: 10 * math.log(vocab_size)),
+        replacement=from_blend_residual,
+        replaced_from="(m - q)+",
     ),
     "top_k_of_nucleus": Gate(
         keep_top_k_of_nucleus,

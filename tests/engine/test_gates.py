@@ -14,6 +14,7 @@ from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import VOCAB
 from tests.engine.test_distribution import PROMPTS, SAMPLES, assert_distribution, generate_mixed
 from tests.rules import make_rule
+from tests.unit.test_gates import slow_blend
 from tests.unit.test_sampling import slow_warp
 
 pytestmark = pytest.mark.engine
@@ -34,6 +35,7 @@ RULES = {
     "margin": make_rule(top_k=3, gate="confident_margin", threshold=0.12),
     "entropy": make_rule(top_k=3, gate="confident_entropy", threshold=2.4),
     "foreseen": make_rule(top_k=8, gate="foreseen"),
+    "blended": make_rule(top_k=0, gate="blended", threshold=0.2, student_temperature=0.8, teacher_temperature=1.2),
     "chance": make_rule(top_k=0, gate="chance", threshold=0.4, teacher_top_p=0.8),
     "interpolated": make_rule(
         top_k=0, gate="interpolated", threshold=0.5, student_temperature=0.7, teacher_temperature=1.3
@@ -81,6 +83,9 @@ def expected(settings: SamplingSettings, teacher_V: torch.Tensor, student_V: tor
     elif settings.gate == "interpolated":
         joint[Source.ACCEPTED] = torch.minimum(q, (1 - settings.threshold) * q + settings.threshold * p)
         joint[Source.REPLACED] = settings.threshold * (p - q).clamp_min(0)
+    elif settings.gate == "blended":
+        m = torch.tensor(slow_blend(p.tolist(), q.tolist(), settings.threshold), dtype=torch.float64)
+        joint[Source.ACCEPTED], joint[Source.REPLACED] = torch.minimum(q, m), (m - q).clamp_min(0)
     else:
         inside = accept_set(settings, teacher_V.double().softmax(-1), student_V.double().softmax(-1), p, place)
         joint[Source.ACCEPTED] = inside * q
@@ -144,6 +149,7 @@ STUDENT = make_rule(top_k=VOCAB)
 TEACHER = make_rule(top_k=0)
 SAME = {  # rule -> the rule with which it must agree token for token, because both draw from the same random streams
     "interpolated, 0": (make_rule(top_k=0, gate="interpolated", threshold=0.0), STUDENT),
+    "blended, 0": (make_rule(top_k=0, gate="blended", threshold=0.0), STUDENT),
     "chance, 0": (make_rule(top_k=0, gate="chance", threshold=0.0), STUDENT),
     "floor, 0": (make_rule(top_k=0, gate="floor", threshold=0.0), STUDENT),
     "typical, 0": (make_rule(top_k=0, gate="typical", threshold=0.0), STUDENT),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.blend import geometric_blend
 from skd_plugin.core.gates import GATES, Proposals, assemble_block, decayed_top_k, in_top_k, judge, teacher_rank
 from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
@@ -110,6 +111,7 @@ def test_sets_of_the_test_are_not_trivial():
         ("chance", 0.0, 0, True),
         ("chance", 1.0, VOCAB, False),
         ("interpolated", 0.0, 0, True),
+        ("blended", 0.0, 0, True),
     ],
 )
 def test_end_points_are_the_student_and_the_teacher(gate, threshold, top_k, kept):
@@ -258,7 +260,7 @@ def test_blocks_of_every_gate(seed, counts, gate, threshold, top_k):
 @pytest.mark.parametrize("gate", GATES)
 def test_replacement_without_residual_is_the_warped_teacher(gate):
     case = proposals(3, 0.5, teacher_temperature=0.7, teacher_top_p=0.8)
-    if gate != "interpolated":
+    if gate not in ("interpolated", "blended"):
         torch.testing.assert_close(GATES[gate].replacement(case), case.teacher_probs_NV)
 
 
@@ -284,7 +286,68 @@ def test_interpolation_has_exactly_the_mixed_distribution(gamma):
     torch.testing.assert_close(rates, keep, atol=0.04, rtol=0)
 
 
+@pytest.mark.parametrize("budget", [0.002, 0.1, 0.6, 50.0])
+def test_blend_has_exactly_its_distribution(budget):
+    """q(v) P(keep v) + P(reject) residual(v) = m(v), m from the definition in float64."""
+    warp = dict(student_temperature=0.8, teacher_temperature=0.6)
+    case = proposals(6, budget, **warp)
+    p, q = (x[0].double() / x[0].double().sum() for x in (case.teacher_probs_NV, case.student_probs_NV))
+    m = torch.tensor(slow_blend(p.tolist(), q.tolist(), budget), dtype=torch.float64)
+    torch.testing.assert_close(case.blend_NV[0].double(), m, atol=2e-6, rtol=1e-5)
+    keep = (m / q).clamp_max(1.0)
+    residual = GATES["blended"].replacement(case)[0].double()
+    emitted = q * keep + (1 - (q * keep).sum()) * residual / residual.sum()
+    torch.testing.assert_close(emitted, m, atol=2e-6, rtol=0)
+    rates = GATES["blended"].keep(proposals(6, budget, repeat=4000, **warp)).double().view(VOCAB, -1).mean(1)
+    torch.testing.assert_close(rates, keep, atol=0.04, rtol=0)
+    if budget == 50.0:
+        torch.testing.assert_close(m, p)
+
+
+def slow_blend(p: list[float], q: list[float], budget: float) -> list[float]:
+    """The largest a on a grid that is made finer where the budget ends; KL added up as it is defined."""
+
+    def at(a: float) -> list[float]:
+        weights = [y ** (1 - a) * x**a if x and y else 0.0 for x, y in zip(p, q, strict=True)]
+        return [w / sum(weights) for w in weights]
+
+    def cost(a: float) -> float:
+        return sum(m * math.log(m / y) for m, y in zip(at(a), q, strict=True) if m)
+
+    if not any(x and y for x, y in zip(p, q, strict=True)):
+        return q
+    step, a = 1.0, 0.0
+    for _ in range(40):
+        while a + step <= 1 and cost(a + step) <= budget:
+            a += step
+        step /= 2
+    return at(a) if a else q
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.sampled_from([0.0, 1e-4, 0.05, 1.0, 9.0]), holes=st.booleans())
+def test_blend_within_its_budget(seed, budget, holes):
+    """For any pair, also where tokens are missing in either: KL(m||q) <= budget, and no larger a would fit."""
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (torch.randn(2, 9, generator=generator).mul(2).exp() for _ in range(2))
+    if holes:
+        p, q = (x * (torch.rand(2, 9, generator=generator) < 0.6) + 1e-30 for x in (p, q))
+        p, q = (torch.where(x < 1e-20, 0.0, x) for x in (p, q))
+        p[:, 0] += 0.1  # each has some token, and not always one of the other's
+        q[:, seed % 9] += 0.1
+    p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
+    m = geometric_blend(p, q, torch.full((2,), budget)).double()
+    for row in range(2):
+        expected = slow_blend(p[row].tolist(), q[row].tolist(), budget)
+        torch.testing.assert_close(
+            m[row], torch.tensor(expected).double(), atol=3e-3 if budget < 1e-3 else 1e-4, rtol=0
+        )
+    kl = torch.special.xlogy(m, m / q.double()).nan_to_num(0.0).sum(-1)
+    assert (kl <= budget + 2e-6).all() and torch.allclose(m.sum(-1), torch.ones(2).double(), atol=1e-5)
+
+
 def test_interpolation_of_equal_models_always_has_a_replacement():
     case = proposals(7, 0.5)
     same = replace(case, student=case.teacher)
     assert (GATES["interpolated"].replacement(same).sum(-1) > 0).all()
+    assert (GATES["blended"].replacement(same).sum(-1) > 0).all() and GATES["blended"].keep(same).all()
