@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from skd_plugin.core.trace import NOTHING, Source, Trace
+from skd_plugin.core.trace import NOTHING, OVERLAP, Source, Trace
 
 
 class Ratio(NamedTuple):
@@ -142,6 +142,27 @@ _ALL = [
         "nats a token",
         ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.student_entropy[_drafted(trace)]),
     ),
+    Metric(
+        "skd/teacher_entropy",
+        "Teacher entropy",
+        "nats a token",
+        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.teacher_entropy),
+    ),
+    Metric(
+        "skd/top_overlap",
+        "Overlap at the top",
+        f"share of the teacher's {OVERLAP} first tokens that are among the student's {OVERLAP}",
+        percent=True,
+        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.top_overlap[_drafted(trace)]),
+    ),
+    Metric(
+        "skd/same_first",
+        "Same first choice",
+        "tokens where both models' most probable one is the same",
+        percent=True,
+        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.same_first[_drafted(trace)]),
+    ),
+    Metric("skd/truncated_frac", "Cut off", "responses that reach the length limit", percent=True),
     Metric(
         "skd/replaced_frac",
         "Replaced share",

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+OVERLAP = 10  # first tokens of each model that are compared with each other; all of a smaller vocabulary
 NOTHING = -1  # no token: an unused place of a block, or nothing was rejected
 
 
@@ -88,6 +89,8 @@ class Trace(Drawn):
     kl: torch.Tensor  # float32 [R], KL(p||q) of the next-token distributions, nats
     student_entropy: torch.Tensor  # float32 [R], nats
     teacher_entropy: torch.Tensor  # float32 [R], nats
+    top_overlap: torch.Tensor  # float32 [R], share of the teacher's OVERLAP first tokens that are the student's, too
+    same_first: torch.Tensor  # float32 [R], 1 where the most probable token of both is the same, else 0
     teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
     teacher_topk_logp: torch.Tensor  # float32 [R, K]
     # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
@@ -117,6 +120,8 @@ class Trace(Drawn):
             kl=floats,
             student_entropy=floats,
             teacher_entropy=floats,
+            top_overlap=floats,
+            same_first=floats,
             teacher_topk_ids=table.to(torch.int32),
             teacher_topk_logp=table,
             teacher_rest_tempered=floats,
@@ -135,6 +140,8 @@ class Trace(Drawn):
             "kl": _numbers(self.kl),
             "student_entropy": _numbers(self.student_entropy),
             "teacher_entropy": _numbers(self.teacher_entropy),
+            "top_overlap": _numbers(self.top_overlap),
+            "same_first": _numbers(self.same_first),
             "teacher_topk_ids": self.teacher_topk_ids.tolist(),
             "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
             "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),

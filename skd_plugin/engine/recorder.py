@@ -13,11 +13,14 @@ import torch
 
 from skd_plugin.core.copies import Arriving
 from skd_plugin.core.logit_rows import LogitRows, in_parts
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import OVERLAP, Trace
 
 _KNOWN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_version")  # columns of `Part.known_MC`
 # The first columns of `Part.figures_MF`; behind them are the teacher's entries: K log-probabilities, and K ids.
-_FIGURES = ("student_logp", "teacher_logp", "kl", "student_entropy", "teacher_entropy", "teacher_rest_tempered")
+_FIGURES = (
+    "student_logp", "teacher_logp", "kl", "student_entropy", "teacher_entropy", "teacher_rest_tempered", "top_overlap",
+    "same_first",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Recorder:
         """Fills in the figures."""
         teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
         top_MK, ids_MK = teacher_MV.topk(self.teacher_top_k, dim=-1)
+        agreement = _agreement(teacher_MV, student_MV)  # first: what follows writes over both
         p_MV = teacher_MV.exp()
         others_MV = p_MV if self.loss_temperature == 1 else (teacher_MV / self.loss_temperature).exp_()
         columns = [
@@ -76,6 +80,7 @@ class Recorder:
             -_mean(p_MV, teacher_MV),
             # Masses are sums, and not 1 less the others: that would be what rounding has left.
             others_MV.scatter_(1, ids_MK, 0.0).scatter_(1, token_M1, 0.0).sum(-1, keepdim=True).log_(),
+            *agreement,
         ]
         numbers = torch.cat([*columns, top_MK], dim=1)
         figures_MF[:, : numbers.shape[1]] = numbers.view(torch.int32)
@@ -86,6 +91,14 @@ def _mean(probs_MV: torch.Tensor, values_MV: torch.Tensor) -> torch.Tensor:
     """Mean of the values [M, 1], in whose place it writes. What has no probability adds nothing, infinite or not."""
     product_MV = values_MV.mul_(probs_MV)
     return product_MV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1, keepdim=True)
+
+
+def _agreement(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the tokens at the top are the same in both models, and whether the first is, [M, 1] each."""
+    count = min(OVERLAP, teacher_MV.shape[1])
+    theirs_MC, own_MC = (values_MV.topk(count, dim=-1).indices for values_MV in (teacher_MV, student_MV))
+    shared_MC = (theirs_MC[:, :, None] == own_MC[:, None]).any(-1)
+    return shared_MC.float().mean(-1, keepdim=True), (theirs_MC[:, :1] == own_MC[:, :1]).float()
 
 
 def to_trace(parts: Sequence[tuple[Part, int, int]]) -> Trace:

@@ -76,6 +76,7 @@ class RunSamples(SKDSamplesGenerator):
     def _metrics(self, samples: list[Experience]) -> dict[str, float]:
         figures = [stored_trace(sample).figures for sample in samples]
         metrics = rollout_metrics(figures)
+        metrics["skd/truncated_frac"] = sum(bool(sample.truncated) for sample in samples) / len(samples)
         if self._several_tasks:
             metrics |= by_task.rollout_by_task(figures, [self.task_of(sample) for sample in samples])
         return metrics

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from skd_plugin.run.alarms import Alarms
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.words import duration
 
@@ -25,8 +27,11 @@ class Follower:
 
     def __init__(self, folder: RunFolder, console: Console) -> None:
         self._folder, self._console = folder, console
-        self._offset = folder.metrics.read_from(0)[1]
+        records, self._offset = folder.metrics.read_from(0)
         self._first_step: tuple[int, float] | None = None
+        self._alarms = Alarms()
+        for record in filter(is_step, records):  # of a run that goes on: what was said is not said again
+            self._alarms.hear(record)
 
     def show_news(self, tell: Callable[[str], None]) -> None:
         """
@@ -38,6 +43,8 @@ class Follower:
         records, self._offset = self._folder.metrics.read_from(self._offset)
         for record in records:
             self._console.print(self._line(record, status.get("planned_steps")))
+            for words in self._alarms.hear(record) if is_step(record) else ():
+                self._console.print(Text(words, "yellow"))
 
     def _line(self, record: dict[str, Any], planned_steps: int | None) -> str:
         step = record["step"]

@@ -433,6 +433,8 @@ def test_figures_of_traces():
         kl=torch.zeros(3),
         student_entropy=torch.zeros(3),
         teacher_entropy=torch.zeros(3),
+        top_overlap=torch.zeros(3),
+        same_first=torch.zeros(3),
         teacher_rest_tempered=logp.scatter(1, torch.cat([top.indices, ids[:, None]], 1), -math.inf).logsumexp(-1),
         teacher_topk_ids=top.indices.int(),
         teacher_topk_logp=top.values,

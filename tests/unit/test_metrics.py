@@ -38,6 +38,8 @@ def make_trace(kinds: list[str], topk_mass: float = 0.75, kl: float = 0.5) -> Tr
         kl=kl * known,
         student_entropy=3 * known,
         teacher_entropy=torch.full((count,), 1.25),
+        top_overlap=0.4 * known,
+        same_first=torch.where(drafted, torch.arange(count) % 2, NAN),
         teacher_topk_ids=torch.zeros(count, 2, dtype=torch.int32),
         teacher_topk_logp=torch.full((count, 2), topk_mass / 2).log(),
         teacher_rest_tempered=torch.full((count,), 1 - topk_mass).log(),
@@ -63,6 +65,8 @@ def test_metrics_of_two_responses() -> None:
     assert metrics["skd/teacher_nll"] == pytest.approx(1.5)
     assert metrics["skd/teacher_topk_mass"] == pytest.approx((4 * 0.75 + 0.25) / 5)
     assert metrics["skd/student_entropy"] == pytest.approx(3.0)
+    assert metrics["skd/teacher_entropy"] == pytest.approx(1.25)
+    assert metrics["skd/top_overlap"] == pytest.approx(0.4) and metrics["skd/same_first"] == pytest.approx(2 / 4)
     assert metrics["skd/response_len"] == 5 / 2
 
 

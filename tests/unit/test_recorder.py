@@ -34,6 +34,8 @@ def expected(teacher: torch.Tensor, student: torch.Tensor, tau: float) -> dict[s
         for row in range(COUNT)
     ]
 
+    firsts = [x.argsort(descending=True, stable=True)[:, :10].tolist() for x in (p, q)]
+
     def mean(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.where(weights > 0, weights * values, 0.0).sum(-1)
 
@@ -46,6 +48,8 @@ def expected(teacher: torch.Tensor, student: torch.Tensor, tau: float) -> dict[s
         "student_entropy": -mean(q.exp(), q),
         "teacher_entropy": -mean(p.exp(), p),
         "teacher_rest_tempered": torch.tensor(rest).log(),
+        "top_overlap": torch.tensor([len(set(a) & set(b)) / 10 for a, b in zip(*firsts, strict=True)]),
+        "same_first": torch.tensor([a[0] == b[0] for a, b in zip(*firsts, strict=True)]),
         "teacher_topk_ids": order[:, :TOP_K],
         "teacher_topk_logp": p.gather(1, order[:, :TOP_K]),
     }

@@ -11,7 +11,7 @@ from tests.traces import trace_of
 
 KEYS = {
     "prompt_ids", "response_ids", "source", "rejected_ids", "draft_rank", "student_logp", "teacher_logp", "kl",
-    "student_entropy", "teacher_entropy", "teacher_topk_ids", "teacher_topk_logp",
+    "student_entropy", "teacher_entropy", "top_overlap", "same_first", "teacher_topk_ids", "teacher_topk_logp",
     "teacher_rest_tempered", "finish",
 }  # fmt: skip
 
@@ -30,6 +30,8 @@ def trace() -> Trace:
         kl=torch.tensor([0.5, 0.25, nan]),
         student_entropy=torch.tensor([1.0, 2.0, nan]),
         teacher_entropy=torch.tensor([0.5, 1.5, 0.25]),
+        top_overlap=torch.tensor([1.0, 0.5, nan]),
+        same_first=torch.tensor([1.0, 0.0, nan]),
         teacher_topk_ids=torch.tensor([[5, 1], [6, 2], [7, 3]], dtype=torch.int32),
         teacher_topk_logp=torch.tensor([[-0.25, -2.0], [-0.75, -2.5], [-1.0, -float("inf")]]),
         teacher_rest_tempered=torch.tensor([-1.5, -0.5, -float("inf")]),
