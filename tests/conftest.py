@@ -143,6 +143,7 @@ def engine(tiny_pair: Path):
                 draft_len=draft_len,
                 max_len=MAX_LEN,
                 teacher_top_k=8,
+                student_top_k=3,
                 loss_temperature=LOSS_TEMPERATURE,
                 teacher_hidden=teacher_hidden,
                 options=defaults | others,

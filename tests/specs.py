@@ -15,6 +15,7 @@ SPEC = EngineSpec(
     draft_len=2,
     max_len=16,
     teacher_top_k=4,
+    student_top_k=0,
     loss_temperature=1.0,
     teacher_hidden=False,
     cpu=not torch.cuda.is_available(),

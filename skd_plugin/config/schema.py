@@ -254,6 +254,9 @@ class LossConfig(Section):
         1.0, gt=0, allow_inf_nan=False, description="tau of both models in a divergence; cross_entropy has none"
     )
     teacher_top_k: int = Field(64, ge=1, description="teacher entries kept a token; all others are one tail category")
+    student_top_k: int = Field(
+        0, ge=0, description="the student's most probable tokens that are categories of their own beside these"
+    )
     vocabulary: Literal["top_k", "full"] = Field(
         "top_k", description="full: the divergence of all tokens, from the teacher's hidden states and output head"
     )
@@ -284,7 +287,9 @@ class LossConfig(Section):
         losses = [LOSSES[kind] for kind in kinds]
         effects = {name: any(name in loss.parameters for loss in losses) for name in PARAMETERS}
         effects["temperature"] = any(loss.has_temperature for loss in losses)
-        refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}")
+        effects["student_top_k"] = effects["temperature"] and self.vocabulary == "top_k"
+        whole = " over all tokens" if self.vocabulary == "full" else ""
+        refuse_idle(self, effects, f"the loss is {' and '.join(sorted(kinds))}{whole}")
         if self.vocabulary == "full" and self.chunk is None:
             raise ValueError("chunk is null, but vocabulary: full never makes all logits; give it a number")
         if self.accepted_weight == self.replaced_weight == 0:

@@ -24,6 +24,7 @@ from functools import partial
 import torch
 
 from skd_plugin.core.targets import REGIONS, RegionTest, Targets
+from skd_plugin.core.trace import NOTHING
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log p [N, C], log q [N, C]) -> [N]
 # (student's logits [N, V] of any float type, with gradient; targets) -> [N], float32 (float64 for float64 logits)
@@ -180,18 +181,19 @@ def categories(
 
     Exact, though few log p are known: the engine sums p^(1 / tau) over the rest. (The mass of the tail minus that of
     the token would be rounding, where the token is nearly all of the tail.) Where the token is among the K, or nothing
-    is left beside it, its category or the rest is empty on both sides: -inf, with no gradient. For K = V there is
-    neither, and the result is [N, K].
+    is left beside it, its category or the rest is empty on both sides: -inf, with no gradient; and so is an entry that
+    names no token.
     """
     logits_NV = _divided(student_logits_NV, temperature)
-    top_k, vocab = targets.teacher_ids_NK.shape[1], logits_NV.shape[1]
-    outside_N = (targets.teacher_ids_NK != targets.token_N[:, None]).all(1)
-    empty_N2 = torch.stack([~outside_N, outside_N & (vocab == top_k + 1)], 1)
-    empty_NC = torch.cat([torch.zeros_like(targets.teacher_ids_NK, dtype=torch.bool), empty_N2], 1)
-    log_q = _student_categories(logits_NV, targets.teacher_ids_NK, targets.token_N).masked_fill(empty_NC, -torch.inf)
+    entries_NK, vocab = targets.teacher_ids_NK, logits_NV.shape[1]
+    named_NK = entries_NK != NOTHING
+    outside_N = (entries_NK != targets.token_N[:, None]).all(1)
+    no_rest_N = named_NK.sum(1) + outside_N == vocab
+    empty_NC = torch.cat([~named_NK, ~outside_N[:, None], no_rest_N[:, None]], 1)
+    ids_NK = torch.where(named_NK, entries_NK, entries_NK[:, :1])  # a place that is named already
+    log_q = _student_categories(logits_NV, ids_NK, targets.token_N).masked_fill(empty_NC, -torch.inf)
     log_p = _teacher_categories(targets, temperature).to(log_q.dtype).masked_fill(empty_NC, -torch.inf)
-    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-    return (log_p, log_q) if top_k < vocab else (log_p[:, :top_k], log_q[:, :top_k])
+    return log_p - log_p.logsumexp(-1, keepdim=True), log_q
 
 
 def _divided(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:

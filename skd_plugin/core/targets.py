@@ -22,7 +22,8 @@ class Targets:
     have been started with the same `loss_temperature`.
     """
 
-    teacher_ids_NK: torch.Tensor  # int64, the K most probable tokens
+    # int64, the teacher's most probable tokens and, where the recipe says so, the student's; NOTHING: no entry
+    teacher_ids_NK: torch.Tensor
     teacher_logp_NK: torch.Tensor  # float32, their log p at temperature 1 over the whole vocabulary
     teacher_rest_N: torch.Tensor  # float32, log of the sum of p^(1 / tau) over all but the K and the emitted token
     token_N: torch.Tensor  # int64, the emitted token

@@ -91,8 +91,10 @@ class Trace(Drawn):
     teacher_entropy: torch.Tensor  # float32 [R], nats
     top_overlap: torch.Tensor  # float32 [R], share of the teacher's OVERLAP first tokens that are the student's, too
     same_first: torch.Tensor  # float32 [R], 1 where the most probable token of both is the same, else 0
-    teacher_topk_ids: torch.Tensor  # int32 [R, K], by falling probability
-    teacher_topk_logp: torch.Tensor  # float32 [R, K]
+    # int32 [R, K], by falling probability; behind them the student's first (skd.loss.student_top_k), NOTHING in place
+    # of one that is among the teacher's
+    teacher_topk_ids: torch.Tensor
+    teacher_topk_logp: torch.Tensor  # float32 [R, K], of these tokens; -inf of NOTHING
     # float32 [R], log of the sum of p^(1 / tau), tau the loss's, over all tokens but the K and the emitted one
     teacher_rest_tempered: torch.Tensor
     # [R, J], what the teacher's head made each token's p of; [R, 0], which needs not be given: not kept
@@ -142,8 +144,11 @@ class Trace(Drawn):
             "teacher_entropy": _numbers(self.teacher_entropy),
             "top_overlap": _numbers(self.top_overlap),
             "same_first": _numbers(self.same_first),
-            "teacher_topk_ids": self.teacher_topk_ids.tolist(),
-            "teacher_topk_logp": [_numbers(row) for row in self.teacher_topk_logp],
+            "teacher_topk_ids": [row[row != NOTHING].tolist() for row in self.teacher_topk_ids],
+            "teacher_topk_logp": [
+                _numbers(row[ids != NOTHING])
+                for row, ids in zip(self.teacher_topk_logp, self.teacher_topk_ids, strict=True)
+            ],
             "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
             "finish": finish,
         }

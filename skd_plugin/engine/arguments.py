@@ -26,6 +26,9 @@ class EngineSpec:
     draft_len: int  # tokens that the student proposes before the teacher looks (gamma)
     max_len: int  # tokens of the longest sequence, prompt and response
     teacher_top_k: int  # most probable teacher tokens returned for each response token
+    student_top_k: (
+        int  # the student's most probable tokens, of which the teacher's log-probabilities are returned, too
+    )
     loss_temperature: float  # tau of the loss; the mass of all other tokens is recorded at it
     teacher_hidden: bool  # whether the teacher's last hidden state of each response token is returned, too
     cpu: bool
@@ -52,6 +55,7 @@ class EngineSpec:
             "scheduler_cls": SCHEDULER_CLS,
             "additional_config": {
                 "skd_teacher_top_k": self.teacher_top_k,
+                "skd_student_top_k": self.student_top_k,
                 "skd_loss_temperature": self.loss_temperature,
                 "skd_teacher_hidden": self.teacher_hidden,
             },
@@ -110,6 +114,7 @@ class EngineDescription(TypedDict):
     student: str
     draft_len: int
     teacher_top_k: int
+    student_top_k: int
     loss_temperature: float
     quantization: str | None  # vLLM's name of how the teacher's weights are rounded; None: they are full
     dtype: str  # of the weights, as torch names it
@@ -130,6 +135,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         draft_len=skd.rollout.draft_len,
         max_len=options["data.max_len"],
         teacher_top_k=skd.loss.teacher_top_k,
+        student_top_k=skd.loss.student_top_k,
         loss_temperature=skd.loss.temperature,
         teacher_hidden=skd.loss.vocabulary == "full",
         cpu=cpu,

@@ -13,7 +13,7 @@ import torch
 
 from skd_plugin.core.copies import Arriving
 from skd_plugin.core.logit_rows import LogitRows, in_parts
-from skd_plugin.core.trace import OVERLAP, Trace
+from skd_plugin.core.trace import NOTHING, OVERLAP, Trace
 
 _KNOWN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_version")  # columns of `Part.known_MC`
 # The first columns of `Part.figures_MF`; behind them are the teacher's entries: K log-probabilities, and K ids.
@@ -40,7 +40,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Recorder:
-    teacher_top_k: int  # K
+    teacher_top_k: int
+    student_top_k: int  # K is the sum of both
     loss_temperature: float
 
     def record(
@@ -59,7 +60,8 @@ class Recorder:
             teacher, student: the logits [M] at their places. Each row is read once.
             hidden_MJ: what the teacher's head made its logits of; None: not kept.
         """
-        width = len(_FIGURES) + 2 * self.teacher_top_k
+        entries = self.teacher_top_k + min(self.student_top_k, student.values_SV.shape[1])
+        width = len(_FIGURES) + 2 * entries
         figures_MF = torch.empty(len(token_M), width, dtype=torch.int32, device=token_M.device)
         for rows in in_parts(len(token_M), teacher.values_SV):
             self._look(figures_MF[rows], token_M[rows, None], teacher.select(rows), student.select(rows))
@@ -69,7 +71,14 @@ class Recorder:
         """Fills in the figures."""
         teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
         top_MK, ids_MK = teacher_MV.topk(self.teacher_top_k, dim=-1)
-        agreement = _agreement(teacher_MV, student_MV)  # first: what follows writes over both
+        entries_MK = ids_MK
+        if self.student_top_k:
+            own_MK = student_MV.topk(min(self.student_top_k, student_MV.shape[1]), dim=-1).indices
+            again_MK = (own_MK[:, :, None] == ids_MK[:, None]).any(-1)
+            top_MK = torch.cat([top_MK, teacher_MV.gather(1, own_MK).masked_fill(again_MK, -torch.inf)], 1)
+            entries_MK = torch.cat([ids_MK, own_MK.masked_fill(again_MK, NOTHING)], 1)
+            ids_MK = torch.cat([ids_MK, own_MK], 1)
+        agreement = _agreement(teacher_MV, student_MV)  # before what follows writes over both
         p_MV = teacher_MV.exp()
         others_MV = p_MV if self.loss_temperature == 1 else (teacher_MV / self.loss_temperature).exp_()
         columns = [
@@ -84,7 +93,7 @@ class Recorder:
         ]
         numbers = torch.cat([*columns, top_MK], dim=1)
         figures_MF[:, : numbers.shape[1]] = numbers.view(torch.int32)
-        figures_MF[:, numbers.shape[1] :] = ids_MK
+        figures_MF[:, numbers.shape[1] :] = entries_MK
 
 
 def _mean(probs_MV: torch.Tensor, values_MV: torch.Tensor) -> torch.Tensor:

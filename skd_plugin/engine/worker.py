@@ -39,7 +39,9 @@ class SKDWorker(VllmWorker):
             options["skd_teacher_top_k"],
             vocabulary.sizes(self.vllm_config).common,
         )
-        recorder = Recorder(options["skd_teacher_top_k"], options["skd_loss_temperature"])
+        recorder = Recorder(
+            options["skd_teacher_top_k"], options["skd_student_top_k"], options["skd_loss_temperature"]
+        )
         # The ranks of an engine sample the same tokens, each for itself, and the first is asked for their traces.
         self._skd_recorder = recorder if self.rank == 0 else None
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
@@ -80,6 +82,7 @@ class SKDWorker(VllmWorker):
             "student": runner.speculative_config.draft_model_config.model,
             "draft_len": runner.num_spec_tokens,
             "teacher_top_k": options["skd_teacher_top_k"],
+            "student_top_k": options["skd_student_top_k"],
             "loss_temperature": options["skd_loss_temperature"],
             "quantization": runner.model_config.quantization,
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),

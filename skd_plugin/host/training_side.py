@@ -32,6 +32,7 @@ def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
             # What the engine records and what the loss reads of it must be of one temperature and width.
             "loss_temperature": skd.loss.temperature,
             "teacher_top_k": skd.loss.teacher_top_k,
+            "student_top_k": skd.loss.student_top_k,
         },
         "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
     }

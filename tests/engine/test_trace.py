@@ -9,7 +9,7 @@ import torch
 
 from skd_plugin.core.losses import categories
 from skd_plugin.core.targets import Targets
-from skd_plugin.core.trace import OVERLAP, Trace
+from skd_plugin.core.trace import NOTHING, OVERLAP, Trace
 from tests.conftest import EOS, LOSS_TEMPERATURE, MAX_LEN, VOCAB
 from tests.rules import make_rule
 from tests.unit.test_trace import KEYS
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-3
 TOP_K = 6
-ENTRIES = 8
+ENTRIES = 8  # the teacher's
+OWN = 3  # the student's
 
 
 @dataclass
@@ -113,10 +114,23 @@ def test_agreement_at_the_top(case):
 def test_teacher_entries(case):
     """The same log-probabilities by falling rank; an id may differ only between near-equal ones."""
     best = case.teacher_logp.topk(ENTRIES).values
-    torch.testing.assert_close(case.record.teacher_topk_logp.double(), best, atol=TOLERANCE, rtol=0)
-    named = case.teacher_logp.gather(1, case.record.teacher_topk_ids.long())
+    torch.testing.assert_close(case.record.teacher_topk_logp[:, :ENTRIES].double(), best, atol=TOLERANCE, rtol=0)
+    named = case.teacher_logp.gather(1, case.record.teacher_topk_ids[:, :ENTRIES].long())
     torch.testing.assert_close(named, best, atol=2 * TOLERANCE, rtol=0)
-    assert all(len(set(row)) == ENTRIES for row in case.record.teacher_topk_ids.tolist())
+    assert all(len(set(row)) == ENTRIES for row in case.record.teacher_topk_ids[:, :ENTRIES].tolist())
+
+
+def test_students_entries(case):
+    """Its first tokens that are not among the teacher's, with the teacher's opinion of them."""
+    ids, logp = case.record.teacher_topk_ids[:, ENTRIES:].long(), case.record.teacher_topk_logp[:, ENTRIES:].double()
+    theirs, first = case.record.teacher_topk_ids[:, :ENTRIES].tolist(), case.student_logp.topk(OWN).indices.tolist()
+    expected = [[v if v not in row else NOTHING for v in own] for own, row in zip(first, theirs, strict=True)]
+    assert ids.shape[1] == OWN and (ids != torch.tensor(expected)).any(1).sum() <= 3  # near-equal ones swap places
+    named = ids != NOTHING
+    assert 50 < named.sum() < named.numel() - 50
+    found = case.teacher_logp.gather(1, ids.clamp_min(0))
+    torch.testing.assert_close(logp[named], found[named], atol=TOLERANCE, rtol=0)
+    assert (logp[~named] == -torch.inf).all()
 
 
 def test_rest_beside_the_entries_and_the_emitted_token(case):
@@ -126,7 +140,7 @@ def test_rest_beside_the_entries_and_the_emitted_token(case):
     rest = [sum(row[v].item() for v in range(VOCAB) if v not in own) for row, own in zip(softened, named, strict=True)]
     expected = torch.tensor(rest, dtype=torch.float64).log()
     torch.testing.assert_close(case.record.teacher_rest_tempered.double(), expected, atol=TOLERANCE, rtol=0)
-    outside = sum(len(set(own)) > ENTRIES for own in named)
+    outside = sum(own[-1] not in own[:-1] for own in named)
     assert 50 < outside < len(named) - 50
 
 
@@ -137,7 +151,9 @@ def test_loss_of_the_record_is_the_loss_of_the_models(case):
     for found, logp in ((log_p, case.teacher_logp), (log_q, case.student_logp)):
         soft = (logp / LOSS_TEMPERATURE).softmax(-1)
         named = (
-            torch.zeros_like(soft).scatter(1, targets.teacher_ids_NK, 1.0).scatter(1, targets.token_N[:, None], 1.0)
+            torch.zeros_like(soft)
+            .scatter(1, targets.teacher_ids_NK.where(targets.teacher_ids_NK != NOTHING, targets.token_N[:, None]), 1.0)
+            .scatter(1, targets.token_N[:, None], 1.0)
         )
         torch.testing.assert_close(found[:, -1].exp(), (soft * (1 - named)).sum(-1), atol=TOLERANCE, rtol=0)
         own = found[:, -2].exp()
@@ -155,7 +171,9 @@ def test_json_lines(case):
         assert length == 14 or line["response_ids"][-1] == EOS
         assert {len(line[key]) for key in KEYS - {"prompt_ids", "finish"}} == {length}
         assert line["source"][0] in "st" and "u" not in line["source"]
-        assert {len(row) for row in line["teacher_topk_ids"] + line["teacher_topk_logp"]} == {ENTRIES}
+        assert {len(row) for row in line["teacher_topk_ids"]} <= set(range(ENTRIES, ENTRIES + OWN + 1))
+        assert [*map(len, line["teacher_topk_ids"])] == [*map(len, line["teacher_topk_logp"])]
+        assert all(NOTHING not in row for row in line["teacher_topk_ids"])
 
 
 def test_text_is_the_decoded_response(case):
@@ -205,8 +223,8 @@ def test_teachers_hidden_states(engine, hf_models, draft_len):
     assert record.teacher_hidden.shape == (len(record), head.shape[1]) and record.teacher_hidden.dtype == head.dtype
     logp = (record.teacher_hidden @ head.T).log_softmax(-1)
     torch.testing.assert_close(gather(logp, record.response_ids), record.teacher_logp, atol=1e-4, rtol=0)
-    named = logp.gather(1, record.teacher_topk_ids.long())
-    torch.testing.assert_close(named, record.teacher_topk_logp, atol=1e-4, rtol=0)
+    named = logp.gather(1, record.teacher_topk_ids[:, :ENTRIES].long())
+    torch.testing.assert_close(named, record.teacher_topk_logp[:, :ENTRIES], atol=1e-4, rtol=0)
     assert "teacher_hidden" not in traces[0].to_json(prompts[0], "stop")
 
 

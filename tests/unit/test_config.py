@@ -77,6 +77,8 @@ def test_refused_value_of_ours(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
+        ({"student_top_k": 8, "vocabulary": "full"}, "student_top_k = 8 has no effect: .* over all tokens"),
+        ({"student_top_k": 8, "kind": "cross_entropy"}, "student_top_k = 8 has no effect"),
         ({"kind": "cross_entropy", "temperature": 2.0}, "temperature = 2.0 has no effect: the loss is cross_entropy"),
         ({"kind": "jsd", "replaced_kind": "cross_entropy", "alpha": 0.2}, "alpha = 0.2 .*is cross_entropy and jsd"),
         ({"accepted_weight": 0, "replaced_weight": 0}, "are both 0: no token would be trained"),

@@ -12,7 +12,8 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.run_folder import RunFolder
 
 SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
-ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0, "teacher_top_k": 8}
+ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0}
+ENGINE |= {"teacher_top_k": 8, "student_top_k": 0}
 POLICY = {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"}
 
 
@@ -45,7 +46,13 @@ def test_parts_in_place(check, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("part", "found"),
-    [("sampler", "RejectionSampler"), ("drafter", None), ("loss_temperature", 1.0), ("teacher_top_k", 64)],
+    [
+        ("sampler", "RejectionSampler"),
+        ("drafter", None),
+        ("loss_temperature", 1.0),
+        ("teacher_top_k", 64),
+        ("student_top_k", 4),
+    ],
 )
 def test_an_engine_with_another_part_stops_the_run(check, part: str, found) -> None:
     with pytest.raises(RuntimeError, match=rf"the {part} of one engine actor is {found}, expected {ENGINE[part]}"):

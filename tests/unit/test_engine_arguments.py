@@ -135,7 +135,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
     on_a_gpu = overrides[-1] == "skd.device=cuda"
     assert first.pop("enable_sleep_mode", None) is (False if on_a_gpu else None)  # vLLM refuses it on a CPU
     rollout = rolled_out(overrides, monkeypatch, tmp_path).arguments()
-    config = {"skd_teacher_top_k": 32, "skd_loss_temperature": 2.0, "skd_teacher_hidden": True}
+    config = {"skd_teacher_top_k": 32, "skd_student_top_k": 0, "skd_loss_temperature": 2.0, "skd_teacher_hidden": True}
     assert first["additional_config"] == config
     assert rollout == {
         **{key: value for key, value in first.items() if key not in TRAINING},
@@ -144,7 +144,12 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
     assert {key: first[key] for key in TRAINING} == TRAINING
     assert evaluated(overrides).arguments() == {
         **rollout,
-        "additional_config": {"skd_teacher_top_k": 1, "skd_loss_temperature": 1.0, "skd_teacher_hidden": False},
+        "additional_config": {
+            "skd_teacher_top_k": 1,
+            "skd_student_top_k": 0,
+            "skd_loss_temperature": 1.0,
+            "skd_teacher_hidden": False,
+        },
     }
     assert checked(overrides).arguments() == {
         **rollout,

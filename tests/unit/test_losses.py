@@ -19,7 +19,7 @@ from skd_plugin.core.losses import (
     whole_vocabulary_loss,
 )
 from skd_plugin.core.targets import REGIONS, Targets
-from skd_plugin.core.trace import Source
+from skd_plugin.core.trace import NOTHING, Source
 
 BETA, ALPHA = 0.3, 0.2
 DIVERGENCES = [kind for kind, loss in LOSSES.items() if loss.divergence]
@@ -38,6 +38,7 @@ def token_loss(kind: str, *, vocab: int | None = None, **changes):
 def slow_categories(logits: torch.Tensor, ids: list[int], token: int, tau: float) -> torch.Tensor:
     """Probabilities of one position: the ids, the token if it is another one, and the rest, added up one by one."""
     probs = (logits.double() / tau).softmax(-1)
+    ids = [v for v in ids if v != NOTHING]
     named = ids if token in ids else [*ids, token]
     rest = [probs[v] for v in range(len(probs)) if v not in named]
     return torch.stack([*(probs[v] for v in named), *([sum(rest)] if rest else [])])
@@ -94,15 +95,31 @@ def slow_loss(kind: str, student, teacher, targets: Targets, tau: float = 1.0, s
 # --- what a rollout records ---
 
 
-def record(teacher: torch.Tensor, top_k: int, tau: float = 1.0, tokens: list[int] | None = None) -> Targets:
-    """As the engine keeps it; by default the emitted tokens are the teacher's most probable ones."""
+def record(
+    teacher: torch.Tensor,
+    top_k: int,
+    tau: float = 1.0,
+    tokens: list[int] | None = None,
+    students: torch.Tensor | None = None,
+) -> Targets:
+    """As the engine keeps it; by default the emitted tokens are the teacher's most probable ones.
+
+    Args:
+        students: [N, J], the student's first tokens, which are entries, too.
+    """
     full = teacher.log_softmax(-1)
     logp, ids = full.topk(top_k, dim=-1)
     token = ids[:, 0] if tokens is None else torch.tensor(tokens, dtype=torch.int64)
+    named = torch.cat([ids, token[:, None]], 1)
+    if students is not None:
+        again = (students[:, :, None] == ids[:, None]).any(-1)
+        named = torch.cat([named, students], 1)
+        logp = torch.cat([logp, full.gather(1, students).masked_fill(again, -math.inf)], 1)
+        ids = torch.cat([ids, students.masked_fill(again, NOTHING)], 1)
     return Targets(
         teacher_ids_NK=ids,
         teacher_logp_NK=logp,
-        teacher_rest_N=(full.scatter(1, torch.cat([ids, token[:, None]], 1), float("-inf")) / tau).logsumexp(-1),
+        teacher_rest_N=(full.scatter(1, named, float("-inf")) / tau).logsumexp(-1),
         token_N=token,
         token_teacher_logp_N=full.gather(1, token[:, None]).squeeze(1),
         token_student_logp_N=torch.zeros(len(token)),
@@ -293,6 +310,61 @@ def test_token_inside_the_top_k_adds_no_category(kind, tau):
     assert torch.stack(found).isfinite().all()
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def union_case(top_k: int, own: int, tau: float = 1.0, vocab: int = 16):
+    """Entries of both models; some of the student's are the teacher's, and some the emitted token."""
+    student, teacher, plain = make_case(12, vocab, top_k, tau=tau)
+    students = student.topk(own).indices
+    return student, teacher, plain, record(teacher, top_k, tau, plain.token_N.tolist(), students)
+
+
+@every_loss
+@temperatures
+@pytest.mark.parametrize(("top_k", "own"), [(1, 1), (4, 3), (6, 12), (16, 5), (4, 16)])
+def test_entries_of_the_student(kind, tau, top_k, own):
+    """Value against the reference on the union, gradient against its finite differences, and no NaN in either."""
+    student, teacher, _, targets = union_case(top_k, own, tau)
+    assert (targets.teacher_ids_NK == NOTHING).any()
+    assert top_k == 16 or (targets.teacher_ids_NK[:, top_k:] >= 0).any()
+    student = student.double().requires_grad_()
+    value = token_loss(kind, temperature=tau)(student, targets)
+    value.sum().backward()
+    shares = [slow_head_share(*pair) for pair in slow_pairs(student.detach(), teacher, targets, tau)]
+    expected = slow_loss(kind, student.detach(), teacher, targets, tau, shares)
+    torch.testing.assert_close(value.detach(), expected, atol=3e-6, rtol=1e-4)
+    step = 1e-5
+    for v in range(0, 16, 5):
+        shift = torch.zeros(16, dtype=torch.float64)
+        shift[v] = step
+        up, down = (slow_loss(kind, student.detach() + s, teacher, targets, tau, shares) for s in (shift, -shift))
+        torch.testing.assert_close(student.grad[:, v], (up - down) / (2 * step), atol=3e-6, rtol=3e-4)
+
+
+@every_bound
+@pytest.mark.parametrize(("top_k", "own"), [(1, 1), (4, 4), (2, 9)])
+def test_entries_of_the_student_bring_it_nearer_to_the_whole(kind, top_k, own):
+    """Never below the value without them, never above that over the vocabulary."""
+    student, teacher, plain, targets = union_case(top_k, own)
+    loss = token_loss(kind)
+    whole = loss(student, record(teacher, 16, tokens=plain.token_N.tolist()))
+    without, with_them = loss(student, plain), loss(student, targets)
+    assert (without <= with_them + 1e-5).all() and (with_them <= whole + 1e-5).all()
+    assert (with_them > without + 1e-3).any()
+
+
+def test_a_token_that_only_the_student_likes_is_seen_by_the_reverse_kl():
+    """Two students with the same mass outside the teacher's first: only its own entry tells them apart."""
+    teacher = torch.tensor([[5.0, 4.0, -1.0, -6.0, -1.0, -1.0]])
+    values = {}
+    for favourite, other in ((2, 3), (3, 2)):
+        student = teacher.clone()
+        student[0, favourite], student[0, other] = 6.0, -1.0
+        for own in (None, student.topk(1).indices):
+            targets = record(teacher, 2, students=own)
+            values[favourite, own is None] = token_loss("reverse_kl")(student, targets).item()
+    assert abs(values[3, True] - values[2, True]) < 1e-5
+    assert values[3, False] > values[2, False] + 1
 
 
 def test_token_outside_the_top_k_is_taught_itself():

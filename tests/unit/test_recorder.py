@@ -7,7 +7,7 @@ import torch
 
 from skd_plugin.core import logit_rows
 from skd_plugin.core.logit_rows import LogitRows
-from skd_plugin.core.trace import Trace
+from skd_plugin.core.trace import NOTHING, Trace
 from skd_plugin.engine.recorder import Recorder, to_trace
 from skd_plugin.engine.request_table import not_finite
 
@@ -18,10 +18,10 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(COUNT, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def trace_of(teacher: torch.Tensor, student: torch.Tensor, tau: float = 1.0) -> Trace:
+def trace_of(teacher: torch.Tensor, student: torch.Tensor, tau: float = 1.0, own: int = 0) -> Trace:
     token = torch.arange(COUNT) * 5
     known = torch.stack([token, torch.zeros_like(token), token, token, token], dim=1).int()
-    part = Recorder(TOP_K, tau).record(known, token, LogitRows.of(teacher), LogitRows.of(student), None)
+    part = Recorder(TOP_K, own, tau).record(known, token, LogitRows.of(teacher), LogitRows.of(student), None)
     return to_trace([(part, 0, COUNT)])
 
 
@@ -65,6 +65,22 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, at_once: int, tau: float) -> N
     for name, values in expected(teacher, student, tau).items():
         torch.testing.assert_close(getattr(trace, name).double(), values.double(), atol=1e-5, rtol=1e-5)
     assert torch.equal(teacher, given[0]) and torch.equal(student, given[1]), "the models' own logits are left alone"
+
+
+@pytest.mark.parametrize("own", [1, 3, VOCAB + 5])
+def test_entries_of_the_student(own: int) -> None:
+    """Behind the teacher's, without those that are named already; the rest is what neither names."""
+    teacher, student = logits(1), logits(2)
+    trace, p = trace_of(teacher, student, 2.0, own), teacher.double().log_softmax(-1)
+    first = student.argsort(descending=True, stable=True)[:, :own].tolist()
+    for row, theirs in enumerate(p.argsort(descending=True, stable=True)[:, :TOP_K].tolist()):
+        entries = theirs + [v if v not in theirs else NOTHING for v in first[row]]
+        assert trace.teacher_topk_ids[row].tolist() == entries
+        known = torch.tensor([p[row, v] if v != NOTHING else -torch.inf for v in entries], dtype=torch.float64)
+        torch.testing.assert_close(trace.teacher_topk_logp[row].double(), known, atol=1e-5, rtol=1e-5)
+        rest = sum((p[row, v] / 2).exp().item() for v in range(VOCAB) if v not in (*entries, row * 5))
+        found = trace.teacher_rest_tempered[row].exp().item()
+        assert found == pytest.approx(rest, rel=1e-5, abs=1e-9)
 
 
 def test_tokens_that_a_model_rules_out() -> None:

@@ -65,6 +65,15 @@ def test_json_is_strict(trace):
     assert line["teacher_topk_logp"][2] == [-1.0, None]
 
 
+def test_json_names_no_entry_that_is_none(trace):
+    """The student's first tokens that are among the teacher's."""
+    trace.teacher_topk_ids = torch.tensor([[5, 1, -1], [6, 2, 4], [7, 3, -1]], dtype=torch.int32)
+    trace.teacher_topk_logp = torch.tensor([[-0.5, -2.0, -float("inf")], [-0.5, -2.5, -3.0], [-1.0] * 3])
+    line = trace.to_json([1, 2], "stop")
+    assert line["teacher_topk_ids"] == [[5, 1], [6, 2, 4], [7, 3]]
+    assert line["teacher_topk_logp"] == [[-0.5, -2.0], [-0.5, -2.5, -3.0], [-1.0, -1.0]]
+
+
 def test_letters_follow_the_codes():
     """A trace file is read by people and by the report: a letter never changes its meaning."""
     letters = {"s": Source.ACCEPTED, "t": Source.REPLACED, "u": Source.UNDRAFTED}

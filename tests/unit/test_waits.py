@@ -69,7 +69,7 @@ class Engine:
                 req_ids=self.ids, num_reqs=len(settings), num_tokens_no_spec=np.full(len(settings), PROMPT)
             ),
         )
-        self.sampler = SKDSampler(self.runner, self.table, Recorder(TOP_K, 1.0))
+        self.sampler = SKDSampler(self.runner, self.table, Recorder(TOP_K, 0, 1.0))
 
     def draft(self) -> torch.Tensor:
         """Tokens [B, L] of the student."""
