@@ -29,8 +29,8 @@ options are the section `openrlhf:`; `skd train --help` lists both, and
 [host_rules.py](../skd_plugin/config/host_rules.py) holds what a distillation run sets or refuses among them.
 
 *Moves* marks a value that may also be a mapping: `linear` or `cosine` is a
-[schedule](rollout.md#values-that-move-over-training); `target_acceptance`, of `top_k` and `threshold` only, follows
-the rate of acceptance.
+[schedule](rollout.md#values-that-move-over-training); `target_acceptance`, of `top_k`, `threshold` and `horizon`
+only, follows the rate of acceptance.
 """
 
 HOST_HEAD = """

@@ -51,10 +51,10 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
     say(f"{len(given)} prompts of {prompts}, made by this form: {forms}")
     repeated = [prompt for prompt in given for _ in range(samples)]
-    limits = [min(max_new_tokens or max_len, max_len - len(prompt.ids)) for prompt in repeated]
     if skd.rollout.notice:
         say(skd.rollout.notice)
     rule = SamplingRule.of(skd.rollout)
+    limits = [rule.limit(min(max_new_tokens or max_len, max_len - len(prompt.ids))) for prompt in repeated]
     if rule.reference_share:
         check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
     spec = engine_for(skd, models.options, student=models.student, cpu=models.cpu)

@@ -101,6 +101,11 @@ class RolloutConfig(Section):
     teacher_temperature: float = Field(1.0, ge=0, description="of the replacement tokens")
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="of the replacement tokens: nucleus")
     max_new_tokens: int | None = Field(None, ge=1, description="longest response; default: what max_len leaves")
+    horizon: Movable[Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="tokens at which responses are cut in training, below max_new_tokens; evaluations are not. With "
+        "target_acceptance it grows where more is accepted",
+    )
     seed: int = Field(0, description="same seed, same prompt: same tokens, whatever else is in the batch")
 
     @property
@@ -148,13 +153,16 @@ class RolloutConfig(Section):
     def _values_that_move(self) -> RolloutConfig:
         if min(extremes(self.top_k)) < 1:
             raise ValueError(f"top_k is at least 1, and one end of its schedule is {min(extremes(self.top_k)):g}")
-        moving = [n for n in ("top_k", "threshold") if isinstance(getattr(self, n), TargetAcceptanceConfig)]
+        if self.horizon is not None and min(extremes(self.horizon)) < 1:
+            raise ValueError(f"horizon is at least 1, and one end of its schedule is {min(extremes(self.horizon)):g}")
+        movable = ("top_k", "threshold", "horizon")
+        moving = [n for n in movable if isinstance(getattr(self, n), TargetAcceptanceConfig)]
         if moving and not METHODS[self.method].has_gate:
             raise ValueError(
                 f"{moving[0]} follows the rate of acceptance, but method '{self.method}' puts no token to a gate"
             )
         if len(moving) > 1:
-            raise ValueError("top_k and threshold cannot both follow the rate of acceptance: fix one of them")
+            raise ValueError(f"{' and '.join(moving)} cannot both follow the rate of acceptance: fix one of them")
         if moving == ["top_k"] and not self.has_top_k:
             raise ValueError(f"top_k follows the rate of acceptance, but gate '{self.gate}' has no K")
         return self
@@ -279,6 +287,7 @@ class LossConfig(Section):
     clamp: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="upper limit of a token's loss; no gradient above it"
     )
+    prefix_tokens: int | None = Field(None, ge=1, description="only so many tokens of a response are learned")
     reweight: ReweightConfig = ReweightConfig()
 
     @model_validator(mode="after")

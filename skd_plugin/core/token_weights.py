@@ -50,6 +50,14 @@ def rank(trace: Trace, vocab_size: int) -> torch.Tensor:
     return torch.where(trace.draft_rank == NOTHING, 1.0, need)
 
 
+def early(trace: Trace, vocab_size: int) -> torch.Tensor:
+    """r = 1 - t / R at place t of a response of R tokens: what comes late stands on all that went wrong before.
+
+    In the spirit of IW-OPD (arXiv 2606.22600), which finds that the last tokens of a response teach next to nothing.
+    """
+    return 1 - torch.arange(len(trace)) / max(len(trace), 1)
+
+
 class Weighting(NamedTuple):
     need: Callable[[Trace, int], torch.Tensor]  # (trace, tokens of the vocabulary) -> r, float32 [R]
     words: str  # which tokens count more, for people
@@ -59,20 +67,30 @@ WEIGHTINGS: dict[str, Weighting] = {
     "none": Weighting(even, "all tokens count the same"),
     "confidence": Weighting(confidence, "those where the teacher is sure"),
     "divergence": Weighting(divergence, "those where the models differed while sampling"),
+    "early": Weighting(early, "the first of a response"),
     "rank": Weighting(rank, "those whose proposal the teacher ranks low"),
 }
 
 
-def make_weigher(by: str, floor: float, vocab_size: int) -> Weigher:
-    """The token weights of a recipe.
+def make_weigher(by: str, floor: float, vocab_size: int, prefix_tokens: int | None = None) -> Weigher:
+    """The token weights of a recipe, of the tokens of one response.
 
     Args:
         by: a name of `WEIGHTINGS`.
         floor: in [0, 1), the least weight of a token relative to the most.
         vocab_size: tokens of the teacher's distribution, at least 2.
+        prefix_tokens: those behind them have the weight 0: only a prefix is learned (FastOPD, Prune-OPD, arXiv
+            2605.07804). None: all are learned.
 
     Raises:
         KeyError: no weighting of that name.
     """
     need = WEIGHTINGS[by].need
-    return lambda trace: floor + (1 - floor) * need(trace, vocab_size).clamp(0, 1)
+
+    def weigh(trace: Trace) -> torch.Tensor:
+        weights_R = floor + (1 - floor) * need(trace, vocab_size).clamp(0, 1)
+        if prefix_tokens is not None:
+            weights_R[prefix_tokens:] = 0.0
+        return weights_R
+
+    return weigh

@@ -18,6 +18,7 @@ from skd_plugin.core.schedules import TargetAcceptance
 class SamplingRule:
     settings: SamplingSettings
     reference_share: float = 0.0  # of the prompts that are answered by their reference
+    horizon: int | None = None  # tokens at which a response is cut, where its own limit is not lower; None: nowhere
 
     @classmethod
     def of(
@@ -27,8 +28,8 @@ class SamplingRule:
 
         Args:
             progress: share of training that is done, 0 to 1.
-            controlled: present values of those among `top_k` and `threshold` that follow a measurement; a missing one
-                stands at its start.
+            controlled: present values of those options that follow a measurement; a missing one stands at its
+                start.
         """
         method, moved = METHODS[rollout.method], controlled or {}
         settings = SamplingSettings(
@@ -41,7 +42,10 @@ class SamplingRule:
         )
         if method.has_gate:
             settings = _gated(settings, rollout, progress, moved)
-        return cls(settings, method.reference_share(rollout.mix, rollout.stage_share, progress))
+        horizon = None
+        if rollout.horizon is not None:
+            horizon = max(1, round(_value("horizon", rollout.horizon, progress, moved)))
+        return cls(settings, method.reference_share(rollout.mix, rollout.stage_share, progress), horizon)
 
     def _with(self, **settings: Any) -> SamplingRule:
         return replace(self, settings=replace(self.settings, **settings))
@@ -80,6 +84,10 @@ class SamplingRule:
     def _has_top_k(self) -> bool:
         return 0 < self.settings.top_k < KEEP_ALL
 
+    def limit(self, tokens: int) -> int:
+        """The longest response of a request that may have so many tokens."""
+        return tokens if self.horizon is None else min(tokens, self.horizon)
+
     def metrics(self) -> dict[str, float]:
         """What a schedule or a controller may move, for the metrics of a step."""
         metrics = {}
@@ -87,6 +95,8 @@ class SamplingRule:
             metrics["skd/top_k"] = float(self.settings.top_k)
         if GATES[self.settings.gate].threshold is not None:
             metrics["skd/threshold"] = self.settings.threshold
+        if self.horizon is not None:
+            metrics["skd/horizon"] = float(self.horizon)
         return metrics
 
 
@@ -114,10 +124,11 @@ def _gated(
 class RulePlan:
     """The rule of every step of a run: schedules follow the step, controllers follow what was measured."""
 
-    def __init__(self, rollout: RolloutConfig, planned_steps: int, vocab_size: int) -> None:
+    def __init__(self, rollout: RolloutConfig, planned_steps: int, vocab_size: int, longest: int) -> None:
+        """Args: longest: tokens that a response may have at most, whatever the horizon is."""
         self._rollout = rollout
         self._planned_steps = max(planned_steps, 1)
-        self._controllers = _controllers(rollout, vocab_size)
+        self._controllers = _controllers(rollout, vocab_size, longest)
 
     def at(self, step: int) -> SamplingRule:
         """The rule of the step that follows `step` finished ones; the same after a resume with the same state."""
@@ -150,7 +161,7 @@ def _value(name: str, setting: Any, progress: float, controlled: Mapping[str, fl
     return value_at(setting, progress)
 
 
-def _controllers(rollout: RolloutConfig, vocab_size: int) -> dict[str, TargetAcceptance]:
+def _controllers(rollout: RolloutConfig, vocab_size: int, longest: int) -> dict[str, TargetAcceptance]:
     controllers = {}
     if isinstance(rollout.top_k, TargetAcceptanceConfig):
         controllers["top_k"] = _controller(rollout.top_k, 1, 1.0, float(vocab_size))
@@ -158,6 +169,9 @@ def _controllers(rollout: RolloutConfig, vocab_size: int) -> dict[str, TargetAcc
     if isinstance(rollout.threshold, TargetAcceptanceConfig) and threshold is not None:
         # A threshold is multiplied, so it never comes back from 0.
         controllers["threshold"] = _controller(rollout.threshold, threshold.sign, 1e-6, threshold.highest(vocab_size))
+    if isinstance(rollout.horizon, TargetAcceptanceConfig):
+        # Longer where more is accepted than asked for: the text is then the student's for longer.
+        controllers["horizon"] = _controller(rollout.horizon, -1, 1.0, float(longest))
     return controllers
 
 

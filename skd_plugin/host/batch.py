@@ -5,7 +5,7 @@ Shapes: B sequences of T tokens, N response tokens of the batch; per-token tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypedDict, TypeVar
@@ -27,13 +27,12 @@ TEACHER_SOURCES: dict[str, tuple[Source, ...]] = {"exclude": (), "importance": (
 Of = TypeVar("Of", bound=Drawn)
 
 
-def joined(traces: list[Of], layout: ResponseLayout) -> Of:
-    """The record of the N response tokens of a batch.
+def present(traces: Sequence[Of], layout: ResponseLayout) -> list[Of]:
+    """The records of the responses of a batch; end to end they are those of its N response tokens.
 
     A sequence that OpenRLHF cut at `max_len` has fewer response tokens than its trace; those at its end are left out.
     """
-    parts = [trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)]
-    return type(parts[0]).join(parts)
+    return [trace.slice(0, count) for trace, count in zip(traces, layout.counts(), strict=True)]
 
 
 class Totals(TypedDict, total=False):
@@ -49,7 +48,8 @@ class Totals(TypedDict, total=False):
 def per_token(experience: Any, value_of: Callable[[Drawn], torch.Tensor]) -> torch.Tensor:
     """Values of an experience's response tokens as one of OpenRLHF's tensors [B, T - 1]; 0 elsewhere."""
     layout = ResponseLayout.of(experience.action_mask)
-    return layout.spread(value_of(joined([trace.drawn for trace in experience.info[TRACE_KEY]], layout)))
+    responses = present([trace.drawn for trace in experience.info[TRACE_KEY]], layout)
+    return layout.spread(value_of(Drawn.join(responses)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class OptimizerStepBatches:
     def __init__(self, weighting: Callable[[Trace], torch.Tensor], replaced_tokens: str, *, packed: bool) -> None:
         """
         Args:
-            weighting: token weights [R] of a trace, not negative, of any mean.
+            weighting: token weights [R] of a response, not negative, of any mean.
             replaced_tokens: a name of `TEACHER_SOURCES`.
             packed: the model's output is of sequences as OpenRLHF's `unpad_and_slice_tensor` packs them.
         """
@@ -147,7 +147,8 @@ class OptimizerStepBatches:
         mask = experience.action_mask
         layout = ResponseLayout.packed(mask, experience.attention_mask) if self._packed else ResponseLayout.of(mask)
         # Popped, because OpenRLHF makes a metric of everything that it finds in `info`.
-        tokens = joined(experience.info.pop(TRACE_KEY), layout)
+        responses = present(experience.info.pop(TRACE_KEY), layout)
+        tokens = Trace.join(responses)
         if not torch.equal(layout.tokens(experience.sequences), tokens.response_ids.to(experience.sequences)):
             raise RuntimeError(
                 "the response tokens of a training batch are not those of its traces; an executor changed the ids "
@@ -155,7 +156,7 @@ class OptimizerStepBatches:
             )
         teacher_tokens = layout.spread(tokens.is_from(*self._teacher_sources))
         own = layout.spread(tokens.students_own)
-        weights_N = self._weighting(tokens)
+        weights_N = torch.cat([self._weighting(response) for response in responses])
         return MicroBatch(layout, tokens, weights_N, own | teacher_tokens, teacher_tokens, {}, ends_step=True)
 
 

@@ -51,7 +51,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         tolerance = _student_tolerance(self.actor.model.module, vocab, common=reads_head)
         self.objective = Objective(distillation, self.actor_loss_fn, token_level_loss, tolerance)
         # OpenRLHF's ppo_train looks the function up in its module; this process serves one actor.
-        weighting = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab)
+        weighting = make_weigher(skd.loss.reweight.by, skd.loss.reweight.floor, vocab, skd.loss.prefix_tokens)
         batches = OptimizerStepBatches(weighting, skd.objective.replaced_tokens, packed=self.args.ds.packing_samples)
         rebind(host, "iter_grad_accum_global_norm", batches)
         if self.args.train.dynamic_batch_enable:  # OpenRLHF's ppo_train calls no such function for them

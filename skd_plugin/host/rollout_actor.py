@@ -119,7 +119,7 @@ class SKDRollout(HostRollout):
             trace_id=next(self._trace_ids),
             seed=self._next_seed(prompt_token_ids),
             choice_seed=self._seed,
-            max_new_tokens=limit,
+            max_new_tokens=self._rule.limit(limit),
             reference=reference,
         )
         try:

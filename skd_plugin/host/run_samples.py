@@ -44,7 +44,12 @@ class RunSamples(SKDSamplesGenerator):
             eval_dataloader,
             tokenizer,
             vllm_engines,
-            plan=RulePlan(options.skd.rollout, self.planned_steps, len(tokenizer)),
+            plan=RulePlan(
+                options.skd.rollout,
+                self.planned_steps,
+                len(tokenizer),
+                longest=options.rollout.max_new_tokens or options.data.max_len,
+            ),
             seed=options.skd.rollout.seed,
         )
         self._folder = RunFolder(Path(options.skd.run_dir))

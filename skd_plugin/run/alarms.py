@@ -8,13 +8,16 @@ from typing import Any
 
 STEPS = 5  # of which a mean is taken, at the start and now
 
+# Metrics that an alarm looks at.
+HEARD = ("skd/truncated_frac", "skd/response_len", "skd/student_entropy", "skd/teacher_entropy", "skd/horizon")
+
 Means = Mapping[str, float]  # metric -> mean of some steps; one that had no value is missing
 Alarm = Callable[[Means, Means], str | None]  # (at the start, now) -> what is wrong, or nothing
 
 
 def truncated(start: Means, now: Means) -> str | None:
     share, first = now.get("skd/truncated_frac", 0.0), start.get("skd/truncated_frac", 0.0)
-    if not share > max(0.5, first + 0.25):
+    if _is_cut(start, now) or not share > max(0.5, first + 0.25):
         return None
     return (
         f"{share:.0%} of the responses reach the length limit ({first:.0%} at first): the student no longer ends its "
@@ -26,7 +29,7 @@ def truncated(start: Means, now: Means) -> str | None:
 
 def longer(start: Means, now: Means) -> str | None:
     length, first = now.get("skd/response_len", 0.0), start.get("skd/response_len", 0.0)
-    if not first or not length > 2 * first:
+    if _is_cut(start, now) or not first or not length > 2 * first:
         return None
     return (
         f"responses have grown from {first:.0f} to {length:.0f} tokens. If the answers are no better for it (eval/*), "
@@ -45,6 +48,11 @@ def collapsed(start: Means, now: Means) -> str | None:
         f"{teacher:.2g}: it says one thing where the teacher knows several. Usual remedies: skd.loss.kind=forward_kl, "
         "or that kind in skd.loss.regions where the teacher is flat; skd.rollout.student_temperature=1"
     )
+
+
+def _is_cut(start: Means, now: Means) -> bool:
+    """A horizon that has moved moves lengths and cuts, as it should."""
+    return now.get("skd/horizon") != start.get("skd/horizon")
 
 
 ALARMS: tuple[Alarm, ...] = (truncated, longer, collapsed)
@@ -77,7 +85,7 @@ class Alarms:
 
 def _means(records: list[Mapping[str, Any]] | deque[Mapping[str, Any]]) -> Means:
     means = {}
-    for name in ("skd/truncated_frac", "skd/response_len", "skd/student_entropy", "skd/teacher_entropy"):
+    for name in HEARD:
         known = [record[name] for record in records if isinstance(record.get(name), int | float)]
         if known:
             means[name] = sum(known) / len(known)

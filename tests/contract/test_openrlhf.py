@@ -593,7 +593,7 @@ def test_action_mask_is_shifted_by_one(generator: Any) -> None:
 def test_overlong_sequence_is_cut_at_its_end(generator: Any) -> None:
     """The mask then covers the first tokens of the trace, and token_losses cuts the trace to it."""
     experience = generator._process_response_into_experience(make_response([5, 6, 7], [8, 9, 10]), max_len=5)
-    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit joined() in skd_plugin/host/batch.py"
+    assert experience.sequences.tolist() == [[5, 6, 7, 8, 9]], "revisit present() in skd_plugin/host/batch.py"
     assert experience.action_mask.tolist() == [[0, 0, 1, 1]]
     assert len(experience.info["skd"][0]) == 3
 

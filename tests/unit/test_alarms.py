@@ -50,6 +50,7 @@ def test_each_failure_is_said_once_with_its_remedy(changes: dict[str, float], wo
         {},
         {"skd/truncated_frac": 0.5},
         {"skd/response_len": 79.0},
+        {"skd/response_len": 90.0, "skd/truncated_frac": 0.9, "skd/horizon": 90.0},  # it grew
         {"skd/student_entropy": 0.11},  # falls, and so it should
         {"skd/student_entropy": 0.05, "skd/teacher_entropy": 0.1},  # a teacher that is as sure
         {"skd/student_entropy": None, "skd/teacher_entropy": None, "skd/truncated_frac": None},

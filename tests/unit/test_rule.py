@@ -107,7 +107,7 @@ def test_schedules_of_k_and_threshold() -> None:
 
 def test_plan_of_a_schedule_is_a_function_of_the_step() -> None:
     rollout = RolloutConfig(top_k={"kind": "linear", "from": 100, "to": 1})
-    whole, resumed = (RulePlan(rollout, 40, 1000) for _ in range(2))
+    whole, resumed = (RulePlan(rollout, 40, 1000, longest=512) for _ in range(2))
     assert whole.state_dict() == {}
     assert [whole.at(step) for step in range(41)][17:] == [resumed.at(step) for step in range(17, 41)]
     assert whole.at(0).settings.top_k == 100 and whole.at(40).settings.top_k == whole.at(60).settings.top_k == 1
@@ -116,10 +116,10 @@ def test_plan_of_a_schedule_is_a_function_of_the_step() -> None:
 def test_plan_of_a_controller_goes_on_from_its_state() -> None:
     rollout = RolloutConfig(top_k=CONTROLLER)
     measured = [0.3, 0.6, 0.9, 0.2, 0.5]
-    whole = RulePlan(rollout, 5, 1000)
+    whole = RulePlan(rollout, 5, 1000, longest=512)
     for rate in measured:
         whole.observe(rate)
-    first, second = RulePlan(rollout, 5, 1000), RulePlan(rollout, 5, 1000)
+    first, second = RulePlan(rollout, 5, 1000, longest=512), RulePlan(rollout, 5, 1000, longest=512)
     for rate in measured[:2]:
         first.observe(rate)
     second.load_state_dict(first.state_dict())
@@ -138,10 +138,11 @@ def test_plan_of_a_controller_goes_on_from_its_state() -> None:
         ({"gate": "confident", "confidence": "entropy", "threshold": CONTROLLER | {"start": 0.5}}, True),
         ({"gate": "confident", "confidence": "margin", "threshold": CONTROLLER | {"start": 0.5}}, False),
         ({"gate": "chance", "threshold": CONTROLLER | {"start": 0.5}}, False),
+        ({"horizon": CONTROLLER}, False),
     ],
 )
 def test_too_little_acceptance_loosens_the_gate(options: dict, rises: bool) -> None:
-    plan = RulePlan(RolloutConfig(**options), 10, 100)
+    plan = RulePlan(RolloutConfig(**options), 10, 100, longest=512)
     (before,) = plan.state_dict().values()
     plan.observe(0.1)
     (after,) = plan.state_dict().values()
@@ -152,7 +153,26 @@ def test_state_of_another_recipe_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"holds controlled values of \['threshold'\], but this recipe controls \['top_k'\]"
     ):
-        RulePlan(RolloutConfig(top_k=CONTROLLER), 10, 100).load_state_dict({"threshold": 0.5})
+        RulePlan(RolloutConfig(top_k=CONTROLLER), 10, 100, longest=512).load_state_dict({"threshold": 0.5})
+
+
+def test_horizon_grows_to_the_limit_where_the_text_is_the_students() -> None:
+    plan = RulePlan(RolloutConfig(horizon=CONTROLLER | {"rate": 0.5, "start": 16}), 10, 100, longest=64)
+    found = [plan.at(0).horizon]
+    for accepted in (0.9, 0.9, 0.2, 1.0, 1.0, 1.0, 1.0):
+        plan.observe(accepted)
+        found.append(plan.at(1).horizon)
+    assert found[0] == 16 < found[1] == 24 < found[2] == 36 > found[3] and found[-1] == 64
+    assert plan.state_dict() == {"horizon": 64.0}
+
+
+def test_horizon_is_of_training_alone() -> None:
+    moving = {"kind": "linear", "from": 10, "to": 110, "hold": 0}
+    assert [rule(t, method="on_policy", horizon=moving).horizon for t in (0, 0.5, 1)] == [10, 60, 110]
+    cut = rule(horizon=moving)
+    assert cut.limit(50) == 10 and cut.limit(5) == 5 and cut.with_top_k(3).limit(50) == 10
+    assert rule().limit(50) == cut.student_only(0.0).limit(50) == cut.teacher_only(0.0).limit(50) == 50
+    assert cut.metrics() == {"skd/top_k": 25.0, "skd/horizon": 10.0}
 
 
 def test_metrics_are_those_that_may_move() -> None:

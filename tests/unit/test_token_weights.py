@@ -28,6 +28,7 @@ def test_weightings_are_their_formulas() -> None:
         "none": [1.0, 1.0, 1.0],
         "confidence": [1.0, 1 - 1.5 / math.log(50), 0.0],
         "divergence": [0.0, 1 - math.exp(-0.7), 1.0],
+        "early": [1.0, 2 / 3, 1 / 3],
         "rank": [0.0, math.log(7) / math.log(50), 1.0],
     }
     assert set(needs) == set(WEIGHTINGS)
@@ -69,10 +70,19 @@ def test_no_token_counts_less_than_the_floor_times_another(by, floor, vocab, see
         assert final.min() >= floor * final.max() * (1 - 1e-5)
 
 
-def test_a_slice_has_the_weights_of_its_tokens() -> None:
-    """A token's weight depends on nothing but itself, so cutting a response changes no weight."""
+def test_only_a_prefix_is_learned() -> None:
     trace = make_trace([0.1, 2.0, 3.0], [0.5, math.nan, 0.1], [3, NOTHING, 0])
     for by in WEIGHTINGS:
+        whole = make_weigher(by, 0.2, VOCAB)(trace)
+        for count in (1, 2, 3, 9):
+            kept = make_weigher(by, 0.2, VOCAB, count)(trace)
+            assert torch.equal(kept[:count], whole[:count]) and not kept[count:].any()
+
+
+def test_a_slice_has_the_weights_of_its_tokens() -> None:
+    """A token's weight depends on nothing but itself, so cutting a response changes no weight; but that of a place."""
+    trace = make_trace([0.1, 2.0, 3.0], [0.5, math.nan, 0.1], [3, NOTHING, 0])
+    for by in WEIGHTINGS.keys() - {"early"}:
         whole = make_weigher(by, 0.2, VOCAB)(trace)
         torch.testing.assert_close(make_weigher(by, 0.2, VOCAB)(trace.slice(1, 3)), whole[1:], rtol=0, atol=0)
 
