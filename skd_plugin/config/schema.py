@@ -12,6 +12,7 @@ from skd_plugin.config.section import Section, one_of, refuse_idle
 from skd_plugin.core.gates import CONFIDENCES, CONFIDENT, GATE_OPTIONS, GATES, RELEASED, Gate, gate_of_option
 from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings, RegionSettings
 from skd_plugin.core.methods import METHODS
+from skd_plugin.core.prompt_weights import PROMPT_WEIGHTINGS
 from skd_plugin.core.sampling import KEEP_ALL
 from skd_plugin.core.targets import REGIONS
 from skd_plugin.core.token_weights import WEIGHTINGS
@@ -220,6 +221,21 @@ class ReweightConfig(Section):
         return self
 
 
+class PromptWeightConfig(Section):
+    by: Annotated[str, one_of(PROMPT_WEIGHTINGS)] = Field(
+        "none",
+        description="which prompts count more, by what their responses have shown. "
+        + _explained({name: w.words for name, w in PROMPT_WEIGHTINGS.items()}),
+    )
+    floor: float = Field(0.1, ge=0, lt=1, description="least weight of a prompt relative to the most")
+    memory: float = Field(0.5, ge=0, lt=1, description="share of its earlier score that a prompt keeps")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> PromptWeightConfig:
+        refuse_idle(self, dict.fromkeys(("floor", "memory"), self.by != "none"), "by is none")
+        return self
+
+
 LossKind = Annotated[str, one_of(LOSSES)]
 
 
@@ -289,6 +305,7 @@ class LossConfig(Section):
     )
     prefix_tokens: int | None = Field(None, ge=1, description="only so many tokens of a response are learned")
     reweight: ReweightConfig = ReweightConfig()
+    prompts: PromptWeightConfig = PromptWeightConfig()
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> LossConfig:
@@ -472,6 +489,17 @@ class SKDConfig(Section):
         if weighted and not gate.replaces_from_teacher:
             raise ValueError(
                 f"gate '{rollout.gate}' replaces from {gate.replaced_from}, not from p; use replaced_tokens: exclude"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_of_prompts(self) -> SKDConfig:
+        by = self.loss.prompts.by
+        if by == "acceptance" and not METHODS[self.rollout.method].has_gate:
+            raise ValueError(f"loss.prompts.by: acceptance needs a gate, and method '{self.rollout.method}' has none")
+        if by == "reward" and not self.objective.uses_rewards:
+            raise ValueError(
+                "loss.prompts.by: reward needs rewards, which are not asked for where objective.rl_coef is 0"
             )
         return self
 

@@ -234,6 +234,7 @@ _ALL = [
     Metric("skd/teacher_gap", "Teacher's gap", "log p of the engine against transformers, nats a token; first step"),
     Metric("skd/top_k", "K of the gate", "in the step"),
     Metric("skd/threshold", "Threshold of the gate", "in the step"),
+    Metric("skd/prompt_weight", "Weight of a prompt", "mean over the responses, before all are scaled to a mean of 1"),
     Metric("skd/horizon", "Horizon", "tokens at which responses were cut in the step"),
     Metric("skd/staleness", "Staleness", "updates of the student since it proposed a token"),
     Metric("skd/kd_coef", "Weight of the distillation", "in the loss of two terms"),

@@ -17,7 +17,7 @@ from openrlhf.utils.loss_utils import _get_dp_group, _optimizer_step_loss_norm
 
 from skd_plugin.core.layout import ResponseLayout
 from skd_plugin.core.trace import Drawn, Source, Trace
-from skd_plugin.host.trace_store import TRACE_KEY
+from skd_plugin.host.trace_store import PROMPT_WEIGHT, TRACE_KEY
 
 TINY = 1e-20  # in place of a total of 0
 
@@ -156,7 +156,9 @@ class OptimizerStepBatches:
             )
         teacher_tokens = layout.spread(tokens.is_from(*self._teacher_sources))
         own = layout.spread(tokens.students_own)
-        weights_N = torch.cat([self._weighting(response) for response in responses])
+        of_prompts = experience.info.pop(PROMPT_WEIGHT, [1.0] * len(responses))
+        weights = [own * self._weighting(response) for own, response in zip(of_prompts, responses, strict=True)]
+        weights_N = torch.cat(weights)
         return MicroBatch(layout, tokens, weights_N, own | teacher_tokens, teacher_tokens, {}, ends_step=True)
 
 

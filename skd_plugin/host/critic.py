@@ -8,7 +8,7 @@ import openrlhf.trainer.ray.ppo_critic as host
 
 from skd_plugin import trust
 from skd_plugin.host import on_cpu
-from skd_plugin.host.trace_store import TRACE_KEY
+from skd_plugin.host.trace_store import PROMPT_WEIGHT, TRACE_KEY
 from skd_plugin.seams import plain_class, rebind
 
 
@@ -31,4 +31,5 @@ class SKDCritic(plain_class(host.CriticModelActor)):
 
     def append(self, experience: Any) -> None:
         experience.info.pop(TRACE_KEY)  # the teacher has no part in the value of a state
+        experience.info.pop(PROMPT_WEIGHT, None)
         super().append(experience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -12,11 +13,14 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from skd_plugin.config.host_rules import check_number, planned_steps
 from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.metrics import rollout_metrics
+from skd_plugin.core.prompt_weights import PromptWeights
 from skd_plugin.engine.sampling_rule import RulePlan
 from skd_plugin.host import by_task
 from skd_plugin.host.samples import SKDSamplesGenerator
-from skd_plugin.host.trace_store import fetch, stored_trace
+from skd_plugin.host.trace_store import PROMPT_WEIGHT, fetch, stored_trace
 from skd_plugin.run_folder import RunFolder
+
+PROMPT = "prompt/"  # before the key of a prompt, in the state
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Sampled:
 
     metrics: dict[str, float]
     tokens: int
-    rule_state: dict[str, float]  # of the `RulePlan`, after it
+    rule_state: dict[str, float]  # of the `RulePlan`, after it, and what is known of the prompts
 
 
 class RunSamples(SKDSamplesGenerator):
@@ -52,6 +56,8 @@ class RunSamples(SKDSamplesGenerator):
             ),
             seed=options.skd.rollout.seed,
         )
+        weighing = options.skd.loss.prompts
+        self._prompt_weights = PromptWeights(weighing.by, weighing.floor, weighing.memory)
         self._folder = RunFolder(Path(options.skd.run_dir))
         self._sources = by_task.sources(prompts, eval_dataloader.dataset if eval_dataloader else None)
         self._several_tasks = len(set(prompts.datasources)) > 1
@@ -61,7 +67,10 @@ class RunSamples(SKDSamplesGenerator):
         """Goes on behind a step."""
         self.step = step
         if rule_state is not None:
-            self.plan.load_state_dict(rule_state)
+            own = {name: value for name, value in rule_state.items() if not name.startswith(PROMPT)}
+            self.plan.load_state_dict(own)
+            scores = {name: value for name, value in rule_state.items() if name not in own}
+            self._prompt_weights.load_state_dict({name.removeprefix(PROMPT): x for name, x in scores.items()})
 
     def task_of(self, sample: Experience) -> str:
         return self._sources.get(sample.prompts[0], by_task.HELD_OUT)
@@ -72,11 +81,23 @@ class RunSamples(SKDSamplesGenerator):
         if samples:
             self.step += 1
             self._record(samples)
-            metrics = self._metrics(samples) | rule.metrics()
+            metrics = self._metrics(samples) | rule.metrics() | self._weigh_prompts(samples)
             self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
             tokens = sum(len(stored_trace(sample)) for sample in samples)
-            self.sampled = Sampled(metrics, tokens, self.plan.state_dict())
+            scores = {f"{PROMPT}{key}": score for key, score in self._prompt_weights.state_dict().items()}
+            self.sampled = Sampled(metrics, tokens, self.plan.state_dict() | scores)
         return samples, *others
+
+    def _weigh_prompts(self, samples: list[Experience]) -> dict[str, float]:
+        """Gives each response the weight of its prompt, if prompts are weighed."""
+        if self.args.skd.loss.prompts.by == "none":
+            return {}
+        prompts, figures = [s.prompts[0] for s in samples], [stored_trace(s).figures for s in samples]
+        rewards = [math.nan if s.rewards is None else float(s.rewards[0]) for s in samples]
+        weights = self._prompt_weights.weigh(prompts, figures, rewards)
+        for sample, weight in zip(samples, weights, strict=True):
+            sample.info[PROMPT_WEIGHT] = [weight]
+        return {"skd/prompt_weight": sum(weights) / len(weights)}
 
     def _metrics(self, samples: list[Experience]) -> dict[str, float]:
         figures = [stored_trace(sample).figures for sample in samples]

@@ -18,6 +18,7 @@ from skd_plugin.core.metrics import Figures, Ratio, figures_of
 from skd_plugin.core.trace import Drawn, Trace
 
 TRACE_KEY = "skd"  # of a response, and of Experience.info
+PROMPT_WEIGHT = "skd_prompt_weight"  # of Experience.info: a number a response, where prompts are weighed
 
 
 class Versions(NamedTuple):

@@ -20,6 +20,7 @@ from skd_plugin.config.schema import (
 from skd_plugin.core.gates import CONFIDENCES, GATE_OPTIONS
 from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings, make_token_loss
 from skd_plugin.core.methods import METHODS
+from skd_plugin.core.prompt_weights import PROMPT_WEIGHTINGS
 from skd_plugin.core.token_weights import WEIGHTINGS, make_weigher
 from skd_plugin.errors import RecipeError
 from tests.recipes import QUICKSTART, RECIPES
@@ -119,6 +120,7 @@ CHOICES = {
     "loss.kind": LOSSES,
     "loss.replaced_kind": LOSSES,
     "loss.reweight.by": WEIGHTINGS,
+    "loss.prompts.by": PROMPT_WEIGHTINGS,
 }
 
 
