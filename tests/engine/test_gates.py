@@ -24,7 +24,7 @@ RULES = {
     "argmax": make_rule(top_k=3, teacher_temperature=0.0),
     "decay": make_rule(top_k=6, top_k_decay_len=2),  # 6, then 3
     "no write-back": make_rule(top_k=3, write_back=False),
-    "ask_again": make_rule(top_k=3, gate="ask_again", student_temperature=0.8),
+    "ask_again": make_rule(top_k=6, gate="ask_again", student_temperature=0.8),
     "nucleus": make_rule(
         top_k=4, gate="top_k_of_nucleus", teacher_temperature=0.7, teacher_top_p=0.6, student_temperature=0.9
     ),
