@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -266,6 +267,7 @@ def print_environment() -> None:
 def accept(chosen: Sequence[Stage], out: Path, words: Sequence[str], skip: Callable[[Stage], str | None]) -> int:
     """Runs them one after the other, whatever becomes of each; the file is written after every one."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    os.environ["COLUMNS"] = "140"  # of the table of skd check
     results: list[Result] = []
     for stage in chosen:
         why = skip(stage)
@@ -282,6 +284,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--cpu", action="store_true", help="a rehearsal: the stages that a CPU can run")
     parser.add_argument("--hub", action="store_true", help="SmolLM2-360M and 135M of the Hub, not the tiny pair")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the time-outs; default: %(default)s")
     parser.add_argument("--list", action="store_true", help="name the stages")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_acceptance.md", help="default: %(default)s")
     parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
@@ -305,7 +308,11 @@ def main(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    chosen = [stage for stage in planned if not given.only or stage.name in given.only]
+    chosen = [
+        replace(stage, limit_s=round(stage.limit_s * given.patience))
+        for stage in planned
+        if not given.only or stage.name in given.only
+    ]
     return accept(chosen, given.out, words, lambda stage: reason_not_to(stage, cpu=given.cpu))
 
 

@@ -85,3 +85,11 @@ def test_what_it_starts_is_there() -> None:
         files += [f"{word.replace('.', '/')}.py" for word in stage.module[:1] if word.startswith("scripts.")]
         assert all((ROOT / file).is_file() for file in files), stage.name
     assert shutil.which("bash") and (ROOT / "scripts" / "gpu_acceptance.sh").is_file()
+
+
+def test_patience_is_for_slow_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Stage] = []
+    monkeypatch.setattr(gpu_acceptance, "accept", lambda chosen, *others: planned.extend(chosen) or 0)
+    assert gpu_acceptance.main(["--cpu", "--only", "law", "--patience", "2.5"]) == 0
+    (law,) = (stage for stage in STAGES if stage.name == "law")
+    assert [(stage.name, stage.limit_s) for stage in planned] == [("law", round(2.5 * law.limit_s))]
