@@ -9,6 +9,7 @@ from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import (
     RUNTIME,
+    SAMPLER_BYTES,
     EngineMemory,
     ModelSize,
     TrainerMemory,
@@ -19,6 +20,7 @@ from skd_plugin.check.memory_model import (
 )
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.core.logit_rows import ENTRIES_ON_GPU
 from skd_plugin.engine.arguments import CPU_CACHE_BYTES
 from skd_plugin.quantization import WHILE_LOADING, bits_of, method_of
 from skd_plugin.words import first_line
@@ -141,7 +143,8 @@ def _engine(budget: Budget, skd: SKDConfig, options: HostOptions, device: int | 
             "raise openrlhf.vllm.tensor_parallel_size or vllm.gpu_memory_utilization, or lower data.max_len",
         )
     if engine.peak > device:
-        limit = max(1, (device - engine.budget) // engine.sampler_per_sequence)
+        room = device - engine.budget + engine.activations - RUNTIME - SAMPLER_BYTES * ENTRIES_ON_GPU
+        limit = max(1, room // (engine.sampler_logits * engine.bytes_per_number))
         return Finding(
             name,
             found,

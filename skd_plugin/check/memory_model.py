@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skd_plugin.core.chunked import FEW_LOGITS
+from skd_plugin.core.logit_rows import ENTRIES_ON_GPU
 from skd_plugin.models import changed_logits, count_parameters
 from skd_plugin.quantization import bits_of
 
@@ -17,8 +18,9 @@ GIB = 1 << 30
 
 # Of each of the N x V logits in the training step, at its peak; measured (tests/unit/test_check_memory.py).
 LOGIT_BYTES = 24
-# Of each row of V logits in SKD's sampler, per entry; measured, 28 with few rejections, 45 with nothing else.
-SAMPLER_ROW_BYTES = 45
+# Of each logit that SKD's sampler reads at once, of at most ENTRIES_ON_GPU; measured, 16 with the paper's gate, 40
+# with nuclei of both models and the gate that looks at most (scripts/bench_sampler.py).
+SAMPLER_BYTES = 40
 RUNTIME = 1 * GIB  # CUDA context, NCCL and allocator, a process
 GATHERED_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 BUCKET_PARAMETERS = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size
@@ -83,7 +85,8 @@ class EngineMemory:
     kv_per_token: int
     kv_per_sequence: int
     concurrent: int  # requests that would be in the engine at once if all had room
-    sampler_per_sequence: int
+    sampler_logits: int  # of the student at the drafts of a sequence, which wait for the teacher
+    bytes_per_number: int
 
     @property
     def cache(self) -> int:
@@ -97,7 +100,8 @@ class EngineMemory:
 
     @property
     def sampler(self) -> int:
-        return self.sampler_per_sequence * min(self.concurrent, self.sequences or self.concurrent)
+        logits = self.sampler_logits * min(self.concurrent, self.sequences or self.concurrent)
+        return self.bytes_per_number * logits + SAMPLER_BYTES * min(logits, ENTRIES_ON_GPU)
 
     @property
     def peak(self) -> int:
@@ -133,7 +137,8 @@ def engine_memory(
         kv_per_token=kv,
         kv_per_sequence=kv * max_len,
         concurrent=concurrent,
-        sampler_per_sequence=draft_len * teacher.vocabulary * SAMPLER_ROW_BYTES,
+        sampler_logits=draft_len * teacher.vocabulary,
+        bytes_per_number=bytes_per_number,
     )
 
 

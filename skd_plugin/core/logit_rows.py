@@ -14,8 +14,8 @@ import torch
 
 # Entries of the rows that are read at once. In float32 they are 4 MB, which stay in the cache of a CPU core, or 64 MB
 # on a GPU, where fewer would be more kernels to start than work for them.
-_ENTRIES_ON_CPU = 1 << 20
-_ENTRIES_ON_GPU = 1 << 24
+ENTRIES_ON_CPU = 1 << 20
+ENTRIES_ON_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ class LogitRows:
 
 def in_parts(count: int, values_SV: torch.Tensor) -> list[slice]:
     """Of `count` rows of these logits some at a time, as many as may be read at once."""
-    entries = _ENTRIES_ON_CPU if values_SV.device.type == "cpu" else _ENTRIES_ON_GPU
+    entries = ENTRIES_ON_CPU if values_SV.device.type == "cpu" else ENTRIES_ON_GPU
     step = max(1, entries // values_SV.shape[1])
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from skd_plugin.check.memory_model import (
     GIB,
     LOGIT_BYTES,
     RUNTIME,
-    SAMPLER_ROW_BYTES,
+    SAMPLER_BYTES,
     engine_memory,
     in_gib,
     model_size,
@@ -23,6 +24,7 @@ from skd_plugin.check.memory_model import (
 )
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.core.logit_rows import ENTRIES_ON_GPU
 from skd_plugin.core.losses import forward_kl, top_k_loss
 from skd_plugin.core.targets import Targets
 from skd_plugin.models import count_parameters
@@ -117,10 +119,11 @@ def test_engine_by_hand(sizes):
     assert engine.activations == activations
     assert engine.cache == 72 * GIB - BIG_PARAMETERS - SMALL_PARAMETERS - activations
     assert engine.sequences == engine.cache // (34_816 * 1024)
-    assert engine.sampler == 64 * 5 * 152064 * SAMPLER_ROW_BYTES
+    drafts = 64 * 5 * 152064
+    assert engine.sampler == 2 * drafts + SAMPLER_BYTES * ENTRIES_ON_GPU, "rows are read some at a time"
     assert engine.peak == 72 * GIB + engine.sampler - (activations - RUNTIME)
     few = replace(engine, kv_per_sequence=engine.cache // 3)
-    assert few.sequences == 3 and few.sampler == 3 * 5 * 152064 * SAMPLER_ROW_BYTES
+    assert few.sequences == 3 and few.sampler == 3 * 5 * 152064 * (2 + SAMPLER_BYTES)
     assert few.peak == 72 * GIB, "the room of the forward's activations is enough"
 
 
@@ -252,7 +255,7 @@ def test_budget_reads_the_hosts_options(sizes):
     assert found.requests == 34  # of 100 responses on 3 engines
     assert found.engine.budget == int(0.9 * GPU)
     assert found.engine.teacher == BIG_PARAMETERS * 2 // 4
-    assert found.engine.sampler == 34 * 3 * 152064 * SAMPLER_ROW_BYTES
+    assert found.engine.sampler == 34 * 3 * 152064 * (2 + SAMPLER_BYTES)
     changes = dict(zero_stage=3, adam_offload=True, tokens=4 * 512, checkpointing=True, ranks=8, chunk=128)
     expected = trainer(sizes[1], **changes)
     assert found.trainer == expected
@@ -264,7 +267,7 @@ def test_our_engine_options_win(sizes):
     assert found.requests == 1024 and found.engine.concurrent == 7
     assert found.engine.budget == GPU // 2
     assert found.engine.teacher == 4 * BIG_PARAMETERS
-    assert found.engine.sampler == 7 * 5 * 152064 * SAMPLER_ROW_BYTES
+    assert found.engine.sampler == 7 * 5 * 152064 * (4 + SAMPLER_BYTES)
 
 
 W4 = {"num_bits": 4, "group_size": 128}
@@ -338,8 +341,14 @@ def test_a_step_that_brings_more_than_fits_at_once():
 
 
 def test_sampler_rows_outside_of_vllms_share():
-    engine = check(**{"rollout.batch_size": 512})[1]
+    tight = {"rollout.batch_size": 512, "vllm.gpu_memory_utilization": 0.997}
+    engine = check(**tight)[1]
     assert engine.level == "warning" and "max_num_seqs" in engine.remedy
+    limit = int(re.search(r"max_num_seqs: (\d+)", engine.remedy)[1])
+    assert limit > 100
+    for number, fits in ((limit, True), (limit + 1, False)):
+        again = check(skd(vllm={"max_num_seqs": number}), **tight)[1]
+        assert ("max_num_seqs" not in (again.remedy or "")) == fits
 
 
 def test_a_trainer_that_does_not_fit_is_told_what_helps():

@@ -58,7 +58,7 @@ def expected(teacher: torch.Tensor, student: torch.Tensor, tau: float) -> dict[s
 @pytest.mark.parametrize("tau", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("at_once", [3, 1000], ids=["in parts", "at once"])
 def test_figures(monkeypatch: pytest.MonkeyPatch, at_once: int, tau: float) -> None:
-    monkeypatch.setattr(logit_rows, "_ENTRIES_ON_CPU", at_once * VOCAB)
+    monkeypatch.setattr(logit_rows, "ENTRIES_ON_CPU", at_once * VOCAB)
     teacher, student = logits(1), logits(2)
     given = teacher.clone(), student.clone()
     trace = trace_of(teacher, student, tau)

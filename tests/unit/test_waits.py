@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are read in several parts, and an event is there at once."""
-    monkeypatch.setattr(logit_rows, "_ENTRIES_ON_CPU", 7 * VOCAB)
-    monkeypatch.setattr(logit_rows, "_ENTRIES_ON_GPU", 7 * VOCAB)
+    monkeypatch.setattr(logit_rows, "ENTRIES_ON_CPU", 7 * VOCAB)
+    monkeypatch.setattr(logit_rows, "ENTRIES_ON_GPU", 7 * VOCAB)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch._C.TensorBase.pin_memory)  # vLLM's CPU worker has its own
     monkeypatch.setattr(copies, "_event_now", lambda device: SimpleNamespace(synchronize=lambda: None))
 
