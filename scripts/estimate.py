@@ -32,6 +32,7 @@ from time_model import (
 )
 from transformers import AutoConfig
 
+from skd_plugin.adapters import LoraOptions
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.memory_budget import Budget, make_budget
 from skd_plugin.check.memory_model import ModelSize, in_gib, model_size
@@ -140,12 +141,12 @@ def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
     models = read_models(load_recipe(recipe, overrides))
     skd, options = models.skd, models.options
     teacher = _size(skd.teacher.model_name_or_path, "teacher")
-    student = _size(options["actor.model_name_or_path"], "student")
+    student = _size(options["actor.model_name_or_path"], "student", LoraOptions.of(options))
     return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
 
 
-def _size(name: str, role: str) -> ModelSize:
-    return model_size(PUBLISHED[name] if name in PUBLISHED else load_model_config(name, role))
+def _size(name: str, role: str, lora: LoraOptions | None = None) -> ModelSize:
+    return model_size(PUBLISHED[name] if name in PUBLISHED else load_model_config(name, role), lora)
 
 
 def header_commands(recipe: Path) -> list[list[str]]:

@@ -62,13 +62,17 @@ def load_model_config(name: str, role: str) -> Any:
         raise RecipeError(f"the {role} '{name}' cannot be loaded: {first_line(error)}") from error
 
 
-def count_parameters(config: Any) -> int:
-    """Of a model by its configuration, without its weights; a tied one counts once."""
+def without_weights(config: Any) -> Any:
+    """A model of this configuration on the meta device, where it takes no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
-    return sum(parameter.numel() for parameter in model.parameters())  # yields a tied one once
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
+
+
+def count_parameters(config: Any) -> int:
+    """Of a model by its configuration; a tied one counts once."""
+    return sum(parameter.numel() for parameter in without_weights(config).parameters())  # yields a tied one once
 
 
 FLOAT32_TOLERANCE = 0.01  # nats, mean over the tokens of a micro-batch; 1e-5 is usual
@@ -170,11 +174,7 @@ def output_head_names(name: str, role: str) -> list[str]:
     Raises:
         RecipeError: the model has no output head that transformers knows, or one with a bias.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        config = load_model_config(name, role)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
+    model = without_weights(load_model_config(name, role))
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         found = "has no output head that transformers names" if head is None else "has an output head with a bias"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
@@ -38,6 +40,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     from skd_plugin.engine.set_up import set_up_offline
 
     set_up_offline()
+    from skd_plugin.adapters import whole
     from skd_plugin.engine.arguments import engine_for
     from skd_plugin.engine.offline import SKDEngine
     from skd_plugin.engine.sampling_rule import SamplingRule
@@ -58,7 +61,9 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     if rule.reference_share:
         check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
     spec = engine_for(skd, models.options, student=models.student, cpu=models.cpu)
-    engine = SKDEngine(replace(spec, teacher_hidden=False))
+    with TemporaryDirectory(prefix="skd-rollout-") as folder:
+        student = whole(spec.student, Path(folder), spec.dtype)
+        engine = SKDEngine(replace(spec, student=student, teacher_hidden=False))
     finished = engine.generate(
         [prompt.ids for prompt in repeated],
         rule,

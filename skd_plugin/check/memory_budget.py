@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from skd_plugin.adapters import LoraOptions
 from skd_plugin.check.environment import gpus_needed
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.memory_model import (
@@ -102,14 +103,16 @@ def check_memory(
 ) -> list[Finding]:
     """`teacher`, `student`: transformers configurations."""
     try:
-        sizes = model_size(teacher), model_size(student)
+        sizes = model_size(teacher), model_size(student, LoraOptions.of(options))
     except UNKNOWN as error:
         return [Finding("memory", f"not estimated: {first_line(error)}", "warning", "watch the first steps")]
     budget = make_budget(*sizes, skd, options, cpu=cpu, device=device)
     rounding = teacher_rounding(teacher, skd)
     counted = "" if bits_of(teacher) or rounding in WHILE_LOADING else ", but counted in full"
     rounded = f" (rounded: {rounding}{counted})" if rounding else ""
-    parameters = Finding("parameters", f"teacher {_count(sizes[0])}{rounded}, student {_count(sizes[1])}")
+    parameters = Finding(
+        "parameters", f"teacher {_count(sizes[0].parameters)}{rounded}, student {_students(sizes[1])}"
+    )
     if cpu:
         return [parameters, _cpu(budget, skd, options, device or 0)]
     findings = [parameters, _engine(budget, skd, options, device), _trainer(budget, options, device)]
@@ -252,6 +255,10 @@ def _parts(trainer: TrainerMemory) -> str:
     return ", ".join(f"{name} {in_gib(size)}" for name, size in parts.items() if size)
 
 
-def _count(size: ModelSize) -> str:
-    number = size.parameters
+def _students(size: ModelSize) -> str:
+    of_adapters = f" and {_count(size.adapters)} of LoRA adapters, which alone are trained" if size.adapters else ""
+    return _count(size.parameters) + of_adapters
+
+
+def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

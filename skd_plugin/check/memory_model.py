@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from skd_plugin.adapters import LoraOptions, with_adapters
 from skd_plugin.core.chunked import FEW_LOGITS
 from skd_plugin.core.logit_rows import ENTRIES_ON_GPU
-from skd_plugin.models import changed_logits, count_parameters
+from skd_plugin.models import changed_logits, count_parameters, without_weights
 from skd_plugin.quantization import bits_of
 
 GIB = 1 << 30
@@ -38,8 +39,13 @@ class ModelSize:
     vocabulary: int
     embeddings: int = 0  # parameters of embedding and output head, which no rounding takes in
     rounded_bits: float | None = None  # of each of the others, where they are rounded
+    adapters: int = 0  # parameters of LoRA adapters beside them, and then the only ones that are trained
     latent: int = 0  # numbers of a compressed cache, a token and layer (multi-head latent attention); 0: there is none
     plain_head: bool = True  # logits are no more than its product with a hidden state
+
+    @property
+    def trained(self) -> int:
+        return self.adapters or self.parameters
 
     def weights(self, bytes_per_number: int) -> int:
         if self.rounded_bits is None:
@@ -53,7 +59,7 @@ class ModelSize:
         return self.layers * numbers * bytes_per_number
 
 
-def model_size(config: Any) -> ModelSize:
+def model_size(config: Any, lora: LoraOptions | None = None) -> ModelSize:
     """From a transformers configuration; the parameters are counted on the meta device, where they take no memory."""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -69,9 +75,15 @@ def model_size(config: Any) -> ModelSize:
         vocabulary=text.vocab_size,
         embeddings=text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2),
         rounded_bits=bits_of(config),
+        adapters=count_adapters(config, lora) if lora else 0,
         latent=latent + text.qk_rope_head_dim if latent else 0,
         plain_head=changed_logits(config) is None,
     )
+
+
+def count_adapters(config: Any, lora: LoraOptions) -> int:
+    model = with_adapters(without_weights(config), lora)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,8 @@ def trainer_memory(
     """DeepSpeed's ZeRO (arXiv 1910.02054, section 3) with AdamW.
 
     In bfloat16: 2 P weights, 2 P gradients, 12 P optimizer (float32 weights and two moments); in float32: 4 P, 4 P and
-    8 P. Stage 1 splits the optimizer over d, stage 2 also the gradients, stage 3 also the weights.
+    8 P. Stage 1 splits the optimizer over d, stage 2 also the gradients, stage 3 also the weights. Of a student with
+    LoRA adapters P are theirs, and the weights of both.
 
     Args:
         tokens: of one forward.
@@ -193,29 +206,30 @@ def trainer_memory(
         teacher_hidden: hidden size of the teacher, of a loss over the full vocabulary, which needs its output head;
             else 0.
     """
-    p, width = student.parameters, 2 if mixed_precision else 4
+    p, width = student.trained, 2 if mixed_precision else 4
     optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)
     step_gradients = 4 * p // (ranks if zero_stage >= 1 else 1) if mixed_precision else 0  # float32, while it steps
     if chunk:
         chunk = max(chunk, FEW_LOGITS // student.vocabulary)
     heads = student.vocabulary * (4 * student.hidden + width * teacher_hidden) if chunk else 0
     return TrainerMemory(
-        weights=width * p // (ranks if zero_stage == 3 else 1),
+        weights=width * (student.parameters + student.adapters) // (ranks if zero_stage == 3 else 1),
         gradients=width * p // (ranks if zero_stage >= 2 else 1),
         optimizer=0 if adam_offload else optimizer + step_gradients,
-        buffers=_buffers(p, width, zero_stage, overlap_comm) + (RUNTIME if mixed_precision else 0),
+        buffers=_buffers(student, width, zero_stage, overlap_comm) + (RUNTIME if mixed_precision else 0),
         logits=min(tokens, chunk or tokens) * student.vocabulary * LOGIT_BYTES + heads,
         activations=tokens * _activation_bytes(student, width, checkpointing),
         host=optimizer + step_gradients if adam_offload else 0,
     )
 
 
-def _buffers(parameters: int, width: int, zero_stage: int, overlap_comm: bool) -> int:
+def _buffers(student: ModelSize, width: int, zero_stage: int, overlap_comm: bool) -> int:
     """Gradients on their way to other ranks (two buckets, where communication overlaps) and gathered weights."""
     if zero_stage == 0:
         return 0
-    buckets = (2 if overlap_comm else 1) * min(parameters, BUCKET_PARAMETERS)
-    gathered = min(parameters, GATHERED_PARAMETERS if zero_stage == 3 else BUCKET_PARAMETERS)
+    buckets = (2 if overlap_comm else 1) * min(student.trained, BUCKET_PARAMETERS)
+    whole = min(student.parameters + student.adapters, GATHERED_PARAMETERS)
+    gathered = whole if zero_stage == 3 else min(student.trained, BUCKET_PARAMETERS)
     return width * (buckets + gathered)
 
 

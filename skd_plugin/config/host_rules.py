@@ -47,7 +47,6 @@ FIXED: dict[str, tuple[Any, str]] = {
     "data.max_images_per_prompt": (0, IMAGES),
     "data.image_key": ("images", IMAGES),
     "actor.freeze_visual_encoder": (False, IMAGES),
-    "ds.lora.rank": (0, "adapter weights do not load into the engine's draft model"),
     "ds.load_in_4bit": (False, "quantised weights do not load into the engine's draft model"),
     "ds.param_dtype": ("bf16", "the engine's student is bfloat16 (float32 on a CPU, whatever this says)"),
     "use_ms": (False, "models and datasets come from Hugging Face or from disk"),
@@ -102,6 +101,8 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
         )
     _check_batches(options)
     _check_ring(options, skd)
+    if options["ds.lora.rank"]:
+        _check_adapters(options)
     if skd.objective.uses_rewards:
         _check_rewards(options, teacher_advantage=skd.objective.teacher_advantage)
     if skd.rollout.needs_references:
@@ -170,6 +171,23 @@ def _check_async(options: HostOptions) -> None:
         raise RecipeError(
             "openrlhf.ckpt.best_metric_key is set, but OpenRLHF's asynchronous trainer hears of an evaluation a step "
             "later, and would save that step's student as the best; leave it at none"
+        )
+
+
+def _check_adapters(options: HostOptions) -> None:
+    """Raises RecipeError for what OpenRLHF cannot do beside LoRA adapters."""
+    beside = {
+        "train.enable_ema": "its average pairs the parameters of a model with adapters with those of one without",
+        "ds.use_liger_kernel": "its layers have not been tried with adapters",
+        "ds.deepcompile": "adapters have not been tried in a compiled model",
+    }
+    for option, why in beside.items():
+        if options[option]:
+            raise RecipeError(f"openrlhf.{option} is on beside openrlhf.ds.lora.rank: {why}; turn one of them off")
+    if options["algo.advantage.estimator"] == "gae":
+        raise RecipeError(
+            "openrlhf.algo.advantage.estimator gae beside openrlhf.ds.lora.rank: OpenRLHF gives the critic adapters, "
+            "too, and freezes its new value head; take an estimator without a critic, or train without adapters"
         )
 
 

@@ -29,8 +29,8 @@ HONOURED = frozenset(
     data.input_template data.label_key data.max_len data.max_samples data.prompt_dataset data.prompt_probs
     data.prompt_split
     ds.adam_offload ds.attn_implementation ds.deepcompile ds.enable_sleep ds.experts_implementation
-    ds.grad_accum_dtype ds.overlap_comm ds.packing_samples ds.use_universal_ckpt ds.value_head_prefix ds.zero_stage
-    ds.zpg
+    ds.grad_accum_dtype ds.lora.alpha ds.overlap_comm ds.packing_samples ds.use_universal_ckpt ds.value_head_prefix
+    ds.zero_stage ds.zpg
     eval.dataset eval.n_samples_per_prompt eval.split eval.steps eval.temperature
     logger.logging_steps logger.wandb.group logger.wandb.key logger.wandb.org logger.wandb.project
     ref.num_gpus_per_node ref.num_nodes ref.offload
@@ -51,6 +51,9 @@ OTHERWISE = {
     "ckpt.output_dir": "`model` in the run folder; another place must be empty, and a link leads to it",
     "ckpt.path": "`checkpoints` in the run folder; another place must be empty, and a link leads to it",
     "ckpt.load_enable": "the same command goes on by itself; `true`: also where the recipe has changed",
+    "ds.lora.dropout": "engine and trainer are then not compared at each step: only the trainer drops",
+    "ds.lora.rank": "[LoRA students](lora.md); not with a critic or a mixture of experts",
+    "ds.lora.target_modules": "linear layers; not a tied output head",
     "ds.ring_attn_head_stride": "with ring attention",
     "ds.ring_attn_size": "on GPUs with `ds.packing_samples`; its attention was not run here (docs/gpus.md)",
     "ds.use_liger_kernel": "on a GPU; not tried here",
@@ -68,9 +71,6 @@ WITHOUT_EFFECT = {
     "actor.muon.ns_steps": "DeepSpeed has its own value",
     "critic.muon.nesterov": "DeepSpeed has its own value",
     "critic.muon.ns_steps": "DeepSpeed has its own value",
-    "ds.lora.alpha": "adapters are refused",
-    "ds.lora.dropout": "adapters are refused",
-    "ds.lora.target_modules": "adapters are refused",
 }
 
 

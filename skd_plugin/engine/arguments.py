@@ -66,6 +66,11 @@ class EngineSpec:
         }
         return {**self._of_openrlhf(openrlhf or {}), **skd, **self._of_device(), **self.options}
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights, by vLLM's name."""
+        return self.plain_arguments()["dtype"]
+
     def plain_arguments(self) -> dict[str, Any]:
         """Keywords of vLLM's EngineArgs for an engine with the student alone."""
         plain = {

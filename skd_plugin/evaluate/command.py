@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from skd_plugin.adapters import whole
 from skd_plugin.engine.arguments import engine_for
 from skd_plugin.evaluate.job import Answers, Job, read_answers
 from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
@@ -58,6 +59,8 @@ def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[An
     """What the engines of one student answered to each prompt."""
     student = plan.students[number]
     job = job_of(plan, student, plan.held_out[number])
+    model = whole(student.model, folder / f"student-{number + 1}", job.spec.dtype)
+    job = replace(job, spec=replace(job.spec, student=model))
     title = f"student {number + 1} of {len(plan.students)}, {student.name}"
     answers: list[Answers] = [{} for _ in job.prompts]
     for kind, measures in (("alone", ("scores",)), ("beside", BESIDE_THE_TEACHER)):

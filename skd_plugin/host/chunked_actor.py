@@ -15,12 +15,15 @@ Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from openrlhf.models import Actor
 
+from skd_plugin.adapters import adapter_of, is_adapted
 from skd_plugin.core.chunked import FEW_LOGITS, HeadLoss, chunked_scores
 from skd_plugin.core.layout import ResponseLayout
 from skd_plugin.models import changed_logits
@@ -48,6 +51,7 @@ class ChunkedActor(Actor):
         self._vocab = vocab
         self._compared = False
         head = self.model.get_output_embeddings()
+        head = head.get_base_layer() if is_adapted(head) else head
         plain = type(head) is torch.nn.Linear and head.bias is None and changed_logits(self.model.config) is None
         self.reads_head = self._chunk is not None and plain  # its logits are the product of hidden states and weight
 
@@ -71,7 +75,7 @@ class ChunkedActor(Actor):
         places = ResponseLayout.packed(action_mask, attention_mask) if packed else layout
         own, numbers_NM = slice(0, len(layout)), torch.empty(0)
 
-        def numbers(hidden_BTH: torch.Tensor) -> torch.Tensor:
+        def numbers(hidden_BTH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
             """What is read of every response token, where the model expects logits: float32, [B, T, 3] or packed."""
             nonlocal own, numbers_NM
             here, loss = places, head_loss
@@ -81,7 +85,7 @@ class ChunkedActor(Actor):
                 loss = None if head_loss is None else head_loss.of(own)
             scores = chunked_scores(
                 here.predictions(hidden_BTH),
-                head.weight,
+                head_VH,
                 tokens_N=here.tokens(sequences),
                 chunk=self._chunk,
                 vocab=self._vocab,
@@ -92,14 +96,10 @@ class ChunkedActor(Actor):
             numbers_NM = torch.stack(known, dim=-1)
             return here.put(numbers_NM, hidden_BTH)
 
-        head = self.model.get_output_embeddings()
-        head.forward = numbers  # inside the module's own call, where ZeRO-3 has gathered its weight
-        try:
+        with reading_head(self.model.get_output_embeddings(), numbers):
             output = super().forward(
                 sequences, None, attention_mask, True, packed, ring_attn_group=ring_attn_group, **others
             )
-        finally:
-            del head.forward
         found_NM = layout.predictions(output["logits"].flatten(2))  # padded again, where it was packed
         self._compare(found_NM[own], numbers_NM)
         log_prob_N, entropy_N, loss_N = found_NM.unbind(-1)
@@ -118,3 +118,35 @@ class ChunkedActor(Actor):
                 f"the student ({type(self.model).__name__}) changes what its output head returns in a way that is not "
                 "known here; set skd.loss.chunk=null, which keeps the logits of a whole micro-batch in memory"
             )
+
+
+@contextmanager
+def reading_head(head: Any, read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it is open, a call of the output head gives `read(hidden [B, T, H], weight [V, H])` in place of the
+    product of the two. A weight is taken inside the call of the module that has it, where ZeRO-3 has gathered it.
+
+    The logits of a head with an adapter are h W^T + s (A h) B^T: as one product, that of [h, s A h] and [W, B].
+    """
+    forwards: dict[Any, Callable[[torch.Tensor], torch.Tensor]]
+    if is_adapted(head):
+        adapter, base = adapter_of(head), head.get_base_layer()
+        (name,) = head.active_adapters
+        into, out = head.lora_A[name], head.lora_B[name]
+
+        def beside(hidden_BTH: torch.Tensor) -> torch.Tensor:
+            low_BTR = adapter.scaling * into(head.lora_dropout[name](hidden_BTH.to(into.weight.dtype)))
+            return base(torch.cat([hidden_BTH, low_BTR.to(hidden_BTH)], dim=-1))
+
+        def joined(wide_BTW: torch.Tensor) -> torch.Tensor:
+            return read(wide_BTW, torch.cat([base.weight, out.weight.to(base.weight)], dim=1))
+
+        forwards = {head: beside, base: out.__call__, out: joined}
+    else:
+        forwards = {head: lambda hidden_BTH: read(hidden_BTH, head.weight)}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward

@@ -13,6 +13,7 @@ from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from skd_plugin.adapters import Weight, plain, weights
 from skd_plugin.host import on_cpu
 
 BUCKET_BYTES = 512 << 20  # one message; a larger parameter travels alone
@@ -108,13 +109,13 @@ class StudentSender:
         from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 
         torch.cuda.empty_cache()
-        for bucket, parameters in buckets(self._model):
-            gathered = list(parameters.values())
+        for bucket, named in buckets(self._model):
+            gathered = [parameter for weight in named.values() for parameter in weight.parameters]
             with deepspeed.zero.GatheredParameters(gathered, enabled=self._args.ds.zero_stage == 3):
                 if self._use_cuda_ipc:
-                    self._send_by_ipc(bucket, flatten(self._model, parameters))
+                    self._send_by_ipc(bucket, flatten(self._model, named))
                 elif torch.distributed.get_rank() == 0:
-                    self._send_by_broadcast(bucket, flatten(self._model, parameters))
+                    self._send_by_broadcast(bucket, flatten(self._model, named))
         if torch.distributed.get_rank() == 0:
             ray.get([engine.student_is.remote(version) for engine in self._engines])
             ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
@@ -155,39 +156,43 @@ class StudentSender:
         torch_dist_barrier_and_cuda_sync()
 
 
-def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, dict[str, torch.nn.Parameter]]]:
-    """A model's parameters by their names, in their order, as many together as `BUCKET_BYTES` hold, of one dtype; and
-    what they are in its checkpoint, which is how vLLM knows them.
+def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, dict[str, Weight]]]:
+    """A model's weights by their names, in their order, as many together as `BUCKET_BYTES` hold, of one dtype; and
+    what they are in its checkpoint, which is how vLLM knows them. An adapter travels within the weight that it is for.
     """
 
-    def shape(parameter: torch.nn.Parameter) -> torch.Size:
-        return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape beside the shard
+    def shape(weight: Weight) -> torch.Size:
+        return getattr(weight.base, "ds_shape", weight.base.shape)  # ZeRO-3 keeps the whole shape beside the shard
 
-    def made(named: dict[str, torch.nn.Parameter]) -> tuple[Bucket, dict[str, torch.nn.Parameter]]:
-        dtype = next(iter(named.values())).dtype
-        shapes = {name: torch.empty(shape(p), dtype=dtype, device="meta") for name, p in named.items()}
+    def dtype_of(named: dict[str, Weight]) -> torch.dtype:
+        return next(iter(named.values())).base.dtype
+
+    def made(named: dict[str, Weight]) -> tuple[Bucket, dict[str, Weight]]:
+        dtype = dtype_of(named)
+        shapes = {name: torch.empty(shape(weight), dtype=dtype, device="meta") for name, weight in named.items()}
         known = as_checkpoint(model, shapes)
         return Bucket(list(known), [tuple(tensor.shape) for tensor in known.values()], dtype), named
 
-    open_bucket: dict[str, torch.nn.Parameter] = {}
+    open_bucket: dict[str, Weight] = {}
     size = 0
-    for name, parameter in model.named_parameters():
-        num_bytes = shape(parameter).numel() * parameter.element_size()
+    for name, weight in weights(model):
+        num_bytes = shape(weight).numel() * weight.base.element_size()
         full = size + num_bytes > BUCKET_BYTES
-        if open_bucket and (full or parameter.dtype != next(iter(open_bucket.values())).dtype):
+        if open_bucket and (full or weight.base.dtype != dtype_of(open_bucket)):
             yield made(open_bucket)
             open_bucket, size = {}, 0
-        open_bucket[name] = parameter
+        open_bucket[name] = weight
         size += num_bytes
     yield made(open_bucket)
 
 
-def flatten(model: torch.nn.Module, named: Mapping[str, torch.nn.Parameter]) -> torch.Tensor:
-    """Parameters of a bucket, whole, in the order of its names."""
-    known = as_checkpoint(model, {name: parameter.data for name, parameter in named.items()})
+def flatten(model: torch.nn.Module, named: Mapping[str, Weight]) -> torch.Tensor:
+    """Weights of a bucket, whole and merged with their adapters, in the order of its names."""
+    known = as_checkpoint(model, {name: weight.merged() for name, weight in named.items()})
     return torch.cat([tensor.reshape(-1) for tensor in known.values()])
 
 
 def as_checkpoint(model: torch.nn.Module, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights under the names and in the parts in which transformers saves them; some models have others in memory."""
+    model = plain(model)
     return revert_weight_conversion(model, named) if isinstance(model, PreTrainedModel) else named

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from skd_plugin import trust
+from skd_plugin.adapters import ALL_LINEAR, LoraOptions, refuse_adapter
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import (
     HostOptions,
@@ -35,6 +36,7 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptForm
 from skd_plugin.models import check_saving
 from skd_plugin.prepare.model_checks import (
+    check_adapters,
     check_experts,
     check_full_weights,
     check_output_head,
@@ -192,9 +194,12 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         if complete.get(option):
             trust.refuse_code(complete[option], option.split(".")[0])
             trust.refuse_pickles(complete[option], option.split(".")[0])
+    refuse_adapter(models.student, "student")
+    check_full_weights(models.student)
+    if lora := LoraOptions.of(complete):
+        check_adapters(models.student, lora)
     if models.cpu:
         check_experts(models.student)
-    check_full_weights(models.student)
     if complete["ds.ring_attn_size"] > 1:
         check_ring(models.student, complete["ds.ring_attn_size"], cpu=models.cpu)
     check_saving(models.student, "student")
@@ -228,6 +233,8 @@ def host_options_of(models: Models) -> dict[str, Any]:
         **{option: str(Path(models.given.get(option, place)).resolve()) for option, place in places.items()},
         "rollout.max_new_tokens": models.max_new_tokens,
     }
+    if host.get("ds.lora.target_modules") == [ALL_LINEAR]:  # peft knows the word, but not a list of it
+        del host["ds.lora.target_modules"]  # it is OpenRLHF's default
     if models.skd.all_tasks:
         host |= task_options(models.skd, host)
     if not any(host.get(name) for name in ("reward.model_name_or_path", "train.agent_func_path")):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from skd_plugin import trust
+from skd_plugin import adapters, trust
 from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import (
@@ -14,6 +15,7 @@ from skd_plugin.models import (
     load_tokenizer,
     output_head_names,
     output_head_type,
+    without_weights,
 )
 from skd_plugin.quantization import method_of
 
@@ -27,8 +29,11 @@ def check_pair(
         RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), a context is too short, or
             a model cannot be split over the ranks of an engine.
     """
+    if teacher != student:  # a student alone stands in both places
+        adapters.refuse_adapter(teacher, "teacher")
+    adapters.check_folder(student, "student")
     for role, name in (("teacher", teacher), ("student", student)):
-        trust.refuse_pickles(name, role)
+        trust.refuse_pickles(adapters.base_of(name) or name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
     check_attention(configs)
     check_heads(configs, tensor_parallel)
@@ -116,6 +121,46 @@ def check_experts_beside(configs: Mapping[str, Any]) -> None:
             "the student is a mixture of experts and the teacher is not, which vLLM cannot hold in one engine; take a "
             "teacher that is one, too, or a dense student"
         )
+
+
+def check_adapters(student: str, lora: adapters.LoraOptions) -> None:
+    """Raises RecipeError for adapters that cannot be merged into the weights that the engine gets."""
+    config = load_model_config(student, "student")
+    if _has_experts(config):
+        raise RecipeError(
+            f"the student '{student}' is a mixture of experts, whose adapters are not merged into the experts of the "
+            "engine; set openrlhf.ds.lora.rank=0, or take a dense student"
+        )
+    model = without_weights(config)
+    modules = [name for name, _ in model.named_modules()]
+    option = "openrlhf.ds.lora.target_modules"
+    for target in lora.target_modules if isinstance(lora.target_modules, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+            raise RecipeError(
+                f"{option} names '{target}', but the student '{student}' has no such module; its linear layers are "
+                f"{', '.join(linear)}"
+            )
+    model.tie_weights()
+    shared = {id(model.get_input_embeddings().weight)}
+    with warnings.catch_warnings(action="ignore"):  # what peft would say of such layers is said here
+        adapted = adapters.with_adapters(model, lora)
+    for name, layer in adapters.adapted_layers(adapted):
+        base = layer.get_base_layer()
+        if not _is_linear(base):
+            raise RecipeError(f"{option} reaches {name}, a {type(base).__name__}; only linear layers can be merged")
+        if id(base.weight) in shared:
+            raise RecipeError(
+                f"{option} reaches {name}, whose weight is the input embedding's, too (tie_word_embeddings); an "
+                "adapter would untie them, and the engine has one weight for both. Leave it out"
+            )
+
+
+def _is_linear(module: Any) -> bool:
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Linear | Conv1D)
 
 
 def check_attention(configs: Mapping[str, Any]) -> None:

@@ -55,7 +55,8 @@ def _supervise(run: Run, console: Console) -> int:
         console.print(f"The whole story is in {folder.log}. {_how_to_go_on(run)}")
         return 1
     console.print(summary_table(folder, time.monotonic() - started))
-    console.print(f"The student is in {folder.model}; everything else is beside it")
+    what = "student's LoRA adapter" if run.host.get("ds.lora.rank") else "student"
+    console.print(f"The {what} is in {folder.model}; everything else is beside it")
     return 0
 
 

@@ -36,8 +36,8 @@ def test_a_student_with_other_names_in_memory(tiny_pair: Path, tmp_path: Path) -
     spec = make_spec(teacher=teacher, student=student, draft_len=2, max_len=48, teacher_top_k=8, options=options)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32).eval()
     engine = SKDEngine(spec)
-    for bucket, parameters in weight_sync.buckets(trained):
-        engine.load_student(bucket.unpack(weight_sync.flatten(trained, parameters)))
+    for bucket, weights in weight_sync.buckets(trained):
+        engine.load_student(bucket.unpack(weight_sync.flatten(trained, weights)))
     samples = engine.generate([[1, 5, 6], [1, 9, 8, 7]], make_rule(top_k=4), 24, seed=1)
     for sample in samples:
         ids = sample.trace.response_ids.long()

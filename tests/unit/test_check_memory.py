@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma2Config, Qwen2Config
 
+from skd_plugin.adapters import LoraOptions
 from skd_plugin.check.memory_budget import check_memory, fits_twice, make_budget
 from skd_plugin.check.memory_model import (
+    GATHERED_PARAMETERS,
     GIB,
     LOGIT_BYTES,
     RUNTIME,
@@ -141,6 +143,31 @@ def trainer(size, **changes):
         checkpointing=False,
     )
     return trainer_memory(size, **(settings | changes))
+
+
+def test_of_adapters_only_theirs_are_trained():
+    """Rank 32 on all linear layers: 32 (in + out) of each, by hand; 2 bytes a weight, 2 a gradient, 16 of AdamW."""
+    size = model_size(BIG, LoraOptions(32, 32, 0.0, "all-linear"))
+    layer = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+    assert size.adapters == 28 * 32 * layer and size.parameters == BIG_PARAMETERS
+    found = trainer(size, zero_stage=2, ranks=4)
+    assert found.weights == 2 * (BIG_PARAMETERS + size.adapters)
+    assert found.gradients == 2 * size.adapters // 4
+    assert found.optimizer == 16 * size.adapters // 4
+    assert found.buffers == 2 * 2 * size.adapters + RUNTIME
+    gathered = trainer(size, zero_stage=3, ranks=4)
+    assert gathered.weights == 2 * (BIG_PARAMETERS + size.adapters) // 4
+    assert gathered.buffers == 2 * (size.adapters + GATHERED_PARAMETERS) + RUNTIME
+
+
+def test_a_recipe_with_adapters_needs_less():
+    whole, adapters = (
+        check_memory(BIG, SMALL, skd(), options(**{"ds.lora.rank": rank}), cpu=False, device=GPU) for rank in (0, 16)
+    )
+    assert "and 8.8 M of LoRA adapters, which alone are trained" in adapters[0].found
+    assert "LoRA" not in whole[0].found
+    gradients = [re.search(r"gradients (\S+) (\S+),", findings[2].found).groups() for findings in (whole, adapters)]
+    assert gradients[0] != gradients[1]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,22 @@ def test_a_run_is_a_student_of_a_recipe(run_folder: Path):
     assert plan.measures == ("scores", "speculation") and plan.sampling.k == (1, 4)
 
 
+def test_an_adapter_is_a_student(tmp_path: Path):
+    """With and without a teacher; its folder describes the model, and its weights may be OpenRLHF's pickle."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(Path(STUDENT) / name)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": STUDENT}))
+    (folder / "adapter_model.bin").touch()
+    for measures in (["scores"], ["all"]):
+        plan = make_plan(QUICKSTART, FEW, [str(folder)], measures)
+        assert [student.model for student in plan.students] == [str(folder)]
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(RecipeError, match=r"is a LoRA adapter without tokenizer_config\.json; merge it with"):
+        make_plan(QUICKSTART, FEW, [str(folder)], ["all"])
+
+
 def test_without_a_teacher_the_scores_are_measured(tmp_path: Path):
     recipe = tmp_path / "scores.yaml"
     recipe.write_text("openrlhf: {data: {max_len: 176}}\nskd: {task: {name: arithmetic, eval_prompts: 2}}\n")

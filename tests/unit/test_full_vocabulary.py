@@ -6,6 +6,7 @@ traces with all V entries.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,8 +63,6 @@ def small_chunks(modules, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def student(hf_models):
-    from copy import deepcopy
-
     return deepcopy(hf_models["student"])
 
 
@@ -151,8 +150,6 @@ def run_step(objective, actor, batch: Batch, return_entropy: bool = False, **tot
 
 def train(modules, hf_models, kind: str, way: str, chunked: bool, *, by_token=True, rl=0.0, entropy=0.0, packed=False):
     """(loss, log-probs, gradients by name) of one batch."""
-    from copy import deepcopy
-
     model, teacher = deepcopy(hf_models["student"]), hf_models["teacher"]
     actor = make_actor(modules, model, chunked, packed)
     head = teacher.lm_head.weight.detach()
@@ -239,6 +236,53 @@ def test_a_tied_head_gets_both_gradients(modules, hf_models, way: str) -> None:
     _, _, right = train(modules, tied, "forward_kl", way, False)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["q_proj"]])
+@pytest.mark.parametrize("rl", [0.0, 0.5])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_student_with_adapters(modules, hf_models, way: str, targets: list[str], rl: float) -> None:
+    """An adapted head is the one that is read, with its dropout; a frozen one gets no gradient."""
+    from skd_plugin.adapters import LoraOptions, with_adapters
+
+    found = {}
+    for chunked in (True, False):
+        torch.manual_seed(0)
+        adapted = with_adapters(deepcopy(hf_models["student"]), LoraOptions(2, 4, 0.3, targets)).train()
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter.data, std=0.3)
+        torch.manual_seed(1)  # of the dropout
+        found[chunked] = train(modules, {**hf_models, "student": adapted}, "forward_kl", way, chunked, rl=rl)
+    (loss, log_probs, gradients), (right_loss, right_log_probs, right) = found[True], found[False]
+    torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_probs, right_log_probs, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        if ".lora_" in name:
+            torch.testing.assert_close(gradient, right[name], rtol=1e-3, atol=1e-5, msg=name)
+            assert gradient.any(), name
+        else:
+            assert gradient is None and right[name] is None, name
+
+
+def test_an_adapter_of_another_type_than_its_head(modules, hf_models) -> None:
+    """At ZeRO-3 peft's adapters stay float32 beside a model in bfloat16."""
+    from skd_plugin.adapters import LoraOptions, with_adapters
+
+    found = []
+    for chunked in (True, False):
+        torch.manual_seed(0)
+        model = deepcopy(hf_models["student"]).to(torch.bfloat16)
+        adapted = with_adapters(model, LoraOptions(2, 4, 0.0, ["lm_head"]))
+        out = adapted.get_output_embeddings().lora_B["default"].weight
+        assert out.dtype == torch.float32
+        torch.nn.init.normal_(out.data, std=0.1)
+        teacher = {"teacher": hf_models["teacher"], "student": adapted}
+        loss, _, gradients = train(modules, teacher, "forward_kl", "full", chunked)
+        found.append((loss, *(gradient for gradient in gradients.values() if gradient is not None)))
+    for ours, right in zip(*found, strict=True):
+        assert ours.dtype == right.dtype == torch.float32
+        assert (ours - right).norm() < 0.05 * right.norm()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -112,6 +112,22 @@ def test_an_optimizer_that_cannot_sleep() -> None:
         host_rules.check(_complete(**{"ds.enable_sleep": True, "ds.zero_stage": 0}), REWARD_FREE)
 
 
+@pytest.mark.parametrize("option", ["train.enable_ema", "ds.use_liger_kernel", "ds.deepcompile"])
+def test_what_does_not_go_with_adapters(option: str) -> None:
+    for alone in ({option: True}, {"ds.lora.rank": 4}):
+        host_rules.check(_complete(**alone), REWARD_FREE)
+    with pytest.raises(RecipeError, match=rf"openrlhf\.{option} is on beside openrlhf\.ds\.lora\.rank: "):
+        host_rules.check(_complete(**{option: True, "ds.lora.rank": 4}), REWARD_FREE)
+
+
+def test_a_critic_does_not_go_with_adapters() -> None:
+    rewards = SKDConfig(teacher={"model_name_or_path": "t"}, objective={"rl_coef": 0.5})
+    options = {"algo.advantage.estimator": "gae", "reward.remote_url": "f.py"}
+    host_rules.check(_complete(**options), rewards)
+    with pytest.raises(RecipeError, match=r"gae beside openrlhf\.ds\.lora\.rank: OpenRLHF gives the critic adapters"):
+        host_rules.check(_complete(**options, **{"ds.lora.rank": 4}), rewards)
+
+
 def test_steps_are_rollouts_and_not_updates() -> None:
     assert host_rules.planned_steps(prompts=70, batch_size=16, episodes=3) == 12  # 6 prompts are left out each time
 

@@ -26,10 +26,24 @@ IMPORTS: dict[str, set[str]] = {
     "tasks": {"damage", "errors", "words"},
     "models": {"errors", "words", "trust"},
     "quantization": set(),
+    "adapters": {"errors", "models", "trust", "words"},
     "config": {"core", "errors", "run_folder"},
     "engine": {"config", "core", "cpu", "models", "seams"},
-    "host": {"config", "core", "cpu", "engine", "errors", "models", "run_folder", "seams", "tasks", "trust"},
+    "host": {
+        "adapters",
+        "config",
+        "core",
+        "cpu",
+        "engine",
+        "errors",
+        "models",
+        "run_folder",
+        "seams",
+        "tasks",
+        "trust",
+    },
     "prepare": {
+        "adapters",
         "config",
         "damage",
         "errors",
@@ -43,8 +57,19 @@ IMPORTS: dict[str, set[str]] = {
     },
     "run": {"config", "errors", "run_folder", "terminal", "words"},
     "report": {"config", "core", "errors", "run_folder", "terminal", "words"},
-    "rollout_command": {"config", "engine", "errors", "host", "prepare", "run_folder", "tasks", "terminal"},
+    "rollout_command": {
+        "adapters",
+        "config",
+        "engine",
+        "errors",
+        "host",
+        "prepare",
+        "run_folder",
+        "tasks",
+        "terminal",
+    },
     "evaluate": {
+        "adapters",
         "config",
         "core",
         "engine",
@@ -59,6 +84,7 @@ IMPORTS: dict[str, set[str]] = {
         "words",
     },
     "check": {
+        "adapters",
         "config",
         "core",
         "cpu",
@@ -89,7 +115,7 @@ LIBRARIES = {
     "openrlhf": {"host"},
     "deepspeed": {"host"},
     "ray": {"host"},
-    "peft": {"host"},
+    "peft": {"adapters"},
 }
 
 

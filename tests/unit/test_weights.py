@@ -24,13 +24,14 @@ def model() -> torch.nn.Module:
 
 
 def test_unpacked_weights_are_the_packed_ones() -> None:
+    from skd_plugin.adapters import Weight
     from skd_plugin.host.weight_sync import Bucket, flatten
 
     originals = [torch.randn(shape) for shape in ((2, 3), (4,), (), (1, 5, 2))]
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in zip("abcd", originals, strict=True)}
     parameters["a"] = torch.nn.Parameter(originals[0].T.contiguous().T)  # not contiguous in memory
     bucket = Bucket(list("abcd"), [tuple(t.shape) for t in originals], torch.float32)
-    flat = flatten(torch.nn.Module(), parameters)
+    flat = flatten(torch.nn.Module(), {name: Weight(parameter, None) for name, parameter in parameters.items()})
     assert flat.shape == (bucket.size,) == (6 + 4 + 1 + 10,)
     unpacked = bucket.unpack(flat)
     assert [name for name, _ in unpacked] == list("abcd")
@@ -54,11 +55,11 @@ def test_buckets_hold_every_parameter_once(model, limit: int, monkeypatch: pytes
 
     monkeypatch.setattr(weight_sync, "BUCKET_BYTES", limit)
     received = []
-    for bucket, parameters in weight_sync.buckets(model):
-        assert {p.dtype for p in parameters.values()} == {bucket.dtype}
+    for bucket, weights in weight_sync.buckets(model):
+        assert {weight.base.dtype for weight in weights.values()} == {bucket.dtype}
         num_bytes = bucket.size * torch.empty(0, dtype=bucket.dtype).element_size()
-        assert len(parameters) == 1 or num_bytes <= limit
-        received += bucket.unpack(weight_sync.flatten(model, parameters))
+        assert len(weights) == 1 or num_bytes <= limit
+        received += bucket.unpack(weight_sync.flatten(model, weights))
     expected = list(model.named_parameters())
     assert [name for name, _ in received] == [name for name, _ in expected]
     for (name, found), (_, wanted) in zip(received, expected, strict=True):
@@ -157,8 +158,8 @@ def test_weights_travel_as_they_are_in_a_checkpoint(family: str, limit: int, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     monkeypatch.setattr(weight_sync, "BUCKET_BYTES", limit)
     received = {}
-    for bucket, parameters in weight_sync.buckets(model):
-        received |= dict(bucket.unpack(weight_sync.flatten(model, parameters)))
+    for bucket, weights in weight_sync.buckets(model):
+        received |= dict(bucket.unpack(weight_sync.flatten(model, weights)))
     saved = load_file(tmp_path / "model.safetensors")
     assert received.keys() == saved.keys()
     assert all(torch.equal(received[name], saved[name]) for name in saved)
