@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptError, PromptForm
+from skd_plugin.host.teacher_prompts import COLUMN, TeacherForm, teacher_prompt, teachers_lengths
 from skd_plugin.prepare.prompts import check_references
 from skd_plugin.prepare.rows import Source, read_dataset
 from skd_plugin.run_folder import out_file
@@ -28,6 +29,8 @@ class Prompt(NamedTuple):
     reference: str | None
     where: str  # file and line
     form: str  # how it was made, in words
+    teacher_text: str | None = None  # the teacher's own prompt
+    teacher_ids: list[int] | None = None
 
 
 def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str, *, raw: bool) -> int:
@@ -57,10 +60,11 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     if skd.rollout.notice:
         say(skd.rollout.notice)
     rule = SamplingRule.of(skd.rollout)
-    limits = [rule.limit(min(max_new_tokens or max_len, max_len - len(prompt.ids))) for prompt in repeated]
+    rooms = [models.room_behind(prompt.ids, prompt.teacher_ids) for prompt in repeated]
+    limits = [rule.limit(min(max_new_tokens or max_len, room)) for room in rooms]
     if rule.reference_share:
         check_references(((prompt.where, prompt.reference) for prompt in given), '("reference": "...")')
-    spec = engine_for(skd, models.options, student=models.student, cpu=models.cpu)
+    spec = engine_for(skd, models.engine_options, student=models.student, cpu=models.cpu)
     with TemporaryDirectory(prefix="skd-rollout-") as folder:
         student = whole(spec.student, Path(folder), spec.dtype)
         engine = SKDEngine(replace(spec, student=student, teacher_hidden=False))
@@ -70,6 +74,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
         limits,
         seed=skd.rollout.seed,
         texts=[prompt.reference for prompt in repeated],
+        teacher_prompts=[prompt.teacher_ids or prompt.ids for prompt in repeated],
         progress=True,
     )
     with path.open("w") as file:
@@ -77,7 +82,8 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             response = engine.decode(sample.trace.response_ids.tolist())
             texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": response}
             trace = sample.trace.to_json(sample.prompt_ids, sample.finish)
-            file.write(json.dumps({**trace, **texts, "prompt_form": prompt.form}) + "\n")
+            own = {} if prompt.teacher_text is None else {"teacher_prompt": prompt.teacher_text}
+            file.write(json.dumps({**trace, **texts, **own, "prompt_form": prompt.form}) + "\n")
     say(f"{len(finished)} responses are in {path}")
     return 0
 
@@ -92,7 +98,7 @@ def read_prompts(names: str, models: Models, *, raw: bool) -> list[Prompt]:
     how = {"split": options["data.prompt_split"], "limit": options["data.max_samples"]}
     found: list[Prompt] = []
     for source in read_dataset(names, option="--prompts", **how).sources:
-        form = _form(source, options, models.tokenizer, raw=raw)
+        form = _form(source, options, models, raw=raw)
         for index, row in enumerate(source.rows):
             try:
                 found.append(_prompt(row, form, options["data.label_key"], models, source.where(index)))
@@ -101,8 +107,10 @@ def read_prompts(names: str, models: Models, *, raw: bool) -> list[Prompt]:
     return found
 
 
-def _form(source: Source, options: Mapping[str, Any], tokenizer: Any, *, raw: bool) -> PromptForm:
-    """How the source's rows become prompts. The column is that of training, or else "prompt"."""
+def _form(source: Source, options: Mapping[str, Any], models: Models, *, raw: bool) -> PromptForm:
+    """How the source's rows become prompts. The column is that of training, or else "prompt"; `raw` texts are what
+    both models read.
+    """
     key, columns = options["data.input_key"], source.rows.column_names
     key = key if key in columns else TEXT
     if key not in columns and IDS not in columns:
@@ -110,22 +118,37 @@ def _form(source: Source, options: Mapping[str, Any], tokenizer: Any, *, raw: bo
             f"{source.name} has no column '{options['data.input_key']}' (openrlhf.data.input_key), nor '{TEXT}' or "
             f"'{IDS}'; it has {', '.join(columns)}"
         )
-    return PromptForm(key) if raw else PromptForm.of({**options, "data.input_key": key}, tokenizer)
+    if raw:
+        return PromptForm(key)
+    form = PromptForm.of({**options, "data.input_key": key}, models.tokenizer, models.skd)
+    if form.teacher is None or not models.skd.all_tasks or COLUMN in columns:
+        return form
+    own = models.skd.teacher_prompts[0]  # these rows are not those that the tasks have made
+    chat = form.chat is not None
+    return replace(form, teacher=TeacherForm.of(own, models.skd, key, form.teacher.tokenizer, chat=chat))
 
 
 def _prompt(row: Mapping[str, Any], form: PromptForm, label: str | None, models: Models, where: str) -> Prompt:
-    if row.get(IDS) is not None:
+    text = None
+    if row.get(IDS) is not None:  # what both models read
         ids, how = _checked_ids(row[IDS], len(models.tokenizer)), "token ids as they are"
     else:
-        ids, how = models.tokenizer(form.prompt(row), add_special_tokens=False).input_ids, form.words
+        text = form.prompt(row)
+        ids, how = models.tokenizer(str(text), add_special_tokens=False).input_ids, form.words
     if not 2 <= len(ids) <= models.longest_prompt:
         raise PromptError(f"the prompt has {len(ids)} tokens; 2 to {models.longest_prompt} fit")
     reference = row.get("reference")
     if reference is None:
-        return Prompt(ids, Label.parse(row.get(label) if label else None).reference, where, how)
-    if not (isinstance(reference, str) and reference):
+        reference = Label.parse(row.get(label) if label else None).reference
+    elif not (isinstance(reference, str) and reference):
         raise PromptError(f'"reference" is {reference!r}, but must be a text')
-    return Prompt(ids, reference, where, how)
+    made = Prompt(ids, reference, where, how)
+    if form.teacher is None or text is None:
+        return made
+    if wrong := next(teachers_lengths([text], [len(ids)], form.teacher, models.longest_prompt)):
+        raise PromptError(wrong)
+    own = teacher_prompt(text) or text
+    return made._replace(teacher_text=own, teacher_ids=form.teacher.tokenizer(own, add_special_tokens=False).input_ids)
 
 
 def _checked_ids(ids: Any, vocabulary: int) -> list[int]:

@@ -58,7 +58,7 @@ def run_checks(
         yield from (Finding(name, "there is no run to test", "not run") for name, on in wanted.items() if on)
         return
     if self_test:
-        ids = student.tokenizer(list(prompts[:NUM_PROMPTS]), add_special_tokens=False).input_ids
+        ids = student.tokenizer([str(prompt) for prompt in prompts[:NUM_PROMPTS]], add_special_tokens=False).input_ids
         yield from _self_test(subject.run, subject.options, teacher, ids, folder, progress)
     else:
         yield asked_for(subject.run.skd)

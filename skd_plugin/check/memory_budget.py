@@ -19,6 +19,7 @@ from skd_plugin.check.memory_model import (
     model_size,
     trainer_memory,
 )
+from skd_plugin.config.context import engine_len
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.logit_rows import ENTRIES_ON_GPU
@@ -56,7 +57,7 @@ def make_budget(
         budget=int((device or 0) * _utilization(skd, options)),
         bytes_per_number=bytes_per_number,
         tensor_parallel=options["vllm.tensor_parallel_size"],
-        max_len=options["data.max_len"],
+        max_len=engine_len(options, skd.longest_teacher_prompt),
         draft_len=skd.rollout.draft_len,
         concurrent=min(requests, skd.vllm.get("max_num_seqs", requests)),
         batched_tokens=skd.vllm.get("max_num_batched_tokens", CPU_BATCHED_TOKENS if cpu else BATCHED_TOKENS),

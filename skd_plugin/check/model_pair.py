@@ -9,6 +9,7 @@ from typing import Any
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
+from skd_plugin.host.teacher_prompts import teacher_prompt
 from skd_plugin.models import generation_end_ids, load_model_config, load_tokenizer
 from skd_plugin.prepare.model_checks import check_vocabularies
 from skd_plugin.words import first_line
@@ -54,7 +55,10 @@ def check_models(
     yield check_vocabulary(teacher, student, refused=refused)
     yield check_template(teacher, student, options, prompts)
     if prompts:
-        yield check_first_prompt(prompts[0], student.tokenizer)
+        yield check_first_prompt(str(prompts[0]), student.tokenizer)
+        own = teacher_prompt(prompts[0])
+        if own is not None:
+            yield check_first_prompt(own, teacher.tokenizer, "teacher's first prompt")
     yield from check_end_tokens(teacher, student)
     yield check_padding(student)
 
@@ -90,6 +94,8 @@ def check_template(teacher: Model, student: Model, options: HostOptions, prompts
                 "set openrlhf.data.apply_chat_template=false, give openrlhf.data.input_template, or put the teacher's "
                 "chat_template.jinja into the student's folder",
             )
+        if prompts and teacher_prompt(prompts[0]) is not None:
+            return Finding("chat template", "applied; each model's own")
         if theirs != ours:
             return Finding(
                 "chat template",
@@ -111,19 +117,19 @@ def check_template(teacher: Model, student: Model, options: HostOptions, prompts
     return Finding("chat template", "not applied; the prompts go in as they are")
 
 
-def check_first_prompt(prompt: str, tokenizer: Any) -> Finding:
+def check_first_prompt(prompt: str, tokenizer: Any, name: str = "first prompt") -> Finding:
     """OpenRLHF adds no special token to a prompt, so a BOS that the models expect must be in its text."""
     shown = prompt if len(prompt) <= HEAD + TAIL else f"{prompt[:HEAD]} ... {prompt[-TAIL:]}"
     bare, usual = (tokenizer(prompt, add_special_tokens=add).input_ids for add in (False, True))
     if tokenizer.bos_token_id is not None and usual[0] == tokenizer.bos_token_id != bare[0]:
         return Finding(
-            "first prompt",
+            name,
             repr(shown),
             "warning",
             f"it does not begin with {tokenizer.bos_token!r}, which this tokenizer puts first by itself and OpenRLHF "
             f"does not; begin data.input_template or the prompts with it",
         )
-    return Finding("first prompt", repr(shown))
+    return Finding(name, repr(shown))
 
 
 def check_end_tokens(teacher: Model, student: Model) -> list[Finding]:

@@ -22,7 +22,7 @@ def check_steps(options: HostOptions, number: int, prompts: Sequence[str], token
     rounds = planned_steps(number, options["rollout.batch_size"], options["train.num_episodes"])
     responses = options["rollout.batch_size"] * samples
     updates = responses // options["train.batch_size"] * options["train.max_epochs"]
-    lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
+    lengths = [len(ids) for ids in tokenizer(list(map(str, prompts)), add_special_tokens=False).input_ids]
     longest = options["rollout.max_new_tokens"] or options["data.max_len"] - min(lengths)
     mean = sum(lengths) / len(lengths)
     found = (

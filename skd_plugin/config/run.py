@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from skd_plugin.config.host_options import HostOptions, host_arguments, host_parser
 from skd_plugin.config.recipe import flatten, use_new_names
@@ -19,6 +19,7 @@ class PromptRow(TypedDict):
     input: str
     label: str  # of tasks.label.Label.to_json
     datasource: str  # the task's name
+    teacher_prompt: NotRequired[str]  # as the teacher reads it, where it has prompts of its own
 
 
 DATA_DIGEST = "data_sha256"  # key of config.yaml, beside the options

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from skd_plugin.config.movable import VALUE_FORMS, Movable, Scheduled, TargetAcceptanceConfig, extremes, value_at
 from skd_plugin.config.section import Section, one_of, refuse_idle
@@ -19,8 +20,55 @@ from skd_plugin.core.token_weights import WEIGHTINGS
 from skd_plugin.errors import RecipeError, unknown_key
 
 
+class TeacherPromptConfig(Section):
+    """What the teacher reads in place of the student's prompt (host/teacher_prompts.py)."""
+
+    system: str | None = Field(
+        None,
+        description="system message before the prompt, in place of one that is there; without a chat template text",
+    )
+    template: str | None = Field(
+        None,
+        description="the user's turn, with columns of the row in braces, of a task {input}, {reference} and {answer}; "
+        "default: the student's",
+    )
+    column: str | None = Field(None, description="a column with the user's turn or a list of messages, in its place")
+    examples: str | None = Field(
+        None, description='a .json or .jsonl file of turns before the prompt, each {"input": ..., "output": ...}'
+    )
+    max_len: int | None = Field(
+        None, ge=2, description="tokens of the longest one; default: as of the student's, what data.max_len leaves"
+    )
+
+    @field_validator("examples")
+    @classmethod
+    def _wherever_it_is_read(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).resolve())
+
+    @model_validator(mode="after")
+    def _one_maker(self) -> TeacherPromptConfig:
+        if self.template is not None and self.column is not None:
+            raise ValueError("template and column both make the teacher's prompt; leave one of them out")
+        return self
+
+
+class StudentConfig(Section):
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="switches of the chat template, e.g. {enable_thinking: false}; the teacher has its own"
+    )
+
+
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
+    prompt: TeacherPromptConfig | None = Field(
+        None, description="a prompt of the teacher's own, by its own chat template; default: it reads the student's"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="switches of the teacher's chat template, which then makes a prompt of its own"
+    )
+    own_thinking: bool = Field(
+        False, description="prompts may end inside a thinking block of one of the two models only"
+    )
     compare: bool = Field(
         True,
         description="the first responses are read by transformers' teacher too, on the controller's CPU, and a run "
@@ -401,6 +449,18 @@ class TaskConfig(Section):
         None, ge=1, description="longest response of one task among several; default: skd.rollout.max_new_tokens"
     )
     seed: int = Field(0, description="of the choice of prompts")
+    teacher_prompt: TeacherPromptConfig | None = Field(None, description="of this task; default: skd.teacher.prompt")
+
+    @model_validator(mode="after")
+    def _columns_of_a_task(self) -> TaskConfig:
+        if self.teacher_prompt is not None:
+            _refuse_column(self.teacher_prompt, f"task {self.name}")
+        return self
+
+
+def _refuse_column(prompt: TeacherPromptConfig, whose: str) -> None:
+    if prompt.column is not None:
+        raise ValueError(f"the teacher's prompt has a column, but {whose} makes its prompts; use template")
 
 
 class EvalConfig(Section):
@@ -410,6 +470,7 @@ class EvalConfig(Section):
 
 class SKDConfig(Section):
     teacher: TeacherConfig
+    student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -431,6 +492,25 @@ class SKDConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
 
+    def teacher_prompt(self, task: TaskConfig | None = None) -> TeacherPromptConfig | None:
+        """The teacher's own, of a task or of a dataset; None: it reads the student's."""
+        if task is not None and task.teacher_prompt is not None:
+            return task.teacher_prompt
+        if self.teacher.prompt is None and self.teacher.chat_template_kwargs:
+            return TeacherPromptConfig()
+        return self.teacher.prompt
+
+    @property
+    def teacher_prompts(self) -> list[TeacherPromptConfig]:
+        """All forms of them."""
+        forms = [self.teacher_prompt(task) for task in self.all_tasks or (None,)]
+        return [form for form in forms if form is not None]
+
+    @property
+    def longest_teacher_prompt(self) -> int | None:
+        """Tokens of the longest prompt of the teacher's own, where the recipe says how long it may be."""
+        return max((prompt.max_len for prompt in self.teacher_prompts if prompt.max_len), default=None)
+
     @property
     def all_tasks(self) -> tuple[TaskConfig, ...]:
         """Those of the run, whichever way they are given."""
@@ -440,6 +520,8 @@ class SKDConfig(Section):
     def _one_task_or_several(self) -> SKDConfig:
         if self.task and self.tasks:
             raise ValueError("skd.task and skd.tasks are both given; move the one into the list of the others")
+        if self.all_tasks and self.teacher.prompt is not None:
+            _refuse_column(self.teacher.prompt, "a task")
         effects = {"mix_temperature": len(self.tasks) > 1}
         refuse_idle(self, effects, "it is for several tasks (skd.tasks)")
         for config in self.all_tasks:

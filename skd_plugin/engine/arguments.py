@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from skd_plugin.config.context import context_needed
+from skd_plugin.config.context import context_needed, engine_len
 from skd_plugin.config.schema import SKDConfig
 
 WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
@@ -24,7 +24,7 @@ class EngineSpec:
     teacher: str
     student: str
     draft_len: int  # tokens that the student proposes before the teacher looks (gamma)
-    max_len: int  # tokens of the longest sequence, prompt and response
+    max_len: int  # tokens of the longest sequence, prompt and response, to the teacher
     teacher_top_k: int  # most probable teacher tokens returned for each response token
     student_top_k: (
         int  # the student's most probable tokens, of which the teacher's log-probabilities are returned, too
@@ -138,7 +138,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         teacher=skd.teacher.model_name_or_path,
         student=student,
         draft_len=skd.rollout.draft_len,
-        max_len=options["data.max_len"],
+        max_len=engine_len(options, skd.longest_teacher_prompt),
         teacher_top_k=skd.loss.teacher_top_k,
         student_top_k=skd.loss.student_top_k,
         loss_temperature=skd.loss.temperature,

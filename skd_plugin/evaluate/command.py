@@ -72,7 +72,7 @@ def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[An
 
 def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut]) -> Job:
     models = plan.models
-    spec = engine_for(models.skd, models.options, student=student.model, cpu=models.cpu)
+    spec = engine_for(models.skd, models.engine_options, student=student.model, cpu=models.cpu)
     return Job(
         # Of the teacher's distribution only what every trace has is looked at.
         spec=replace(spec, teacher_top_k=1, student_top_k=0, loss_temperature=1.0, teacher_hidden=False),

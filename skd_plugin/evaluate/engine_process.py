@@ -96,6 +96,7 @@ class Beside:
             [prompt.limit for prompt in prompts],
             seed=derive_seed(self._job.seed, stream),
             texts=references,
+            teacher_prompts=[prompt.of_teacher for prompt in prompts],
         )
 
     def _student_texts(self) -> list[Sample]:
@@ -153,7 +154,10 @@ class Beside:
         heads = [sample.trace.response_ids[: int(share * len(sample.trace))].tolist() for sample in samples]
         pairs = list(zip(self._job.prompts, heads, strict=True))
         continued = self._engine.generate(
-            [prompt.ids + head for prompt, head in pairs], rule, [prompt.limit - len(head) for prompt, head in pairs]
+            [prompt.ids + head for prompt, head in pairs],
+            rule,
+            [prompt.limit - len(head) for prompt, head in pairs],
+            teacher_prompts=[prompt.of_teacher + head for prompt, head in pairs],
         )
         tails = [sample.trace.response_ids.tolist() for sample in continued]
         return [self._engine.decode(head + tail) for head, tail in zip(heads, tails, strict=True)]

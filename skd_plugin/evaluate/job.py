@@ -19,6 +19,12 @@ class Prompt:
     limit: int  # tokens of the longest response
     top_k: int | None = None  # K of the prompt's task; None is the run's
     reference: str | None = None
+    teacher_ids: list[int] | None = None  # the teacher's own
+
+    @property
+    def of_teacher(self) -> list[int]:
+        """As the teacher reads it."""
+        return self.ids if self.teacher_ids is None else self.teacher_ids
 
 
 @dataclass(frozen=True)

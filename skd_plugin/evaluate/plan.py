@@ -12,6 +12,7 @@ from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Prompt
 from skd_plugin.host.prompts import PromptForm
+from skd_plugin.host.teacher_prompts import teacher_prompt
 from skd_plugin.prepare.load_run import Models, complete_models, read_prompts
 from skd_plugin.prepare.prompts import check_dataset, check_lengths, make_prompts
 from skd_plugin.prepare.task_prompts import held_out
@@ -174,27 +175,32 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
 def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[HeldOut, ...]:
     tokenizer = models.tokenizer_of(teacher or student.model, student.model)
     options = models.row_options
-    form, label = PromptForm.of(options, tokenizer), options["data.label_key"]
+    form = PromptForm.of(options, tokenizer, models.skd, paired=teacher is not None)
+    label = options["data.label_key"]
     rows = _rows(models, form, tokenizer)
     prompts = make_prompts(rows, form)
-    check_lengths(prompts, tokenizer, models.longest_prompt)
-    ids = tokenizer(prompts, add_special_tokens=False).input_ids
+    check_lengths(prompts, form, tokenizer, models.longest_prompt)
+    ids = tokenizer(list(map(str, prompts)), add_special_tokens=False).input_ids
+    own: list[list[int] | None] = [None] * len(ids)
+    if form.teacher is not None:
+        texts = [teacher_prompt(prompt) or str(prompt) for prompt in prompts]
+        own = form.teacher.tokenizer(texts, add_special_tokens=False).input_ids
     return tuple(
-        _prompt(prompt, Label.parse(row.get(label)), str(row.get("datasource") or HELD_OUT), models)
-        for prompt, row in zip(ids, rows, strict=True)
+        _prompt(prompt, teachers, Label.parse(row.get(label)), str(row.get("datasource") or HELD_OUT), models)
+        for prompt, teachers, row in zip(ids, own, rows, strict=True)
     )
 
 
-def _prompt(ids: list[int], label: Label, task: str, models: Models) -> HeldOut:
+def _prompt(ids: list[int], teacher_ids: list[int] | None, label: Label, task: str, models: Models) -> HeldOut:
     longest = label.sampling.max_new_tokens or models.max_new_tokens or models.max_len
-    limit = min(longest, models.max_len - len(ids))
-    return HeldOut(Prompt(ids, limit, label.sampling.top_k, label.reference), label, task)
+    limit = min(longest, models.room_behind(ids, teacher_ids))
+    return HeldOut(Prompt(ids, limit, label.sampling.top_k, label.reference, teacher_ids), label, task)
 
 
 def _rows(models: Models, form: PromptForm, tokenizer: Any) -> Sequence[Mapping[str, Any]]:
     """Of the held-out prompts: those of the tasks, or of a dataset of the user's own."""
     if models.skd.all_tasks:
-        rows = held_out(models.skd, tokenizer, models.given_limit)
+        rows = held_out(models.skd, form, tokenizer, models.given_limit)
         if not rows:
             raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
         return rows

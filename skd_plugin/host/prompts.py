@@ -6,11 +6,14 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
+from skd_plugin.host.teacher_prompts import MissingValue, PairedPrompt, TeacherForm, check_switches
+from skd_plugin.models import load_tokenizer
 from skd_plugin.seams import rebind
 
 A_MESSAGE = '{"role": "...", "content": "..."}'
@@ -27,10 +30,16 @@ class PromptForm:
     key: str  # the column
     template: str | None = None  # with a {} for the text
     chat: Callable[..., Any] | None = None  # a tokenizer's apply_chat_template
+    teacher: TeacherForm | None = None  # how the teacher's own prompts are made; None: it reads the same
+    whose: str = "student"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], tokenizer: Any) -> PromptForm:
+    def of(cls, options: Mapping[str, Any], tokenizer: Any, skd: SKDConfig, *, paired: bool = True) -> PromptForm:
         """The recipe's.
+
+        Args:
+            tokenizer: the student's.
+            paired: with the teacher's prompts, where it has its own.
 
         Raises:
             RecipeError: it is none that makes a prompt of every text.
@@ -47,19 +56,47 @@ class PromptForm:
                     f"openrlhf.data.input_template = {template!r:.200} has no effect: the chat template makes the "
                     "prompts (openrlhf.data.apply_chat_template); leave one of them out"
                 )
-            return cls(key, None, tokenizer.apply_chat_template)
-        if template:
+        elif template:
             _check_template(template)
-        return cls(key, template or None)
+        switches = skd.student.chat_template_kwargs
+        if switches and not options["data.apply_chat_template"]:
+            raise RecipeError(
+                "skd.student.chat_template_kwargs has no effect: no chat template is applied "
+                "(openrlhf.data.apply_chat_template)"
+            )
+        check_switches(switches, tokenizer, "skd.student")
+        chat = partial(tokenizer.apply_chat_template, **switches) if options["data.apply_chat_template"] else None
+        return cls(key, template or None, chat, _teachers(options, skd) if paired else None)
 
     @property
     def words(self) -> str:
         if self.chat is not None:
-            return "the student's chat template"
+            return f"the {self.whose}'s chat template"
         return "openrlhf.data.input_template" if self.template is not None else "the text as it is"
 
+    @property
+    def columns(self) -> list[str]:
+        """That are read of a dataset."""
+        return list(dict.fromkeys([self.key, *(self.teacher.columns if self.teacher else ())]))
+
     def prompt(self, row: Mapping[str, Any]) -> str:
-        """Raises PromptError."""
+        """Of the student; a `PairedPrompt` where the teacher has its own.
+
+        Raises:
+            PromptError: the row makes none.
+        """
+        student = self._of_text(row)
+        if self.teacher is None:
+            return student
+        try:
+            content = self.teacher.content(row, student)
+        except MissingValue as error:
+            raise PromptError(str(error)) from error
+        key = self.teacher.config.column or self.key
+        form = PromptForm(key, None, self.teacher.chat, whose="teacher")
+        return PairedPrompt(student, form._of_text({key: content}))
+
+    def _of_text(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
         self.check(value)
         try:
@@ -94,6 +131,17 @@ class PromptForm:
         if self.chat is None and isinstance(value, list) and value and all(map(_is_message, value)):
             return "; messages want openrlhf.data.apply_chat_template=true"
         return ""
+
+
+def _teachers(options: Mapping[str, Any], skd: SKDConfig) -> TeacherForm | None:
+    own = skd.teacher_prompts
+    if not own:
+        return None
+    tokenizer = load_tokenizer(skd.teacher.model_name_or_path, "teacher")
+    if skd.all_tasks:
+        return TeacherForm.ready(skd, tokenizer)
+    chat = options["data.apply_chat_template"]
+    return TeacherForm.of(own[0], skd, options["data.input_key"], tokenizer, chat=chat)
 
 
 def _check_template(template: str) -> None:

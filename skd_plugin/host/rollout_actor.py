@@ -24,6 +24,7 @@ from skd_plugin.engine.request import finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
+from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_prompt, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
@@ -51,9 +52,10 @@ class SKDRollout(HostRollout):
         own = None if of_tasks or unrewarded else remote_rm_url
         await super().__init__(*args, remote_rm_url=own, **spec.arguments(kwargs))
         self._tokenizer = load_tokenizer(spec.student, "student")
+        self._teacher_tokenizer, self._max_len = load_tokenizer(spec.teacher, "teacher"), spec.max_len
         executor: AgentExecutorBase = self.executor
         if of_tasks and isinstance(executor, SingleTurnAgentExecutor):  # an agent says what its response is worth
-            end_ids = engine_end_ids(spec.teacher, load_tokenizer(spec.teacher, "teacher"), self._tokenizer)
+            end_ids = engine_end_ids(spec.teacher, self._teacher_tokenizer, self._tokenizer)
             text_of = partial(response_text, self._tokenizer, end_ids=end_ids)
             executor = TaskRewards(executor, text_of, reward_timeout_s)
         if not unrewarded:
@@ -104,13 +106,23 @@ class SKDRollout(HostRollout):
         multi_modal_data: Any = None,
         reference: str | None = None,
         own: Sampling = AS_THE_RUN,
+        pair: PairedPrompt | None = None,
     ) -> Any:
         """One response. `reference` takes its place where the rule chooses so; the others are sampled, by what the
-        prompt's task has of its `own`.
+        prompt's task has of its `own`. With a `pair` of prompts the teacher reads its own.
         """
         if multi_modal_data:
             raise ValueError(f"a prompt has an image: {IMAGES}")
         limit = min(sampling_params.max_tokens, own.max_new_tokens or sampling_params.max_tokens)
+        teacher_ids = None
+        if pair is not None:
+            teacher_ids = teachers_ids(pair, prompt_token_ids, self._tokenizer, self._teacher_tokenizer)
+            limit = min(limit, self._max_len - len(teacher_ids))  # where the student's sequence would have more room
+            if limit < 1:
+                raise ValueError(
+                    f"the teacher's prompt has come to {len(teacher_ids)} tokens, which leaves no room for a "
+                    "response; raise skd.teacher.prompt.max_len"
+                )
         request = prepare_request(
             prompt_token_ids,
             self._rule.with_top_k(own.top_k),
@@ -121,6 +133,7 @@ class SKDRollout(HostRollout):
             choice_seed=self._seed,
             max_new_tokens=self._rule.limit(limit),
             reference=reference,
+            teacher_ids=teacher_ids,
         )
         try:
             output = await super().generate(request.read_ids, request.sampling_params)
@@ -199,23 +212,24 @@ class _TracingExecutor(AgentExecutorBase):
         Raises:
             RuntimeError: the response has tokens that no turn accounts for, or another sample's settings.
         """
-        engine = _TurnRecorder(llm_engine, Label.parse(label), self._turns)
+        engine = _TurnRecorder(llm_engine, prompt, Label.parse(label), self._turns)
         self._under_way += 1
         try:
-            response = await self._inner.execute(prompt=prompt, label=label, llm_engine=engine, **kwargs)
+            response = await self._inner.execute(prompt=str(prompt), label=label, llm_engine=engine, **kwargs)
             turns = [turn for turn in self._turns if turn.asked is engine]
             if not _are_all(turns, response):
-                turns = self._found(response, engine.label)
+                turns = self._found(response, engine)
             for turn in turns:
                 self._turns.pop(turn, None)
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._turns.clear()
+        response["prompt"] = prompt  # with its pair, where it has one
         response[TRACE_KEY] = Trace.join([engine.nothing, *(turn.trace for turn in turns)])
         return response
 
-    def _found(self, response: dict[str, Any], label: Label) -> list[_Turn]:
+    def _found(self, response: dict[str, Any], own: _TurnRecorder) -> list[_Turn]:
         """A response's turns among those of all samples: each was sampled for just what stands before its tokens."""
         turns: list[_Turn] = []
         ids = list(response["observation_tokens"])
@@ -228,11 +242,17 @@ class _TracingExecutor(AgentExecutorBase):
                     "an agent's response, or not for the tokens before them; an executor must return the engine's "
                     "token ids unchanged, and ask it with the ids that it returns"
                 )
-            if turn.asked.label.sampling != label.sampling:
+            if turn.asked.label.sampling != own.label.sampling:
                 raise RuntimeError(
                     "an executor asked the engine of one sample for the response of another, so it was sampled by "
-                    f"{turn.asked.label.sampling}, where its task (skd.tasks) has {label.sampling}; let it ask the "
-                    "llm_engine that each execute() is given, and not keep the first one"
+                    f"{turn.asked.label.sampling}, where its task (skd.tasks) has {own.label.sampling}; let it ask "
+                    "the llm_engine that each execute() is given, and not keep the first one"
+                )
+            if teacher_prompt(turn.asked.prompt) != teacher_prompt(own.prompt):
+                raise RuntimeError(
+                    "an executor asked the engine of one sample for the response of another, so the teacher read the "
+                    "prompt that it has for that one (skd.teacher.prompt); let it ask the llm_engine that each "
+                    "execute() is given, and not keep the first one"
                 )
             turns.append(turn)
         return turns
@@ -263,9 +283,9 @@ def _are_all(turns: Sequence[_Turn], response: dict[str, Any]) -> bool:
 class _TurnRecorder:
     """The engine as one sample's executor sees it, which may keep it as long as it likes."""
 
-    def __init__(self, engine: Any, label: Label, turns: dict[_Turn, None]) -> None:
+    def __init__(self, engine: Any, prompt: str, label: Label, turns: dict[_Turn, None]) -> None:
         """`turns`: of all samples, to which this one's are added."""
-        self._engine, self.label, self._turns = engine, label, turns
+        self._engine, self.prompt, self.label, self._turns = engine, prompt, label, turns
         self.nothing = Trace.empty(engine.teacher_top_k)  # of an executor that asks for no token at all
         self._loop = asyncio.get_running_loop()
 
@@ -277,7 +297,8 @@ class _TurnRecorder:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
 
     async def _ask(self, prompt_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
-        known = {"reference": self.label.reference, "own": self.label.sampling}
+        pair = self.prompt if isinstance(self.prompt, PairedPrompt) else None
+        known = {"reference": self.label.reference, "own": self.label.sampling, "pair": pair}
         output = await self._engine.generate(prompt_token_ids, *args, **known, **kwargs)
         self._turns[_Turn(list(prompt_token_ids), output.skd_trace, self)] = None
         return output

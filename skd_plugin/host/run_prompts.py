@@ -18,7 +18,9 @@ class RunPrompts(PromptDataset):
         """Raises RuntimeError for a row that makes no prompt: of a large dataset not every row was looked at."""
         super().__init__([], tokenizer, strategy, input_template)
         data = strategy.args.data
-        form = PromptForm.of({f"data.{name}": value for name, value in vars(data).items()}, tokenizer)
+        form = PromptForm.of(
+            {f"data.{name}": value for name, value in vars(data).items()}, tokenizer, strategy.args.skd
+        )
         for number, row in enumerate(dataset, start=1):
             try:
                 self.prompts.append(form.prompt(row))

@@ -17,6 +17,7 @@ from skd_plugin.core.prompt_weights import PromptWeights
 from skd_plugin.engine.sampling_rule import RulePlan
 from skd_plugin.host import by_task
 from skd_plugin.host.samples import SKDSamplesGenerator
+from skd_plugin.host.teacher_prompts import teacher_prompt
 from skd_plugin.host.trace_store import PROMPT_WEIGHT, fetch, stored_trace
 from skd_plugin.run_folder import RunFolder
 
@@ -115,11 +116,13 @@ class RunSamples(SKDSamplesGenerator):
         for sample in samples[:: max(1, len(samples) // count)][:count] if count else ():
             (trace,) = fetch([stored_trace(sample)])
             prompt_ids = sample.sequences[0, : first_response_place(sample.action_mask[0])].tolist()
+            own = teacher_prompt(sample.prompts[0])
             self._folder.traces.append(
                 {
                     "step": self.step,
                     **trace.to_json(prompt_ids, "length" if bool(sample.truncated) else "stop"),
                     "prompt": sample.prompts[0],
                     "response": self.text(trace.response_ids.tolist()),
+                    **({} if own is None else {"teacher_prompt": own}),
                 }
             )

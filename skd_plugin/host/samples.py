@@ -18,6 +18,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.batch import per_token
+from skd_plugin.host.teacher_prompts import PairedPrompt, TeacherForm, teachers_lengths
 from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 
@@ -40,9 +41,12 @@ class SKDSamplesGenerator(SamplesGenerator):
         return self.plan.at(self.step)
 
     @cached_property
+    def teacher_tokenizer(self) -> Any:
+        return load_tokenizer(self.args.skd.teacher.model_name_or_path, "teacher")
+
+    @cached_property
     def _end_ids(self) -> frozenset[int]:
-        teacher = self.args.skd.teacher.model_name_or_path
-        return engine_end_ids(teacher, load_tokenizer(teacher, "teacher"), self.tokenizer)
+        return engine_end_ids(self.args.skd.teacher.model_name_or_path, self.teacher_tokenizer, self.tokenizer)
 
     def text(self, response_ids: list[int]) -> str:
         return response_text(self.tokenizer, response_ids, self._end_ids)
@@ -93,13 +97,18 @@ class SKDSamplesGenerator(SamplesGenerator):
 
     def _check_length(self, prompt: str, max_len: int, room: int) -> None:
         """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start."""
-        length = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+        length = len(self.tokenizer(str(prompt), add_special_tokens=False).input_ids)
         if not 2 <= length <= max_len - room:
             raise ValueError(
                 f"a prompt has {length} tokens, but 2 to {max_len - room} fit: openrlhf.data.max_len = {max_len}, of "
                 f"which {room} are kept for the response. Leave it out of the dataset, or raise data.max_len. The "
                 f"prompt begins with {prompt[:80]!r}"
             )
+        if isinstance(prompt, PairedPrompt):
+            form = TeacherForm.ready(self.args.skd, self.teacher_tokenizer)
+            wrong = next(teachers_lengths([prompt], [length], form, max_len - room))
+            if wrong is not None:
+                raise ValueError(f"{wrong}. The student's begins with {prompt[:80]!r}")
 
     def _process_response_into_experience(self, response: dict[str, Any], **generate_kwargs: Any) -> Experience:
         """OpenRLHF's experience, with the stored trace, and with the log-probability of each token under the law it

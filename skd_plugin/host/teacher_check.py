@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,19 @@ LENGTH = 1024  # tokens that are read in all, prompts included; more where a win
 BEYOND = 64  # tokens behind such a window
 RESPONSES = 4  # at most
 
+Read = Callable[[Experience, list[int]], list[int]]
 
-def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *, quantised: bool) -> float:
+
+def compare_teachers(
+    samples: Sequence[Experience], engine: EngineDescription, read: Read, *, quantised: bool
+) -> float:
     """Mean difference of log p of the same tokens, nats: by the engine (of its traces) and by transformers.
 
     The longest responses are read, on this process's CPU, before a run has updated anything. NaN where the weights do
     not fit into what memory is free: the log says so.
 
     Args:
+        read: what the teacher has read of a sample up to the first response, of the ids that the student has read.
         quantised: the teacher's weights are rounded, by the engine or in their files; how far it is from what
             transformers makes of its files is then no fault.
 
@@ -53,7 +58,8 @@ def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *
             # Formats that vLLM reads, and transformers only with a package of their own, or on a GPU.
             print(f"the engine's teacher is not compared with transformers', which cannot read its rounding: {error}")
             return float("nan")
-        gaps = [_gaps(model, engine["vocab_size"], *text) for text in _texts(samples, max(LENGTH, window + BEYOND))]
+        texts = _texts(samples, read, max(LENGTH, window + BEYOND))
+        gaps = [_gaps(model, engine["vocab_size"], *text) for text in texts]
     gap = torch.cat(gaps).mean().item()
     limit = mean_tolerance(dtype)
     if not gap <= limit and not quantised:
@@ -66,25 +72,33 @@ def compare_teachers(samples: Sequence[Experience], engine: EngineDescription, *
     return gap
 
 
-def _texts(samples: Sequence[Experience], length: int) -> Iterator[tuple[list[int], ResponseLayout, Drawn]]:
-    """The longest sequences, cut to `length` tokens together; where their responses are; what the engine said."""
+def _texts(
+    samples: Sequence[Experience], read: Read, length: int
+) -> Iterator[tuple[list[int], list[int], ResponseLayout, Drawn]]:
+    """The longest sequences, cut to `length` tokens together, as the teacher reads them up to the first response and
+    from there on; where the responses are; what the engine said.
+    """
     left = length
     for sample in sorted(samples, key=lambda sample: -sample.sequences.shape[1])[:RESPONSES]:
         ids = sample.sequences[0, :left].tolist()
         layout = ResponseLayout.of(sample.action_mask[:, : len(ids) - 1])
         if len(layout):
-            yield ids, layout, stored_trace(sample).drawn.slice(0, len(layout))
+            first = int(layout.entry_N[0]) + 1
+            drawn = stored_trace(sample).drawn.slice(0, len(layout))
+            yield read(sample, ids[:first]), ids[first:], layout, drawn
         left -= len(ids)
         if left < 2:
             return
 
 
-def _gaps(model: Any, vocab: int, ids: list[int], layout: ResponseLayout, drawn: Drawn) -> torch.Tensor:
+def _gaps(
+    model: Any, vocab: int, prompt: list[int], rest: list[int], layout: ResponseLayout, drawn: Drawn
+) -> torch.Tensor:
     """|log p by the engine - by transformers| of the response tokens: float32 [N]."""
     first = int(layout.entry_N[0])  # the prompt's last token
-    logp_RV = response_logits(model, ids[: first + 1], ids[first + 1 :])[:, :vocab].log_softmax(-1)
-    emitted_N = layout.tokens(torch.tensor([ids]))
-    return (drawn.teacher_logp - logp_RV[layout.entry_N - first, emitted_N]).abs()
+    logp_RV = response_logits(model, prompt, rest)[:, :vocab].log_softmax(-1)
+    place_N = layout.entry_N - first
+    return (drawn.teacher_logp - logp_RV[place_N, torch.tensor(rest)[place_N]]).abs()
 
 
 @contextmanager

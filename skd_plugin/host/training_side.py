@@ -16,7 +16,9 @@ from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.run_samples import Sampled
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
 from skd_plugin.host.teacher_check import compare_teachers
+from skd_plugin.host.teacher_prompts import PairedPrompt, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY
+from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import RunFolder
 
 RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
@@ -98,7 +100,13 @@ class TrainingSide:
 
     def _compare_teachers(self: Any, samples: list[Experience]) -> float:
         engine: EngineDescription = ray.get(self.vllm_engines[0].describe_skd.remote())
-        return compare_teachers(samples, engine, quantised=engine["quantization"] is not None)
+        tokenizer = load_tokenizer(engine["teacher"], "teacher")
+
+        def read(sample: Experience, ids: list[int]) -> list[int]:
+            pair = sample.prompts[0]
+            return teachers_ids(pair, ids, self.tokenizer, tokenizer) if isinstance(pair, PairedPrompt) else ids
+
+        return compare_teachers(samples, engine, read, quantised=engine["quantization"] is not None)
 
     def _begin_step(self: Any, global_step: int) -> Coefficients:
         progress = min(global_step / max(self.planned_steps, 1), 1.0)

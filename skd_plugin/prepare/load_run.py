@@ -6,7 +6,7 @@ Everything that can be wrong in a recipe is found here, before Ray, vLLM or Deep
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from skd_plugin import trust
 from skd_plugin.adapters import ALL_LINEAR, LoraOptions, refuse_adapter
 from skd_plugin.config import host_rules
+from skd_plugin.config.context import engine_len
 from skd_plugin.config.host_options import (
     HostOptions,
     check_by_host,
@@ -43,7 +44,7 @@ from skd_plugin.prepare.model_checks import (
     check_pair,
     check_ring,
 )
-from skd_plugin.prepare.prompts import check_dataset, check_references, make_prompts
+from skd_plugin.prepare.prompts import check_dataset, check_references, check_thinking, make_prompts
 from skd_plugin.prepare.rows import Dataset, check_column, content_digest, mixed, read_dataset, task_digest, values
 from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
 from skd_plugin.prepare.user_code import check_user_code
@@ -96,9 +97,24 @@ class Models:
         return self.given.get("rollout.max_new_tokens") if own is None else own
 
     @property
+    def engine_options(self) -> HostOptions:
+        """All of them, with the limit on a response that an engine is made for."""
+        return {**self.options, "rollout.max_new_tokens": self.max_new_tokens}
+
+    @property
+    def engine_len(self) -> int:
+        """Tokens of the longest sequence of the engine."""
+        return engine_len(self.engine_options, self.skd.longest_teacher_prompt)
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens that leave room for the longest response, or for one token where that has no limit."""
         return self.max_len - (self.max_new_tokens or 1)
+
+    def room_behind(self, ids: Sequence[int], teacher_ids: Sequence[int] | None) -> int:
+        """Tokens that a response may have behind a prompt, and behind the teacher's own."""
+        room = self.max_len - len(ids)
+        return room if teacher_ids is None else min(room, self.engine_len - len(teacher_ids))
 
     def tokenizer_of(self, teacher: str, student: str) -> Any:
         """The student's, after both models have been found to fit each other and the recipe.
@@ -112,6 +128,8 @@ class Models:
             top_k=int(max([*extremes(self.skd.rollout.top_k), *(task.top_k or 1 for task in self.skd.all_tasks)])),
             teacher_top_k=self.skd.loss.teacher_top_k,
             max_len=self.max_len,
+            engine_len=self.engine_len,
+            own_prompts=bool(self.skd.teacher_prompts),
             draft_len=self.skd.rollout.draft_len,
             tensor_parallel=self.options["vllm.tensor_parallel_size"],
         )
@@ -135,7 +153,7 @@ def read_models(content: dict[str, Any]) -> Models:
     given = host_values(host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_parser())
     models = Models(skd, given, host_defaults(), cpu)
     check_ranges(given)
-    check_vllm(skd.vllm, max_len=models.max_len, draft_len=skd.rollout.draft_len)
+    check_vllm(skd.vllm, max_len=models.engine_len, draft_len=skd.rollout.draft_len)
     return models
 
 
@@ -206,7 +224,7 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     if skd.loss.vocabulary == "full":
         check_output_head(skd.teacher.model_name_or_path, "teacher")
         check_output_head(models.student, "student")
-    form = PromptForm.of(complete, models.tokenizer)
+    form = PromptForm.of(complete, models.tokenizer, skd)
     if skd.all_tasks:
         data = draw_prompts(skd, form, models.tokenizer, models.longest_prompt, models.given_limit)
         rows, there_are, digest = data["train"], len(data["train"]), task_digest(data)
@@ -216,6 +234,7 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     host_rules.check_number(there_are, complete)
     number = min(len(rows), complete["data.max_samples"])
     prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, number))), form)
+    check_thinking(prompts, allowed=skd.teacher.own_thinking)
     return Run(skd, host, models.cpu, data, number, prompts, digest)
 
 
@@ -252,7 +271,8 @@ def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple
         check_dataset(dataset, form, label, models.tokenizer, models.longest_prompt)
     if models.skd.rollout.needs_references:
         _check_references(train, options["data.label_key"])
-    return train, content_digest(datasets, [form.key, *([label] if label else []), "datasource"])
+    examples = repr(form.teacher.examples) if form.teacher is not None and form.teacher.examples else ""
+    return train, content_digest(datasets, [*form.columns, *([label] if label else []), "datasource"], examples)
 
 
 def read_prompts(option: str, options: HostOptions) -> Dataset:

@@ -21,9 +21,22 @@ from skd_plugin.quantization import method_of
 
 
 def check_pair(
-    teacher: str, student: str, *, top_k: int, teacher_top_k: int, max_len: int, draft_len: int, tensor_parallel: int
+    teacher: str,
+    student: str,
+    *,
+    top_k: int,
+    teacher_top_k: int,
+    max_len: int,
+    draft_len: int,
+    tensor_parallel: int,
+    engine_len: int = 0,
+    own_prompts: bool = False,
 ) -> Any:
     """Returns the student's tokenizer.
+
+    Args:
+        engine_len: of the engine's longest sequence, where that is more than `max_len`.
+        own_prompts: of the teacher, so that the student stands at other places than the teacher.
 
     Raises:
         RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), a context is too short, or
@@ -35,7 +48,7 @@ def check_pair(
     for role, name in (("teacher", teacher), ("student", student)):
         trust.refuse_pickles(adapters.base_of(name) or name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
-    check_attention(configs)
+    check_attention(configs, own_prompts=own_prompts)
     check_heads(configs, tensor_parallel)
     check_experts_beside(configs)
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
@@ -54,8 +67,13 @@ def check_pair(
             raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
     for role, config in configs.items():
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        needed = context_needed(max_len, draft_len)
+        needed = context_needed(max(max_len, engine_len), draft_len)
         if context is not None and needed > context:
+            if engine_len > max_len:
+                raise RecipeError(
+                    f"skd.teacher.prompt.max_len and the longest response need a context of {needed} tokens (2 x "
+                    f"draft_len + 1 more), but the {role} has {context}; lower it by {needed - context}"
+                )
             raise RecipeError(
                 f"openrlhf.data.max_len = {max_len} needs a context of {needed} tokens (2 x draft_len + 1 more), but "
                 f"the {role} has {context}; lower data.max_len to {context + max_len - needed}"
@@ -163,7 +181,7 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, Linear | Conv1D)
 
 
-def check_attention(configs: Mapping[str, Any]) -> None:
+def check_attention(configs: Mapping[str, Any], *, own_prompts: bool = False) -> None:
     """One engine holds the layers of both models in one group of caches, which knows full attention and windows of one
     size, in any mixture.
 
@@ -171,9 +189,11 @@ def check_attention(configs: Mapping[str, Any]) -> None:
         configs: transformers' configurations by the role of the model.
 
     Raises:
-        RecipeError: there are windows of two sizes, or layers of another kind.
+        RecipeError: there are windows of two sizes, or layers of another kind; with `own_prompts` of the teacher, both
+            models have windows alone.
     """
     windows: dict[int, str] = {}
+    windows_alone: list[bool] = []
     for role, config in configs.items():
         text = config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or ())
@@ -187,6 +207,13 @@ def check_attention(configs: Mapping[str, Any]) -> None:
         slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
         if window and slides:
             windows[window] = role
+        windows_alone.append(bool(window and slides) and kinds <= {"sliding_attention"})
+    if own_prompts and all(windows_alone):
+        raise RecipeError(
+            "with a prompt of the teacher's own the student stands some places before it, and where all layers of "
+            "both models have a window, vLLM drops what the student still sees; take a pair of which one has full "
+            "attention"
+        )
     if len(windows) > 1:
         raise RecipeError(
             "one engine cannot hold attention windows of two sizes: "

@@ -7,6 +7,7 @@ from typing import Any
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptError, PromptForm
+from skd_plugin.host.teacher_prompts import is_thinking, teacher_prompt, teachers_lengths
 from skd_plugin.prepare.rows import ROWS_AT_ONCE, Dataset, Source, check_column, column, is_text, mixed, values
 
 # Prompts of a dataset that are made and measured: all, or of a larger one some from everywhere in it, and the longest
@@ -36,16 +37,38 @@ def make_prompts(rows: Iterable[Mapping[str, Any]], form: PromptForm, where: Whe
     return prompts
 
 
-def check_lengths(prompts: Sequence[str], tokenizer: Any, longest: int, where: Where = numbered) -> None:
+def check_lengths(
+    prompts: Sequence[str], form: PromptForm, tokenizer: Any, longest: int, where: Where = numbered
+) -> None:
     """Raises RecipeError for the first prompt that OpenRLHF would cut, or SKD could not start from."""
     for start in range(0, len(prompts), ROWS_AT_ONCE):
-        part = list(prompts[start : start + ROWS_AT_ONCE])
-        for index, ids in enumerate(tokenizer(part, add_special_tokens=False).input_ids, start=start):
-            if not 2 <= len(ids) <= longest:
+        part = prompts[start : start + ROWS_AT_ONCE]
+        lengths = [len(ids) for ids in tokenizer(list(map(str, part)), add_special_tokens=False).input_ids]
+        for index, length in enumerate(lengths, start=start):
+            if not 2 <= length <= longest:
                 raise RecipeError(
-                    f"{where(index)} has {len(ids)} tokens, but 2 to {longest} fit (openrlhf.data.max_len minus "
+                    f"{where(index)} has {length} tokens, but 2 to {longest} fit (openrlhf.data.max_len minus "
                     f"skd.rollout.max_new_tokens): {prompts[index][:60]!r}..."
                 )
+        if form.teacher is not None:
+            fit = teachers_lengths(part, lengths, form.teacher, longest)
+            found = next(((index, wrong) for index, wrong in enumerate(fit, start=start) if wrong), None)
+            if found is not None:
+                raise RecipeError(f"{where(found[0])}: {found[1]}")
+
+
+def check_thinking(prompts: Iterable[str], *, allowed: bool) -> None:
+    """Raises RecipeError for the first pair of prompts of which one ends inside a thinking block, unless `allowed`."""
+    for prompt in prompts:
+        texts = {"student": prompt, "teacher": teacher_prompt(prompt) or prompt}
+        thinking = [role for role, text in texts.items() if is_thinking(text)]
+        if len(thinking) == 1 and not allowed:
+            raise RecipeError(
+                f"the {thinking[0]}'s prompt alone ends inside a thinking block (...{texts[thinking[0]][-30:]!r}), so "
+                "that the two models would go on with different things. Set "
+                "skd.student.chat_template_kwargs or skd.teacher.chat_template_kwargs, such as {enable_thinking: "
+                "false}; skd.teacher.own_thinking=true takes it as it is"
+            )
 
 
 def check_dataset(dataset: Dataset, form: PromptForm, label: str | None, tokenizer: Any, longest: int) -> None:
@@ -64,14 +87,16 @@ def check_dataset(dataset: Dataset, form: PromptForm, label: str | None, tokeniz
 def _check_prompts(source: Source, form: PromptForm, tokenizer: Any, longest: int) -> None:
     """All rows have a text or messages; those that are looked at make prompts of a length that fits."""
     check_column(source, form.key, "openrlhf.data.input_key")
+    for name in form.columns[1:]:
+        check_column(source, name, "skd.teacher.prompt")
     _check_values(source, form)
     chosen = _chosen(source, form.key)
 
     def where(index: int) -> str:
         return source.where(chosen[index])
 
-    prompts = make_prompts(source.rows.select_columns([form.key]).select(chosen), form, where)
-    check_lengths(prompts, tokenizer, longest, where)
+    prompts = make_prompts(source.rows.select_columns(form.columns).select(chosen), form, where)
+    check_lengths(prompts, form, tokenizer, longest, where)
 
 
 def _check_values(source: Source, form: PromptForm) -> None:

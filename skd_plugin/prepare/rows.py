@@ -122,9 +122,13 @@ def task_digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def content_digest(datasets: Sequence[Dataset], names: Sequence[str]) -> str:
-    """SHA-256 of the columns of these names, wherever the rows come from: a second or less for a million rows."""
-    digest = hashlib.sha256()
+def content_digest(datasets: Sequence[Dataset], names: Sequence[str], beside: str = "") -> str:
+    """SHA-256 of the columns of these names, wherever the rows come from: a second or less for a million rows.
+
+    Args:
+        beside: what else makes prompts of them.
+    """
+    digest = hashlib.sha256(beside.encode())
     for dataset in datasets:
         for source in dataset.sources:
             for part in _in_bytes(source.rows, [name for name in names if name in source.rows.column_names]):

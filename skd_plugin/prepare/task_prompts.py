@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import PromptRow
 from skd_plugin.config.schema import SKDConfig, TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
-from skd_plugin.host.prompts import PromptForm
+from skd_plugin.host.prompts import PromptError, PromptForm
+from skd_plugin.host.teacher_prompts import TeacherForm, teacher_prompt
 from skd_plugin.prepare.prompts import check_lengths, check_references, make_prompts
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks import TASKS, Example, Task, TaskError, find_task, reward
@@ -70,21 +72,22 @@ def draw_prompts(
     train: list[PromptRow] = []
     counts = _mixture(skd, [len(examples) for examples in pool])
     for config, task, examples, count in zip(skd.all_tasks, tasks, pool, counts, strict=True):
-        train += _rows(config, task, islice(cycle(examples), count), tokenizer, _sampling(skd, config, given))
-    drawn = {"train": train, "test": held_out(skd, tokenizer, given)}
+        make = _row_maker(skd, config, task, form, tokenizer, given)
+        train += map(make, islice(cycle(examples), count))
+    drawn = {"train": train, "test": held_out(skd, form, tokenizer, given)}
     for rows in drawn.values():
-        check_lengths(make_prompts(rows, form), tokenizer, longest)
+        check_lengths(make_prompts(rows, form), form, tokenizer, longest)
     if len(tasks) > 1:  # OpenRLHF may read only the first (data.max_samples), which should not be of one task
         random.Random("skd.tasks").shuffle(train)
     return drawn
 
 
-def held_out(skd: SKDConfig, tokenizer: Any, given: int | None) -> list[PromptRow]:
+def held_out(skd: SKDConfig, form: PromptForm, tokenizer: Any, given: int | None) -> list[PromptRow]:
     """The tasks' held-out prompts, as rows of the dataset that OpenRLHF would read."""
     rows: list[PromptRow] = []
     for config, task in zip(skd.all_tasks, _tasks(skd), strict=True):
         examples = _draw(task, "test", config, config.eval_prompts)
-        rows += _rows(config, task, examples, tokenizer, _sampling(skd, config, given))
+        rows += map(_row_maker(skd, config, task, form, tokenizer, given), examples)
     return rows
 
 
@@ -110,18 +113,34 @@ def _mixture(skd: SKDConfig, available: list[int]) -> list[int]:
     return parts(sum(available), shares(weights, skd.mix_temperature))
 
 
-def _rows(
-    config: TaskConfig, task: Task, examples: Iterable[Example], tokenizer: Any, sampling: Sampling
-) -> list[PromptRow]:
-    key = _key(config)
-    return [
-        {
-            "input": example.prompt,
-            "label": Label(example.reference, key, example.label, tokenizer.eos_token, sampling).to_json(),
-            "datasource": task.name,
-        }
-        for example in examples
-    ]
+def _row_maker(
+    skd: SKDConfig, config: TaskConfig, task: Task, form: PromptForm, tokenizer: Any, given: int | None
+) -> Callable[[Example], PromptRow]:
+    """How an example of a task becomes a row; the teacher's prompt is in it as the teacher reads it."""
+    key, sampling = _key(config), _sampling(skd, config, given)
+    own = _teacher_form(skd, config, form)
+
+    def row(example: Example) -> PromptRow:
+        label = Label(example.reference, key, example.label, tokenizer.eos_token, sampling).to_json()
+        made: PromptRow = {"input": example.prompt, "label": label, "datasource": task.name}
+        if own is not None:
+            try:
+                prompt = own.prompt(made)
+            except PromptError as error:
+                raise RecipeError(f"a prompt of task {task.name} ({example.prompt!r:.60}): {error}") from error
+            made["teacher_prompt"] = teacher_prompt(prompt) or prompt
+        return made
+
+    return row
+
+
+def _teacher_form(skd: SKDConfig, config: TaskConfig, form: PromptForm) -> PromptForm | None:
+    """With the teacher's prompts of this task; None where no task has one."""
+    if form.teacher is None:
+        return None
+    own, key, chat = skd.teacher_prompt(config), TASK_COLUMNS["data.input_key"], form.chat is not None
+    teacher = TeacherForm.of(own, skd, key, form.teacher.tokenizer, chat=chat) if own is not None else None
+    return replace(form, teacher=teacher)
 
 
 def _key(config: TaskConfig) -> str:

@@ -23,6 +23,7 @@ class Response:
     step: int
     cut_off: bool
     prompt: str
+    teacher_prompt: str  # empty where it reads the student's
     text: str
     ids: list[int]  # R of each column
     sources: list[Source]
@@ -74,6 +75,7 @@ def _read(record: Record, line: int, left_out: LeftOut) -> Response:
         step=step,
         cut_off=record.get("finish") == "length",
         prompt=_text(record, "prompt", line, left_out),
+        teacher_prompt=_text(record, "teacher_prompt", line, left_out) if "teacher_prompt" in record else "",
         text=_text(record, "response", line, left_out),
         ids=ids,
         sources=[SOURCES[letter] for letter in source],

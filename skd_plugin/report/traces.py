@@ -69,6 +69,7 @@ class PackedTraces:
                 "cutOff": response.cut_off,
                 "prompt": self._string(response.prompt),
                 "response": self._string(response.text),
+                "teacherPrompt": self._string(response.teacher_prompt),
             }
         )
 

@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.rollout_actor import SKDRollout, _TracingExecutor
+from skd_plugin.host.teacher_prompts import PairedPrompt
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 from tests.contract.test_openrlhf import _action_ids, _Tokenizer
 from tests.rules import make_rule
@@ -39,7 +40,7 @@ class Engine:
         self.traces: list[weakref.ref[Trace]] = []
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling_params: Any, reference: str | None, own: Sampling
+        self, prompt_token_ids: list[int], sampling_params: Any, reference: str | None, own: Sampling, pair: Any
     ) -> Any:
         call = len(self.prompts)
         self.prompts.append(list(prompt_token_ids))
@@ -150,6 +151,13 @@ def test_another_tasks_settings_are_an_error(server) -> None:
     first, second = execute(_TracingExecutor(server()), Engine(), ["abc", "b"], labels)
     assert len(first["skd"]) == 6
     assert f"sampled by {AS_THE_RUN}, where its task (skd.tasks) has {Sampling(3)}" in str(second)
+
+
+def test_another_samples_prompt_of_the_teacher_is_an_error(server) -> None:
+    prompts = [PairedPrompt("abc", "the teacher's"), PairedPrompt("b", "another of the teacher's")]
+    first, second = execute(_TracingExecutor(server()), Engine(), prompts)
+    assert len(first["skd"]) == 6 and first["prompt"] is prompts[0]
+    assert "the teacher read the prompt that it has for that one" in str(second)
 
 
 # --- log-probabilities for a correction of importance (SKDRollout.generate) ---

@@ -455,6 +455,7 @@ class _Engine:
         self._texts = list(texts)
         self.prompts: list[list[int]] = []
         self.references: list[str | None] = []
+        self.pairs: list[Any] = []
 
     async def generate(
         self,
@@ -463,7 +464,9 @@ class _Engine:
         multi_modal_data: Any = None,
         reference: str | None = None,
         own: Any = None,
+        pair: Any = None,
     ) -> Any:
+        self.pairs.append(pair)
         self.prompts.append(list(prompt_token_ids))
         self.references.append(reference)
         text = self._texts.pop(0)
@@ -495,6 +498,28 @@ def test_engine_is_given_the_reference_of_the_label() -> None:
     engine = _Engine("xyz")
     _execute(SingleTurnAgentExecutor(None), engine, "ab", label='{"reference": "the text"}')
     assert engine.references == ["the text"], "revisit _TracingExecutor in skd_plugin/host/rollout_actor.py"
+
+
+def test_a_pair_of_prompts_goes_through_the_hosts_executor_and_back() -> None:
+    """Through its data loader, Ray's pickles and its executor, which gets a plain text and gives back the prompt."""
+    import pickle
+
+    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_prompt
+
+    batches = iter([(["default"], [PairedPrompt("ab", "what the teacher reads")], [""], [None])])
+    (sent,), *_ = _collect_prompt_batch(batches, 1)
+    arrived = pickle.loads(pickle.dumps(sent))
+    assert (arrived, teacher_prompt(arrived)) == ("ab", "what the teacher reads")
+    engine = _Engine("xyz")
+    response = _execute(SingleTurnAgentExecutor(None), engine, arrived)
+    ours = "revisit PairedPrompt in skd_plugin/host/teacher_prompts.py"
+    assert engine.pairs == [arrived] and teacher_prompt(engine.pairs[0]) == "what the teacher reads", ours
+    assert teacher_prompt(response["prompt"]) == "what the teacher reads", ours
+    _execute(SingleTurnAgentExecutor(None), engine := _Engine("xyz"), "ab")
+    assert engine.pairs == [None], ours
 
 
 def test_single_turn_executor_keeps_the_engines_ids() -> None:

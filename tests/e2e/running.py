@@ -27,8 +27,10 @@ SMALL = [
 ]
 UNMEASURED = ["skd.eval.teacher=false", "skd.eval.at_start=false"]
 # Two episodes of six steps, a checkpoint at every other step, evaluations at every fourth, every response recorded.
-# All is on that can be on at once: two tasks, references beside samples, a gate that is steered, the whole vocabulary.
-ARITHMETIC = "{name: arithmetic, train_prompts: 32, eval_prompts: 6, top_k: 1}"
+# All is on that can be on at once: two tasks, references beside samples, a gate that is steered, the whole vocabulary,
+# a teacher with prompts of its own.
+OWN = '{template: "{reference} {input}", max_len: 140}'
+ARITHMETIC = f"{{name: arithmetic, train_prompts: 32, eval_prompts: 6, top_k: 1, teacher_prompt: {OWN}}}"
 COUNT = f"{{name: {Path(__file__).with_name('count_task.py')}, train_prompts: 16, eval_prompts: 4, max_new_tokens: 5}}"
 LONGER = [
     "skd.task=null",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from skd_plugin.run_folder import RunFolder
+from skd_plugin.tasks.label import Label
 from tests.e2e.running import metrics, steps, traces
 
 pytestmark = pytest.mark.e2e
@@ -26,6 +28,22 @@ def test_each_task_has_its_own_metrics(finished_run: tuple[Path, str]) -> None:
         assert 0 <= evaluation["eval/arithmetic/step_validity"] <= 1 and "eval/arithmetic/accuracy" in evaluation
         assert "eval/heldout/kl" not in evaluation
         assert evaluation["eval/count/response_len"] <= 5 < evaluation["eval/arithmetic/response_len"]
+
+
+def test_the_teacher_of_one_task_reads_a_prompt_of_its_own(finished_run: tuple[Path, str]) -> None:
+    """Which the run has compared with transformers' teacher on the same prompt, before its first update."""
+    folder, _ = finished_run
+    assert steps(folder)[0]["skd/teacher_gap"] < 1e-3
+    references = {
+        row["input"]: Label.parse(row["label"]).reference for row in RunFolder(folder).prompts("train").read()
+    }
+    seen = set()
+    for line in traces(folder):
+        told = "how many" in line["prompt"]
+        expected = f"{references[line['prompt']]} {line['prompt']}" if told else line["prompt"]
+        assert line["teacher_prompt"] == expected
+        seen.add(told)
+    assert seen == {True, False}
 
 
 def test_each_task_has_its_own_limit_and_k(finished_run: tuple[Path, str]) -> None:

@@ -323,7 +323,7 @@ def in_the_controller(own: Path) -> RunPrompts:
     options = models.options
     names = ("input_key", "label_key", "input_template", "apply_chat_template", "image_key")
     data = SimpleNamespace(**{name: options[f"data.{name}"] for name in names})
-    strategy = SimpleNamespace(args=SimpleNamespace(data=data), is_rank_0=lambda: False)
+    strategy = SimpleNamespace(args=SimpleNamespace(data=data, skd=models.skd), is_rank_0=lambda: False)
     rows = read_dataset(options["data.prompt_dataset"], option="o", split="train", limit=9).whole.rows
     return RunPrompts(rows, models.tokenizer, strategy, input_template=options["data.input_template"])
 

@@ -104,9 +104,9 @@ IMPORTS: dict[str, set[str]] = {
 }
 # (part, part below) -> the files there that it may import, where not all of them.
 ONLY = {
-    ("prepare", "host"): {"prompts"},  # OpenRLHF's own form of a prompt
-    ("rollout_command", "host"): {"prompts"},
-    ("evaluate", "host"): {"prompts"},
+    ("prepare", "host"): {"prompts", "teacher_prompts"},  # OpenRLHF's own form of a prompt, and the teacher's
+    ("rollout_command", "host"): {"prompts", "teacher_prompts"},
+    ("evaluate", "host"): {"prompts", "teacher_prompts"},
     ("report", "config"): {"recipe", "yaml_text"},  # a report needs no schema: it shows what a run folder says
 }
 # Library -> the parts that may import it.

@@ -40,7 +40,7 @@
     ["token", "source", "rejected", "rank", "student", "teacher", "kl", "entropy", "topToken", "topLogp"].map((name) => [name, column(name)]),
   );
   const trace = Object.fromEntries(
-    ["run", "step", "length", "meanKl", "maxKl", "replaced", "cutOff", "prompt", "response"].map((name) => [name, column(`trace.${name}`)]),
+    ["run", "step", "length", "meanKl", "maxKl", "replaced", "cutOff", "prompt", "response", "teacherPrompt"].map((name) => [name, column(`trace.${name}`)]),
   );
   const count = trace.length.length;
   const starts = new Uint32Array(count + 1);
@@ -110,6 +110,12 @@
     ].filter(Boolean);
     const prompt = element("p", { className: "prompt" });
     mark(prompt, header.strings[trace.prompt[index]]);
+    const teachers = element("p", { className: "prompt" });
+    const own = header.strings[trace.teacherPrompt[index]];
+    if (own) {
+      teachers.append(element("b", {}, "The teacher reads: "));
+      teachers.append(own);
+    }
     const response = element("div", {
       className: "tokens",
       role: "listbox",
@@ -119,7 +125,7 @@
     });
     response.dataset.trace = index;
     fill(response, index, Math.min(trace.length[index], FOLD));
-    const made = element("article", { className: "card trace" }, element("p", { className: "facts" }), prompt, response);
+    const made = element("article", { className: "card trace" }, element("p", { className: "facts" }), prompt, ...(own ? [teachers] : []), response);
     facts.forEach((fact) => made.firstChild.append(element("span", {}, fact)));
     if (trace.length[index] > FOLD) {
       const all = element("button", { type: "button" }, `Show all ${trace.length[index].toLocaleString("en")} tokens`);
