@@ -211,6 +211,9 @@ class RequestTable:
         if self._last_part is not None:
             self._last_part.settle()
         self._last_part = part
+        if not batch.steps:
+            for trace_id in batch.row_of.keys() - self._fetched:
+                self._batches.setdefault(trace_id, []).append(batch)
         batch.steps.append((part, [0, *accumulate(counts)]))
 
     def _parts(self, trace_id: int, batches: Iterable[RequestRows]) -> list[tuple[Part, int, int]]:
@@ -276,7 +279,7 @@ class RequestTable:
         def column(values: list[int]) -> torch.Tensor:
             return to_device(torch.tensor(values), self._device)
 
-        rows = RequestRows(
+        return RequestRows(
             request_ids=request_ids,
             params=params,
             seed_B=column([p.seed for p in params]),
@@ -288,9 +291,6 @@ class RequestTable:
             row_of={p.trace_id: row for row, p in enumerate(params)},
             progress_4B=torch.tensor([request.progress for request in requests]).T.contiguous(),
         )
-        for trace_id in rows.row_of.keys() - self._fetched:
-            self._batches.setdefault(trace_id, []).append(rows)
-        return rows
 
 
 def not_finite(traces: Iterable[Trace]) -> FloatingPointError | None:

@@ -31,7 +31,7 @@ def pair(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept(worker: Any) -> int:
-    return len(worker._skd_requests._parts)
+    return len(worker._skd_requests._batches)
 
 
 def test_two_ranks_sample_what_one_does(

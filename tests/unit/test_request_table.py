@@ -135,14 +135,14 @@ def test_an_ended_request_leaves_its_trace_alone(worker: Worker) -> None:
 
 
 def test_a_request_that_goes_on_after_a_preemption_repeats_its_last_token(worker: Worker) -> None:
-    """Also on a rank of an engine that keeps no traces; and whatever became of the batch in the meantime."""
+    """Also on a rank of an engine that records no traces; and whatever became of the batch in the meantime."""
     table = worker.table
     table.rows(["a", "b"]).note_emitted(torch.tensor([[4, 5], [-1, -1]]))
     table.rows(["a", "b"]).note_emitted(torch.tensor([[6, -1], [7, -1]]))
     table.forget(["c"])
     batch = table.rows(["b", "a"])
     assert (table.last_token(batch, 1, 2), table.last_token(batch, 0, 0)) == (6, 7)
-    table.take([1, 2])
+    assert not table._batches, "what nobody will fetch"
     assert table.last_token(batch, 1, 3) == 0
     with pytest.raises(RuntimeError, match="vLLM asked for token 3 of a response without drafts for it"):
         table.take([1])
