@@ -86,6 +86,21 @@ def test_a_killed_run_goes_on_and_engines_sleep_while_it_trains(tmp_path, finish
 
 
 @pytest.mark.soak
+def test_a_killed_asynchronous_run_goes_on_with_what_was_in_its_queue(tmp_path, finished_run):
+    """Its steps have the prompts of the synchronous run's steps, each once; steps differ by how old their student is."""
+    folder = tmp_path / "run"
+    overrides = [*LONGER, "openrlhf.train.async_enable=true", "openrlhf.train.async_queue_size=2"]
+    process = start(folder, *overrides)
+    wait_for_checkpoint(folder, process)
+    assert kill_one(folder, process, random.Random(0), "SKDPolicy")
+    assert "going on from its checkpoint of step" in finish(folder, *overrides)
+    assert [r["step"] for r in steps(folder)] == list(range(1, NUM_STEPS + 1))
+    assert all(0 <= r["skd/staleness"] <= 2 for r in steps(folder))
+    prompts = [sorted((t["step"], t["prompt"]) for t in traces(run)) for run in (folder, finished_run[0])]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.soak
 def test_ten_kills_at_random_points(tmp_path, finished_run):
     rng = random.Random(int(os.environ.get("SKD_SOAK_SEED", "1")))
     folder = tmp_path / "run0"
