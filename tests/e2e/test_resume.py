@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_and_engines_sleep_while_it_trains(tmp_path, finish
 
 @pytest.mark.soak
 def test_a_killed_asynchronous_run_goes_on_with_what_was_in_its_queue(tmp_path, finished_run):
-    """Its steps have the prompts of the synchronous run's steps, each once; steps differ by how old their student is."""
+    """Its steps have the prompts of the synchronous run's steps, each once."""
     folder = tmp_path / "run"
     overrides = [*LONGER, "openrlhf.train.async_enable=true", "openrlhf.train.async_queue_size=2"]
     process = start(folder, *overrides)
