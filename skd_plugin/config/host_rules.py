@@ -99,6 +99,8 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
             "openrlhf.train.partial_rollout_enable needs openrlhf.train.async_enable: in a synchronous run no "
             "response is in flight when weights change"
         )
+    if skd.teacher.follow is not None:
+        _check_follow(options, skd)
     _check_batches(options)
     _check_ring(options, skd)
     if options["ds.lora.rank"]:
@@ -159,6 +161,23 @@ def check_number(prompts: int, options: HostOptions, where: str = "") -> None:
             f"{where}there are {used} prompts, but a step needs openrlhf.rollout.batch_size = "
             f"{options['rollout.batch_size']}; give more prompts or make the batch smaller{limit}"
         )
+
+
+def _check_follow(options: HostOptions, skd: SKDConfig) -> None:
+    """Raises RecipeError where the teacher could not take the student's weights."""
+    student = options["actor.model_name_or_path"]
+    refused = {
+        f"skd.teacher.model_name_or_path is another model than the student's, {student}": (
+            skd.teacher.model_name_or_path != student
+        ),
+        "skd.loss.vocabulary is full, whose output head of the teacher stands still": skd.loss.vocabulary == "full",
+        "openrlhf.ds.lora.rank is above 0, and a mean of adapters is no mean of models": bool(options["ds.lora.rank"]),
+        "openrlhf.ds.zpg is above 1, whose second shards it does not know": options["ds.zpg"] > 1,
+        "the teacher's weights are rounded (skd.vllm quantization)": "quantization" in skd.vllm,
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise RecipeError(f"skd.teacher.follow cannot be: {reason}")
 
 
 def _check_async(options: HostOptions) -> None:

@@ -58,6 +58,13 @@ class StudentConfig(Section):
     )
 
 
+class FollowConfig(Section):
+    """A teacher that moves: every `every` steps, teacher <- ema x teacher + (1 - ema) x student."""
+
+    ema: float = Field(0.0, ge=0, lt=1, description="how much of it stays; 0: it becomes the student of that step")
+    every: int = Field(1, ge=1, description="steps between two moves")
+
+
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
     prompt: TeacherPromptConfig | None = Field(
@@ -68,6 +75,11 @@ class TeacherConfig(Section):
     )
     own_thinking: bool = Field(
         False, description="prompts may end inside a thinking block of one of the two models only"
+    )
+    follow: FollowConfig | None = Field(
+        None,
+        description="the teacher moves with the student, whose model it is at the start: {ema: 0.99} a running mean "
+        "of its weights, {every: 50} what it was up to 50 steps ago",
     )
     compare: bool = Field(
         True,

@@ -34,6 +34,7 @@ class EngineSpec:
     cpu: bool
     openrlhf: dict[str, Any]  # EngineArgs that OpenRLHF makes of its own options
     options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
+    teacher_moves: bool = False  # whether it may get new weights
 
     def arguments(self, openrlhf: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keywords of vLLM's EngineArgs for an engine with teacher and student.
@@ -58,6 +59,7 @@ class EngineSpec:
                 "skd_student_top_k": self.student_top_k,
                 "skd_loss_temperature": self.loss_temperature,
                 "skd_teacher_hidden": self.teacher_hidden,
+                "skd_teacher_moves": self.teacher_moves,
             },
             "async_scheduling": False,
             # One group of caches for all layers: vLLM hands the student's layers what it knows of the first group.

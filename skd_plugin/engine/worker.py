@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import vocabulary
 from skd_plugin.engine.arguments import EngineDescription
-from skd_plugin.engine.drafter import SKDDrafter
+from skd_plugin.engine.drafter import SKDDrafter, loadable_weights
 from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
@@ -47,6 +48,7 @@ class SKDWorker(VllmWorker):
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
         runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder)
         self._skd_hidden = options["skd_teacher_hidden"]
+        self._skd_teacher_moves = options["skd_teacher_moves"]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._skd_requests.forget(scheduler_output.finished_req_ids)
@@ -66,6 +68,20 @@ class SKDWorker(VllmWorker):
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with loadable_weights() if self._skd_teacher_moves else nullcontext():
+            super().load_model(*args, **kwargs)
+
+    def load_teacher(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """New weights, by their Hugging Face names; a subset is fine.
+
+        Raises:
+            RuntimeError: this run's teacher does not move (skd.teacher.follow).
+        """
+        if not self._skd_teacher_moves:
+            raise RuntimeError("new weights came for a teacher that does not move; nothing was loaded")
+        self.model_runner.model.load_weights(weights)
 
     def student_is(self, version: int) -> None:
         """After its weights have been loaded: how many updates it has had."""

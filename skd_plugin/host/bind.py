@@ -7,6 +7,7 @@ trainer. Everything else of OpenRLHF stays as it is.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -72,6 +73,7 @@ def _rollout_class(run: Run) -> type[SKDRollout]:
     """SKDRollout with the recipe in it: `create_vllm_engines` creates the actor with OpenRLHF's arguments only."""
     options = {**host_defaults(), **run.host}
     spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+    spec = replace(spec, teacher_moves=run.skd.teacher.follow is not None)
     reward_timeout_s = run.skd.objective.reward_timeout_s
 
     class ConfiguredRollout(SKDRollout):

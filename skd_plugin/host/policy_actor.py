@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import openrlhf.trainer.ray.ppo_actor as host
@@ -23,6 +24,7 @@ from skd_plugin.host.distillation import (
     FullVocabularyDistillation,
     TopKDistillation,
 )
+from skd_plugin.host.moving_teacher import MovingTeacher
 from skd_plugin.host.objective import Objective, finite_gradients
 from skd_plugin.host.trace_store import TRACE_KEY, fetch
 from skd_plugin.host.weight_sync import StudentSender
@@ -38,6 +40,9 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         skd = self.args.skd
         vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
+        follow = skd.teacher.follow
+        self.moving_teacher = MovingTeacher(self.actor.model.module, follow) if follow else None
+        self._trained = self.teacher_resumed = False  # since the weights were last sent
         self.step = 0  # the training step that is running or was the last, counted from 1
         reads_head = isinstance(self.actor, ChunkedActor) and self.actor.reads_head
         if self.strategy.ring_attn_group is not None and not reads_head:
@@ -61,6 +66,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         # With dynamic batches DeepSpeed believes that each one ends a step, and ZeRO-1 and 2 forget what came before
         # the last: it must be told. Otherwise it is told what it knows.
         self.actor.model.set_gradient_accumulation_boundary(experience.batch.ends_step)
+        self._trained = True
         embeddings = self.actor.model.get_input_embeddings()
         with (
             finite_gradients(embeddings, self.step),
@@ -76,7 +82,12 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         super()._init_vllm_sync_group(backend)
 
     def broadcast_to_vllm(self) -> None:
-        StudentSender(self).send(version=self.step)
+        moved = self.teacher_resumed
+        if self.moving_teacher is not None and self._trained and self.moving_teacher.is_due(self.step):
+            self.moving_teacher.move()
+            moved = True
+        self._trained = self.teacher_resumed = False
+        StudentSender(self).send(self.step, self.moving_teacher if moved else None)
 
 
 def _student_tolerance(model: Any, vocab: int, *, common: bool) -> float | None:
@@ -121,6 +132,14 @@ class SKDPolicy(HostPolicy):
         rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
+        if self.trainer.moving_teacher is not None and self.checkpoint_states:
+            self.trainer.moving_teacher.load(Path(strategy.args.ckpt.path))
+            self.trainer.teacher_resumed = True
+
+    def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.moving_teacher is not None:
+            self.trainer.moving_teacher.save(Path(self.strategy.args.ckpt.path), tag)
+        super().save_checkpoint(tag, *args, **kwargs)
 
     def append(self, experience: Any) -> None:
         """A batch of the step's experience; its traces come from where they were sampled."""

@@ -77,8 +77,10 @@ class SKDRollout(HostRollout):
     async def describe_skd(self) -> EngineDescription:
         return (await call_worker(self.llm, "describe_skd"))[0]
 
-    async def receive_student(self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None) -> None:
-        pieces = (bucket.names, bucket.shapes, bucket.dtype, ipc_handles)
+    async def receive_student(
+        self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None, into_teacher: bool = False
+    ) -> None:
+        pieces = (bucket.names, bucket.shapes, bucket.dtype, ipc_handles, into_teacher)
         await call_worker(self.llm, "receive_student", *pieces)
 
     async def student_is(self, version: int) -> None:

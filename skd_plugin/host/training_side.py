@@ -88,7 +88,8 @@ class TrainingSide:
         """OpenRLHF's step; its status also carries what is measured of it here, on its way to the loggers."""
         started = time.monotonic()
         metrics = dict(self.sampled.metrics)
-        if self._teacher_gap is None and self.skd.teacher.compare:
+        moved = self.skd.teacher.follow is not None and global_step > 0
+        if self._teacher_gap is None and self.skd.teacher.compare and not moved:
             self._teacher_gap = metrics["skd/teacher_gap"] = self._compare_teachers(rollout_samples)
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)

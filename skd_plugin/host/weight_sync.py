@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from skd_plugin.adapters import Weight, plain, weights
 from skd_plugin.host import on_cpu
+from skd_plugin.host.moving_teacher import MovingTeacher
 
 BUCKET_BYTES = 512 << 20  # one message; a larger parameter travels alone
 WORKER_EXTENSION_CLS = "skd_plugin.host.weight_sync.StudentWeights"
@@ -56,6 +57,7 @@ class StudentWeights(WorkerWrap):
         shapes: list[tuple[int, ...]],
         dtype: torch.dtype,
         ipc_handles: dict[str, Any] | None = None,
+        into_teacher: bool = False,
     ) -> None:
         """One bucket, by broadcast from the trainer's rank 0, or through CUDA IPC where both share a GPU.
 
@@ -67,7 +69,8 @@ class StudentWeights(WorkerWrap):
             self._broadcast(flat)
         else:
             flat = self._open_ipc(ipc_handles)
-        self.model_runner.drafter.load_student(bucket.unpack(flat))
+        load = self.load_teacher if into_teacher else self.load_student  # of the worker that this is mixed into
+        load(bucket.unpack(flat))
         if ipc_handles is not None:
             torch.cuda.synchronize()  # the trainer frees the memory behind the handle when this call returns
 
@@ -103,27 +106,38 @@ class StudentSender:
         self._use_cuda_ipc = trainer.use_cuda_ipc
         self._group: Any = getattr(trainer, "_model_update_group", None)  # of rank 0, where weights are broadcast
 
-    def send(self, version: int) -> None:
-        """`version`: updates that the student has had."""
-        import deepspeed
+    def send(self, version: int, moving: MovingTeacher | None = None) -> None:
+        """
+        Args:
+            version: updates that the student has had.
+            moving: the teacher, where it has moved and must be sent, too.
+        """
         from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 
         torch.cuda.empty_cache()
-        for bucket, named in buckets(self._model):
-            gathered = [parameter for weight in named.values() for parameter in weight.parameters]
-            with deepspeed.zero.GatheredParameters(gathered, enabled=self._args.ds.zero_stage == 3):
-                if self._use_cuda_ipc:
-                    self._send_by_ipc(bucket, flatten(self._model, named))
-                elif torch.distributed.get_rank() == 0:
-                    self._send_by_broadcast(bucket, flatten(self._model, named))
+        self._send_model(into_teacher=False)
+        if moving is not None:
+            with moving.in_place():
+                self._send_model(into_teacher=True)
         if torch.distributed.get_rank() == 0:
             ray.get([engine.student_is.remote(version) for engine in self._engines])
             ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
         torch.cuda.empty_cache()
         torch_dist_barrier_and_cuda_sync()
 
-    def _send_by_broadcast(self, bucket: Bucket, flat: torch.Tensor) -> None:
-        refs = [engine.receive_student.remote(bucket) for engine in self._engines]
+    def _send_model(self, *, into_teacher: bool) -> None:
+        import deepspeed
+
+        for bucket, named in buckets(self._model):
+            gathered = [parameter for weight in named.values() for parameter in weight.parameters]
+            with deepspeed.zero.GatheredParameters(gathered, enabled=self._args.ds.zero_stage == 3):
+                if self._use_cuda_ipc:
+                    self._send_by_ipc(bucket, into_teacher, flatten(self._model, named))
+                elif torch.distributed.get_rank() == 0:
+                    self._send_by_broadcast(bucket, into_teacher, flatten(self._model, named))
+
+    def _send_by_broadcast(self, bucket: Bucket, into_teacher: bool, flat: torch.Tensor) -> None:
+        refs = [engine.receive_student.remote(bucket, into_teacher=into_teacher) for engine in self._engines]
         # In a thread of its own: a broadcast to an engine that has died never returns, but its Ray call does.
         stream = torch.cuda.current_stream() if flat.is_cuda else None
         sender = threading.Thread(target=self._broadcast, args=(flat, stream), daemon=True)
@@ -143,7 +157,7 @@ class StudentSender:
         else:
             self._group.broadcast(flat, src=0, stream=stream)
 
-    def _send_by_ipc(self, bucket: Bucket, flat: torch.Tensor) -> None:
+    def _send_by_ipc(self, bucket: Bucket, into_teacher: bool, flat: torch.Tensor) -> None:
         from openrlhf.trainer.ray.utils import get_physical_gpu_id
         from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
         from torch.multiprocessing.reductions import reduce_tensor
@@ -152,7 +166,7 @@ class StudentSender:
         torch.distributed.all_gather_object(handles, {get_physical_gpu_id(): reduce_tensor(flat)})
         if torch.distributed.get_rank() == 0:
             merged = {gpu: handle for handle_of_rank in handles for gpu, handle in handle_of_rank.items()}
-            ray.get([engine.receive_student.remote(bucket, merged) for engine in self._engines])
+            ray.get([engine.receive_student.remote(bucket, merged, into_teacher) for engine in self._engines])
         torch_dist_barrier_and_cuda_sync()
 
 

@@ -15,13 +15,18 @@ STAGES = (0, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[dict]:
+def found() -> dict:
     """One process of one rank, on the CPU: ZeRO-3 partitions, gathers and releases as with many."""
     command = [sys.executable, str(SCRIPT), *map(str, STAGES)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cases(found: dict) -> list[dict]:
+    return found["cases"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -40,3 +45,11 @@ def test_a_gradient_that_is_not_finite_is_seen(cases: list[dict], stage: int) ->
     for case in cases:
         if case["stage"] == stage:
             assert all(text.startswith("nan: the gradient of step 5 is not finite") for text in case["stopped"]), case
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_moving_teacher_takes_the_place_of_its_student_and_leaves_it(found: dict, stage: int) -> None:
+    """host/moving_teacher.py: also of parameters that ZeRO-3 keeps whole beside their shards."""
+    case = found["moved"][str(stage)]
+    assert case["distance"] > 1e-2 and case["teacher"] < 1e-6 and case["student"] == 0.0
+    assert case["loss"] == pytest.approx(found["moved"]["0"]["loss"], rel=1e-5)

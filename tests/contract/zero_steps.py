@@ -18,10 +18,12 @@ import torch  # noqa: E402
 from openrlhf.models import Actor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from skd_plugin.config.schema import FollowConfig  # noqa: E402
 from skd_plugin.core.chunked import HeadLoss, against_teacher  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
 from skd_plugin.host import chunked_actor  # noqa: E402
 from skd_plugin.host.chunked_actor import ChunkedActor  # noqa: E402
+from skd_plugin.host.moving_teacher import MovingTeacher  # noqa: E402
 from skd_plugin.host.objective import finite_gradients  # noqa: E402
 
 VOCAB, WIDTH, STEPS = 64, 12, 3
@@ -59,18 +61,19 @@ class Task:
         return divergence / self.count + (0 if self.foreseen else 0.1 * log_probs.sum())
 
 
-def make_actor(stage: int, tied: bool, full: bool) -> Actor:
+def make_actor(stage: int, tied: bool, full: bool, persistence: int = 0) -> Actor:
+    """`persistence`: numbers of a parameter that ZeRO-3 keeps whole all the time."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
     model = LlamaForCausalLM(config)
     actor = ChunkedActor(model, chunk=4, vocab=VOCAB) if full else Actor(model)
     actor.packing_samples = False
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": persistence}
     settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     actor.model = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-    if stage == 3:
+    if stage == 3 and not persistence:
         assert model.lm_head.weight.numel() == 0, "ZeRO-3 has not partitioned the head"
     return actor
 
@@ -84,6 +87,34 @@ def losses(stage: int, tied: bool, full: bool, foreseen: bool) -> list[float]:
         actor.model.step()
         found.append(loss.item())
     return found
+
+
+def moved(stage: int) -> dict[str, float]:
+    """How far a teacher that follows three steps of a student, half and half, is from where it should be; and how far
+    the student is from itself afterwards.
+    """
+    actor, task = make_actor(stage, tied=True, full=False, persistence=300), Task(foreseen=True)
+    model = actor.model.module
+
+    def whole() -> torch.Tensor:
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+            return torch.cat([parameter.data.flatten().clone() for parameter in model.parameters()])
+
+    teacher, first = MovingTeacher(model, FollowConfig(ema=0.5)), whole()
+    for _ in range(STEPS):
+        actor.model.backward(task.loss(actor, full=False))
+        actor.model.step()
+    teacher.move()
+    student = whole()
+    with teacher.in_place():
+        found = whole()
+    loss = task.loss(actor, full=False)  # the next step finds its parameters
+    return {
+        "teacher": float((found - (first + student) / 2).abs().max()),
+        "student": float((whole() - student).abs().max()),
+        "distance": float((student - first).abs().max()),
+        "loss": float(loss),
+    }
 
 
 def stopped(stage: int, tied: bool, full: bool, foreseen: bool) -> str:
@@ -114,7 +145,7 @@ def main() -> None:
          "stopped": [stopped(stage, tied, full, foreseen) for full in (False, True)]}
         for stage in map(int, sys.argv[1:]) for tied in (False, True) for foreseen in (True, False)
     ]  # fmt: skip
-    print(json.dumps(cases))
+    print(json.dumps({"cases": cases, "moved": {stage: moved(int(stage)) for stage in sys.argv[1:]}}))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,13 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
     on_a_gpu = overrides[-1] == "skd.device=cuda"
     assert first.pop("enable_sleep_mode", None) is (False if on_a_gpu else None)  # vLLM refuses it on a CPU
     rollout = rolled_out(overrides, monkeypatch, tmp_path).arguments()
-    config = {"skd_teacher_top_k": 32, "skd_student_top_k": 0, "skd_loss_temperature": 2.0, "skd_teacher_hidden": True}
+    config = {
+        "skd_teacher_top_k": 32,
+        "skd_student_top_k": 0,
+        "skd_loss_temperature": 2.0,
+        "skd_teacher_hidden": True,
+        "skd_teacher_moves": False,
+    }
     assert first["additional_config"] == config
     assert rollout == {
         **{key: value for key, value in first.items() if key not in TRAINING},
@@ -149,6 +155,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
             "skd_student_top_k": 0,
             "skd_loss_temperature": 1.0,
             "skd_teacher_hidden": False,
+            "skd_teacher_moves": False,
         },
     }
     assert checked(overrides).arguments() == {
