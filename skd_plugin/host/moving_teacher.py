@@ -6,7 +6,6 @@ parameters; sent by the same buckets as the student, into the engine's own model
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from skd_plugin.config.schema import FollowConfig
+from skd_plugin.host import shards
+from skd_plugin.host.shards import shard_of
 
 FOLDER = "_teacher"  # of checkpoints, beside OpenRLHF's
 
@@ -23,7 +24,7 @@ class MovingTeacher:
     def __init__(self, model: torch.nn.Module, follow: FollowConfig) -> None:
         """`model`: the student before its first update, which the teacher is then, too."""
         self._model, self._follow = model, follow
-        self._shards = [_shard(p).detach().to("cpu", torch.float32, copy=True) for p in model.parameters()]
+        self._shards = [shard_of(p).detach().to("cpu", torch.float32, copy=True) for p in model.parameters()]
 
     def is_due(self, step: int) -> bool:
         """Whether the teacher moves after this step."""
@@ -33,7 +34,7 @@ class MovingTeacher:
     def move(self) -> None:
         """teacher <- ema x teacher + (1 - ema) x student."""
         for mine, parameter in zip(self._shards, self._model.parameters(), strict=True):
-            mine.lerp_(_shard(parameter).to("cpu", torch.float32), 1.0 - self._follow.ema)
+            mine.lerp_(shard_of(parameter).to("cpu", torch.float32), 1.0 - self._follow.ema)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -42,46 +43,17 @@ class MovingTeacher:
         for parameter in parameters:
             if getattr(parameter, "ds_status", None) is ZeroParamStatus.AVAILABLE:
                 parameter.partition()  # a small one that ZeRO-3 keeps whole, beside its shard
-        students = [_shard(parameter).detach().clone() for parameter in parameters]
+        students = [shard_of(parameter).detach().clone() for parameter in parameters]
         try:
             for mine, parameter in zip(self._shards, parameters, strict=True):
-                _shard(parameter).copy_(mine)
+                shard_of(parameter).copy_(mine)
             yield
         finally:
             for own, parameter in zip(students, parameters, strict=True):
-                _shard(parameter).copy_(own)
+                shard_of(parameter).copy_(own)
 
     def save(self, checkpoints: Path, tag: str) -> None:
-        """Before the student's checkpoint of this tag is written, in a folder beside those: where that one is whole,
-        this one is. Those whose student is gone go, too.
-        """
-        folder = checkpoints / FOLDER
-        for old in folder.glob("*"):
-            if old.name != tag and not (checkpoints / "_actor" / old.name).exists():
-                shutil.rmtree(old, ignore_errors=True)  # another rank may be at it
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        torch.save(self._shards, folder / tag / _file())
+        shards.save(checkpoints / FOLDER, tag, self._shards)
 
     def load(self, checkpoints: Path) -> None:
-        """The one of the checkpoint that DeepSpeed loads.
-
-        Raises:
-            RuntimeError: there is none of this run's.
-        """
-        file = checkpoints / FOLDER / (checkpoints / "_actor" / "latest").read_text().strip() / _file()
-        shards = torch.load(file, weights_only=True) if file.exists() else []
-        if [shard.shape for shard in shards] != [shard.shape for shard in self._shards]:
-            raise RuntimeError(
-                f"{file} does not hold the teacher that moved with this student: the run was of another number of "
-                "ranks, at another stage of ZeRO, or without skd.teacher.follow. Go on as it was, or begin anew"
-            )
-        self._shards = shards
-
-
-def _file() -> str:
-    return f"rank{torch.distributed.get_rank()}.pt"
-
-
-def _shard(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: with ZeRO-3 a part of it, else the whole."""
-    return getattr(parameter, "ds_tensor", parameter.data)
+        self._shards = shards.load(checkpoints / FOLDER, self._shards)

@@ -14,7 +14,7 @@ from skd_plugin import trust
 from skd_plugin.config.schema import Coefficients, SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
-from skd_plugin.host import on_cpu
+from skd_plugin.host import on_cpu, shards
 from skd_plugin.host.batch import DynamicBatches, OptimizerStepBatches
 from skd_plugin.host.chunked_actor import ChunkedActor
 from skd_plugin.host.distillation import (
@@ -26,10 +26,13 @@ from skd_plugin.host.distillation import (
 )
 from skd_plugin.host.moving_teacher import MovingTeacher
 from skd_plugin.host.objective import Objective, finite_gradients
+from skd_plugin.host.shards import shard_of
 from skd_plugin.host.trace_store import TRACE_KEY, fetch
 from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head, mean_tolerance
 from skd_plugin.seams import plain_class, rebind
+
+EMA_FOLDER = "_ema"  # of checkpoints, of OpenRLHF's running mean of the weights (train.enable_ema)
 
 HostPolicy = plain_class(host.PolicyModelActor)
 
@@ -132,13 +135,25 @@ class SKDPolicy(HostPolicy):
         rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
-        if self.trainer.moving_teacher is not None and self.checkpoint_states:
-            self.trainer.moving_teacher.load(Path(strategy.args.ckpt.path))
+        if self.checkpoint_states:
+            self._resume_beside(Path(strategy.args.ckpt.path))
+
+    def _resume_beside(self, checkpoints: Path) -> None:
+        """What OpenRLHF's checkpoint does not hold. Its running mean of weights would begin anew without a word."""
+        if self.trainer.moving_teacher is not None:
+            self.trainer.moving_teacher.load(checkpoints)
             self.trainer.teacher_resumed = True
+        if self.ema_model is not None:
+            mine = [shard_of(parameter) for parameter in self.ema_model.model.parameters()]
+            for shard, saved in zip(mine, shards.load(checkpoints / EMA_FOLDER, mine), strict=True):
+                shard.data.copy_(saved)
 
     def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        checkpoints = Path(self.strategy.args.ckpt.path)
         if self.trainer.moving_teacher is not None:
-            self.trainer.moving_teacher.save(Path(self.strategy.args.ckpt.path), tag)
+            self.trainer.moving_teacher.save(checkpoints, tag)
+        if self.ema_model is not None:
+            shards.save(checkpoints / EMA_FOLDER, tag, [shard_of(p) for p in self.ema_model.model.parameters()])
         super().save_checkpoint(tag, *args, **kwargs)
 
     def append(self, experience: Any) -> None:

@@ -94,6 +94,39 @@ def test_full_vocabulary_of_a_compiled_model_is_refused(quickstart) -> None:
         quickstart("openrlhf.ds.deepcompile=true", "skd.loss.vocabulary=full")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "is another model than the student's"),
+        (("skd.loss.vocabulary=full",), "vocabulary is full"),
+        (("openrlhf.ds.zpg=2",), "zpg is above 1"),
+        (("skd.vllm={quantization: fp8}",), "rounded"),
+    ],
+)
+def test_a_teacher_that_cannot_follow(quickstart, overrides: tuple[str, ...], message: str) -> None:
+    follow = ["skd.teacher.follow={ema: 0.9}"]
+    model = "student" if overrides else "teacher"
+    with pytest.raises(RecipeError, match=f"skd.teacher.follow cannot be: .*{message}"):
+        quickstart(
+            *follow,
+            f"skd.teacher.model_name_or_path={QUICKSTART.parent / 'models' / 'arithmetic' / model}",
+            *overrides,
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("openrlhf.train.partial_rollout_enable=true",), "needs openrlhf.train.async_enable"),
+        (("openrlhf.train.async_enable=true", "openrlhf.vllm.enable_sleep=true"), "each on GPUs of its own"),
+        (("openrlhf.train.async_enable=true", "openrlhf.ckpt.best_metric_key=x"), "leave it at none"),
+    ],
+)
+def test_what_does_not_go_with_the_asynchronous_trainer(quickstart, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quickstart(*overrides)
+
+
 def test_quickstart_is_a_complete_run(quickstart, tmp_path: Path) -> None:
     run = quickstart()
     assert run.cpu is not torch.cuda.is_available()
