@@ -190,6 +190,8 @@ SIGNATURES = [
     ("openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch", "strategy", "host/batch.py"),
     ("openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step", "experience step loss_batch_info",
      "host/critic.py"),
+    (f"{ACTOR}:PolicyModelActor.save_checkpoint", "tag client_states metric_value metric_key",
+     "host/policy_actor.py"),
     (f"{PPO}:PPOTrainer.fit", "global_step", "host/controller.py"),
     (f"{PPO}:PPOTrainer.train_step", "rollout_samples global_step", "host/controller.py"),
     (f"{PPO}:PPOTrainer.save_logs_and_checkpoints", "global_step logs_dict client_states",

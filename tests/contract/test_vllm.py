@@ -112,6 +112,7 @@ SIGNATURES = [
     (f"{DETOKENIZER}.update", "new_token_ids stop_terminated", "engine/stop_strings.py"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.init_device", "", "engine/worker.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.load_model", "load_dummy_weights", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.execute_model", "scheduler_output", "engine/worker.py"),
     ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "grammar_output", "engine/worker.py"),
     ("vllm:LLM.collective_rpc", "method timeout args kwargs", "engine/offline.py"),
