@@ -99,6 +99,11 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
             "openrlhf.train.partial_rollout_enable needs openrlhf.train.async_enable: in a synchronous run no "
             "response is in flight when weights change"
         )
+    if options["train.enable_ema"] and options["ds.zero_stage"] == 3:
+        raise RecipeError(
+            "openrlhf.train.enable_ema is on, but at openrlhf.ds.zero_stage = 3 DeepSpeed throws away what OpenRLHF "
+            "adds to its running mean: the saved model would be the one of the start. Set zero_stage to 2 or less"
+        )
     if skd.teacher.follow is not None:
         _check_follow(options, skd)
     _check_batches(options)

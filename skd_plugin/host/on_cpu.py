@@ -113,6 +113,12 @@ def adapt_trainer() -> None:
     adapt_weight_sync()
     rebind(ppo_actor, "stateless_init_process_group", gloo_process_group)
     rebind(host_strategy, "get_train_ds_config", _with_torch_adam)
+    mean = host_strategy.DeepspeedStrategy.moving_average
+    rebind(
+        host_strategy.DeepspeedStrategy,
+        "moving_average",
+        lambda strategy, model, of, beta, device: mean(strategy, model, of, beta, "cpu"),
+    )
     rebind(partition_parameters, "dist", _GatherOnCpu(partition_parameters.dist))
     # An operator of inference over several ranks, which DeepSpeed would compile first; without it gloo does that.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False

@@ -39,6 +39,7 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     ("openrlhf.trainer.ppo_utils.replay_buffer:torch",
      "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__", "host/on_cpu.py"),
     ("openrlhf.utils.utils:convert_to_torch_dtype", "openrlhf.models:Actor.__init__", "host/on_cpu.py"),
+    (f"{STRATEGY}.DeepspeedStrategy:moving_average", f"{ACTOR}:ActorPPOTrainer.training_step", "host/on_cpu.py"),
     (f"{STRATEGY}:get_train_ds_config", f"{STRATEGY}:DeepspeedStrategy.get_ds_train_config", "host/on_cpu.py"),
     (f"{ACTOR}:stateless_init_process_group", f"{ACTOR}:ActorPPOTrainer._init_vllm_sync_group", "host/on_cpu.py"),
     ("openrlhf.utils.distributed_util:stateless_init_process_group", f"{WRAP}.init_process_group", "host/on_cpu.py"),

@@ -119,10 +119,11 @@ def test_a_teacher_that_cannot_follow(quickstart, overrides: tuple[str, ...], me
     [
         (("openrlhf.train.partial_rollout_enable=true",), "needs openrlhf.train.async_enable"),
         (("openrlhf.train.async_enable=true", "openrlhf.vllm.enable_sleep=true"), "each on GPUs of its own"),
+        (("openrlhf.train.enable_ema=true", "openrlhf.ds.zero_stage=3"), "the one of the start"),
         (("openrlhf.train.async_enable=true", "openrlhf.ckpt.best_metric_key=x"), "leave it at none"),
     ],
 )
-def test_what_does_not_go_with_the_asynchronous_trainer(quickstart, overrides: tuple[str, ...], message: str) -> None:
+def test_what_does_not_go_together_in_openrlhf(quickstart, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         quickstart(*overrides)
 
