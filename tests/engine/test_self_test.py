@@ -121,4 +121,4 @@ def test_an_engine_that_does_not_start_is_a_failure_with_its_log(capsys, monkeyp
     assert cli.main(["check", str(RECIPE), *small]) == 1
     (log,) = tmp_path.rglob("self-test.log")
     output = "".join(capsys.readouterr().out.split())  # the table breaks long words
-    assert "theenginefailed:" in output and str(log) in output and "nonsense" in output
+    assert "failed:" in output and "theengine" in output and str(log) in output and "nonsense" in output
