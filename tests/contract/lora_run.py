@@ -47,7 +47,8 @@ class Engines:
         self.reset_prefix_cache = SimpleNamespace(remote=lambda: None)
         self.student_is = SimpleNamespace(remote=lambda version: None)
 
-    def _expect(self, bucket: Any) -> None:
+    def _expect(self, bucket: Any, into_teacher: bool) -> None:
+        assert not into_teacher
         self._bucket = bucket
 
     def broadcast(self, flat: torch.Tensor, src: int, stream: Any) -> None:
