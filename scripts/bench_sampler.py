@@ -127,7 +127,7 @@ class Step:
             input_batch=batch,
             discard_request_mask=SimpleNamespace(np=np.zeros(requests, bool)),
         )
-        self.sampler = SKDSampler(self.runner, self.table, Recorder(min(TEACHER_TOP_K, options.vocab), 1.0))
+        self.sampler = SKDSampler(self.runner, self.table, Recorder(min(TEACHER_TOP_K, options.vocab), 0, 1.0))
         self.make_logits()
 
     def make_logits(self) -> None:

@@ -129,14 +129,15 @@ def test_logits_that_are_more_than_a_product_are_the_hosts(family: str) -> None:
     assert logits.shape == (3, 12, 60)
 
 
-def test_an_adapter_on_the_head_keeps_all_logits() -> None:
+def test_adapters_leave_the_head_to_be_read() -> None:
+    """Its own, too: test_full_vocabulary.py compares values and gradients."""
     from peft import LoraConfig, get_peft_model
 
     model = make_model(READ["llama"])
     elsewhere = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
     assert make_actor(elsewhere).reads_head
     on_head = get_peft_model(make_model(READ["llama"]), LoraConfig(target_modules=["lm_head"], r=2))
-    assert not make_actor(on_head).reads_head
+    assert make_actor(on_head).reads_head
 
 
 def test_a_change_that_nobody_knows_of_is_seen() -> None:

@@ -246,7 +246,10 @@ def test_base_recipe_repeats_no_other_default() -> None:
 
 def test_every_option_of_ours_has_a_flag_and_its_default() -> None:
     rollout = {"hand_over": {"tokens": 1}}
-    teacher, task = {"model_name_or_path": "t", "prompt": {}}, {"name": "arithmetic", "teacher_prompt": {}}
+    teacher, task = (
+        {"model_name_or_path": "t", "prompt": {}, "follow": {}},
+        {"name": "arithmetic", "teacher_prompt": {}},
+    )
     config = SKDConfig(teacher=teacher, task=task, rollout=rollout)
     mappings = ("skd.vllm", "skd.teacher.chat_template_kwargs", "skd.student.chat_template_kwargs")  # empty ones
     real = flatten(config.model_dump(), "skd.") | {name: {} for name in mappings}
