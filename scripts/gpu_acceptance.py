@@ -165,7 +165,7 @@ def stages(*, hub: bool, cpu: bool) -> list[Stage]:
         tests(
             "split",
             "an engine of two GPUs: the tokens and traces of one, before and after new weights",
-            ["tests/engine/test_tensor_parallel.py"],
+            ["tests/engine/test_worker_ranks.py"],
             240,
             gpus=2,
             on_cpu=False,
