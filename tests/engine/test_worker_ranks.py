@@ -1,6 +1,6 @@
 """An engine of two ranks: the tokens and traces of one rank, before and after new weights of the student.
 
-The last of its folder: its end takes the process groups of this process with it, without which no further engine starts.
+The last of its folder: its end takes the process groups of this process with it, and no further engine starts.
 """
 
 from __future__ import annotations
