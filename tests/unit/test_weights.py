@@ -106,8 +106,8 @@ class Worker:
         self.extension._model_update_group = SimpleNamespace(
             broadcast=lambda tensor, src, stream: tensor.copy_(flat if src == 0 else torch.zeros_like(flat))
         )
-        drafter = SimpleNamespace(load_student=self.loaded.extend)
-        self.extension.model_runner = SimpleNamespace(drafter=drafter)
+        self.of_teacher: list[tuple[str, torch.Tensor]] = []
+        self.extension.load_student, self.extension.load_teacher = self.loaded.extend, self.of_teacher.extend
 
 
 def test_broadcast_bucket_reaches_the_draft_model() -> None:
@@ -118,6 +118,9 @@ def test_broadcast_bucket_reaches_the_draft_model() -> None:
         ("a", [[0, 1, 2], [3, 4, 5]]),
         ("b", [6, 7, 8, 9]),
     ]
+    assert not worker.of_teacher
+    worker.extension.receive_student(["a"], [(10,)], torch.float32, into_teacher=True)
+    assert [name for name, _ in worker.of_teacher] == ["a"] and len(worker.loaded) == 2
 
 
 @pytest.mark.parametrize("method", ["update_weight", "update_weight_cuda_ipc"])
