@@ -70,6 +70,14 @@ def without_weights(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.may_run_code())
 
 
+def attention_window(config: Any) -> int | None:
+    """Tokens that the layers with a window see; None where no layer has one, whatever window the configuration names."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
+    return getattr(text, "sliding_window", None) or None if slides else None
+
+
 def count_parameters(config: Any) -> int:
     """Of a model by its configuration; a tied one counts once."""
     return sum(parameter.numel() for parameter in without_weights(config).parameters())  # yields a tied one once

@@ -14,7 +14,14 @@ from skd_plugin.core.layout import ResponseLayout
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.host.trace_store import stored_trace
-from skd_plugin.models import count_parameters, load_causal_model, load_model_config, mean_tolerance, response_logits
+from skd_plugin.models import (
+    attention_window,
+    count_parameters,
+    load_causal_model,
+    load_model_config,
+    mean_tolerance,
+    response_logits,
+)
 
 LENGTH = 1024  # tokens that are read in all, prompts included; more where a window of attention is wider
 BEYOND = 64  # tokens behind such a window
@@ -48,7 +55,7 @@ def compare_teachers(
             f"memory, and {free / 2**30:.0f} GiB are free here. skd check compares them on a GPU"
         )
         return float("nan")
-    window = getattr(config.get_text_config(), "sliding_window", None) or 0
+    window = attention_window(config) or 0
     with _all_cores():
         try:
             model = load_causal_model(teacher, dtype)

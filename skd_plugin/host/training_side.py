@@ -82,7 +82,8 @@ class TrainingSide:
                         f"the {part} of one {kind} actor is {found.get(part)}, expected {wanted}: SKD is not active "
                         "there. Another plugin or a newer OpenRLHF replaced it; run pytest tests/contract."
                     )
-        print(f"SKD is active: {engines[0]}")
+        self._engine: EngineDescription = engines[0]
+        print(f"SKD is active: {self._engine}")
 
     def train_step(self: Any, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
         """OpenRLHF's step; its status also carries what is measured of it here, on its way to the loggers."""
@@ -100,7 +101,7 @@ class TrainingSide:
         return {**status, STEP_METRICS: metrics}, step
 
     def _compare_teachers(self: Any, samples: list[Experience]) -> float:
-        engine: EngineDescription = ray.get(self.vllm_engines[0].describe_skd.remote())
+        engine = self._engine
         tokenizer = load_tokenizer(engine["teacher"], "teacher")
 
         def read(sample: Experience, ids: list[int]) -> list[int]:

@@ -10,6 +10,7 @@ from skd_plugin import adapters, trust
 from skd_plugin.config.context import context_needed
 from skd_plugin.errors import RecipeError
 from skd_plugin.models import (
+    attention_window,
     changed_logits,
     load_model_config,
     load_tokenizer,
@@ -203,11 +204,10 @@ def check_attention(configs: Mapping[str, Any], *, own_prompts: bool = False) ->
                 f"the {role} has layers of {', '.join(sorted(others))}, which an SKD engine cannot hold beside those "
                 "of another model; take a model with full or sliding-window attention"
             )
-        window = getattr(text, "sliding_window", None)
-        slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
-        if window and slides:
+        window = attention_window(config)
+        if window:
             windows[window] = role
-        windows_alone.append(bool(window and slides) and kinds <= {"sliding_attention"})
+        windows_alone.append(bool(window) and kinds <= {"sliding_attention"})
     if own_prompts and all(windows_alone):
         raise RecipeError(
             "with a prompt of the teacher's own the student stands some places before it, and where all layers of "
