@@ -71,7 +71,7 @@ def without_weights(config: Any) -> Any:
 
 
 def attention_window(config: Any) -> int | None:
-    """Tokens that the layers with a window see; None where no layer has one, whatever window the configuration names."""
+    """Tokens that the layers with a window see; None where no layer has one, whatever the configuration names."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
