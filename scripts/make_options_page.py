@@ -12,15 +12,16 @@ from pydantic.fields import FieldInfo
 from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.host_support import as_yaml, default_of, support_of
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
-from skd_plugin.config.schema import SKDConfig, TaskConfig, field_docs
+from skd_plugin.config.schema import SKDConfig, field_docs
 from skd_plugin.config.section import OneOf
+from skd_plugin.config.task import TaskConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
 HEAD = """\
 # Options
 
-Every option of the `skd:` section of a recipe. This page is made from `skd_plugin/config/schema.py` by
+Every option of the `skd:` section of a recipe. This page is made from `skd_plugin/config/` by
 `python scripts/make_options_page.py`; do not edit it by hand.
 
 Give an option in a recipe (nested, `skd: {rollout: {top_k: 10}}`), as `skd.rollout.top_k=10` after the recipe on the

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from skd_plugin.check.findings import Finding
 from skd_plugin.config.movable import ScheduleConfig, TargetAcceptanceConfig
-from skd_plugin.config.schema import RolloutConfig, SKDConfig
+from skd_plugin.config.rollout import RolloutConfig
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.gates import GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.words import count

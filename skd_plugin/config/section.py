@@ -44,3 +44,8 @@ class OneOf:
 
 def one_of(table: Iterable[str]) -> OneOf:
     return OneOf(tuple(table))
+
+
+def explained(words: dict[str, str]) -> str:
+    """Names of a table with what they mean, for the description of an option."""
+    return "; ".join(f"{name}: {about}" for name, about in words.items())

@@ -1,6 +1,6 @@
-"""Which proposals are kept, what takes the place of the others, and which tokens a verified block emits.
+"""Which proposals are kept, and what the token in place of another is drawn from.
 
-Shapes: N drafted tokens of all requests in one row (request by request), B requests, L draft length, V vocabulary.
+Shapes: N drafted tokens of all requests in one row (request by request), V vocabulary.
 p is the teacher's distribution and q the student's, each after its own temperature and nucleus; p1 and q1 are the
 same at temperature 1, untruncated. A gate looks at one proposal and its prefix, never at later drafts, so the
 distribution m of the next token has a closed form. For a gate that keeps exactly the tokens of a set A (which may
@@ -12,111 +12,12 @@ depend on the prefix), with S = sum of q over A and replacements from p, it is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
-from skd_plugin.core import rng, sampling
-from skd_plugin.core.blend import geometric_blend
-from skd_plugin.core.copies import to_device
-from skd_plugin.core.logit_rows import LogitRows, in_parts
-from skd_plugin.core.sampling import SettingRows
-from skd_plugin.core.trace import NOTHING, Source
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """Drafted tokens with everything a gate may look at. Distributions are read when they are asked for."""
-
-    draft_N: torch.Tensor  # int64
-    teacher: LogitRows  # [N], raw
-    student: LogitRows  # [N], raw, or log q1
-    position_N: torch.Tensor  # int64, index of the token in its sequence (prompt included)
-    seed_N: torch.Tensor  # int64, of the request's random stream
-    prompt_len_N: torch.Tensor  # int64
-    settings: SettingRows  # [N]
-
-    def select(self, rows: torch.Tensor | slice) -> Proposals:
-        return Proposals(
-            draft_N=self.draft_N[rows],
-            teacher=self.teacher.select(rows),
-            student=self.student.select(rows),
-            position_N=self.position_N[rows],
-            seed_N=self.seed_N[rows],
-            prompt_len_N=self.prompt_len_N[rows],
-            settings=self.settings.select(rows),
-        )
-
-    def in_parts(self, rows: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor | slice, Proposals]]:
-        """Some proposals at a time, as many as may be read at once, with the rows that they are.
-
-        Args:
-            rows: int64, those that are wanted; None for all.
-        """
-        count = len(self.draft_N) if rows is None else len(rows)
-        parts = in_parts(count, self.teacher.values_SV)
-        for part in parts:
-            own = part if rows is None else rows[part]
-            yield own, self if rows is None and len(parts) == 1 else self.select(own)
-
-    @cached_property
-    def top_k_N(self) -> torch.Tensor:
-        """K at the place of each proposal, int64."""
-        settings = self.settings
-        if settings.values("top_k_decay_len") == {0}:
-            return settings.top_k
-        return decayed_top_k(settings.top_k, self.position_N - self.prompt_len_N, settings.top_k_decay_len)
-
-    @cached_property
-    def rank_N(self) -> torch.Tensor:
-        """Rank of the proposal on the teacher's raw logits, 0 the most probable."""
-        return teacher_rank(self.teacher_logits_NV, self.draft_N)
-
-    @cached_property
-    def teacher_logits_NV(self) -> torch.Tensor:
-        """float32, raw."""
-        return self.teacher.read()
-
-    @cached_property
-    def student_logp_NV(self) -> torch.Tensor:
-        """log q1."""
-        return self.student.read().log_softmax(-1)
-
-    @cached_property
-    def teacher_logp_NV(self) -> torch.Tensor:
-        """log p1."""
-        return self.teacher_logits_NV.log_softmax(-1)
-
-    @cached_property
-    def teacher_probs_NV(self) -> torch.Tensor:
-        return sampling.warp_of(self.teacher_logits_NV, self.settings, "teacher")
-
-    @cached_property
-    def student_probs_NV(self) -> torch.Tensor:
-        return sampling.warp_of(self.student_logp_NV, self.settings, "student")
-
-    @cached_property
-    def blend_NV(self) -> torch.Tensor:
-        """The geometric blend of the two within a budget of `threshold` nats."""
-        return geometric_blend(self.teacher_probs_NV, self.student_probs_NV, self.settings.threshold)
-
-    @property
-    def teacher_logp_N(self) -> torch.Tensor:
-        """log p1 of the proposal."""
-        return self.teacher_logp_NV.gather(1, self.draft_N[:, None]).squeeze(1)
-
-    @property
-    def student_logp_N(self) -> torch.Tensor:
-        """log q1 of the proposal."""
-        return self.student_logp_NV.gather(1, self.draft_N[:, None]).squeeze(1)
-
-    @property
-    def coin_N(self) -> torch.Tensor:
-        """Uniform numbers for gates that toss a coin; a stream of their own."""
-        return rng.uniform(self.seed_N, self.position_N, rng.COIN)
+from skd_plugin.core.proposals import Proposals, teacher_rank
 
 
 def from_teacher(proposals: Proposals) -> torch.Tensor:
@@ -159,115 +60,6 @@ class Gate:
     def can_flag(self) -> bool:
         """A rejected proposal may be left in the text (write_back: false)."""
         return self.again is None
-
-
-class Verdict(NamedTuple):
-    token_N: torch.Tensor  # int64, the proposal or what takes its place
-    source_N: torch.Tensor  # int64, codes of `Source`
-    rank_N: torch.Tensor  # int64, of the proposal on the teacher's raw logits
-
-
-@dataclass(frozen=True)
-class Group:
-    """Proposals that are judged alike."""
-
-    gate: Gate | None  # None: a given text, of which every token stays
-    rows: torch.Tensor | None  # bool [N], which these are, in ordinary memory; None: all
-
-
-def judge(gate: Gate, proposals: Proposals) -> Verdict:
-    """Puts every proposal to one gate."""
-    return judge_groups([Group(gate, None)], proposals)
-
-
-def judge_groups(groups: Sequence[Group], proposals: Proposals) -> Verdict:
-    """Puts every proposal to the gate of its group and draws what takes the place of the rejected ones.
-
-    Waits once for the device: for which proposals are kept. A group knows its rows without that.
-    """
-    token_N, rank_N = proposals.draft_N.clone(), torch.empty_like(proposals.draft_N)
-    source_N, kept_N = torch.zeros_like(rank_N), torch.ones_like(rank_N, dtype=torch.bool)
-    for group in groups:
-        for rows, part in proposals.in_parts(_numbers(group.rows, token_N.device)):
-            rank_N[rows] = part.rank_N
-            if group.gate is None:
-                source_N[rows] = Source.REFERENCE
-            else:
-                kept_N[rows] = group.gate.keep(part)
-    rejected_N = ~kept_N.cpu()
-    for group in groups:
-        own_N = rejected_N if group.rows is None else rejected_N & group.rows
-        if group.gate is not None and bool(own_N.any()):
-            for rows, part in proposals.in_parts(_numbers(own_N, token_N.device)):
-                token_N[rows], source_N[rows] = _instead(group.gate, part)
-    return Verdict(token_N, source_N, rank_N)
-
-
-def _numbers(mask_N: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """Of the rows of a mask in ordinary memory."""
-    return None if mask_N is None else to_device(mask_N.nonzero().squeeze(1), device)
-
-
-def _instead(gate: Gate, lost: Proposals) -> tuple[torch.Tensor, torch.Tensor]:
-    """What takes the place of rejected proposals, and its source."""
-    noise_N = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
-    token_N = sampling.draw(gate.replacement(lost), noise_N)
-    source_N = torch.full_like(token_N, Source.REPLACED)
-    if gate.again is None:
-        return token_N, source_N
-    probs_NV = gate.again(lost)
-    again_N = sampling.draw(probs_NV, rng.uniform(lost.seed_N, lost.position_N, rng.AGAIN))
-    possible_N = probs_NV.sum(-1) > 0
-    return torch.where(possible_N, again_N, token_N), source_N.masked_fill(possible_N, Source.RESAMPLED)
-
-
-def assemble_block(
-    draft_BL: torch.Tensor, accepted_BL: torch.Tensor, replacement_BL: torch.Tensor, num_drafts_B: torch.Tensor
-) -> torch.Tensor:
-    """Tokens that a verified block emits.
-
-    A kept proposal is emitted, a rejected one gives way to the teacher's token. The block ends after the first token
-    that differs from its proposal, because what was drafted after it was drafted for another prefix. There is no bonus
-    token after a fully kept block: the next token must be proposed by the student.
-
-    Returns:
-        int64 [B, L]; `NOTHING` after the end of a block. Every request with a draft emits at least one token.
-    """
-    emitted_BL = torch.where(accepted_BL, draft_BL, replacement_BL)
-    place_L = torch.arange(draft_BL.shape[1], device=draft_BL.device)
-    drafted_BL = place_L[None] < num_drafts_B[:, None]
-    intact_BL = ((emitted_BL == draft_BL) & drafted_BL).cumprod(1)
-    reached_BL = torch.cat([torch.ones_like(intact_BL[:, :1]), intact_BL[:, :-1]], dim=1).bool()
-    return torch.where(reached_BL & drafted_BL, emitted_BL, NOTHING)
-
-
-def teacher_rank(teacher_logits_NV: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
-    """Rank of a token under the teacher: 0 is the most probable; the lower id goes first among equal logits.
-
-    Args:
-        teacher_logits_NV: float32, in which a count is exact up to 2^24.
-
-    Returns:
-        int64 [N].
-    """
-    own_N1, token_N1 = teacher_logits_NV.gather(1, token_N[:, None]), token_N[:, None].to(teacher_logits_NV.dtype)
-    ids_V = torch.arange(teacher_logits_NV.shape[1], dtype=teacher_logits_NV.dtype, device=token_N.device)
-    # Ones and zeros in the type of the logits: a sum of bools would be one of 64-bit integers.
-    one_NV, before_NV = torch.empty_like(teacher_logits_NV), torch.empty_like(teacher_logits_NV)
-    above_N = torch.gt(teacher_logits_NV, own_N1, out=one_NV).sum(-1)
-    torch.eq(teacher_logits_NV, own_N1, out=one_NV)
-    tied_before_N = one_NV.mul_(torch.lt(ids_V, token_N1, out=before_NV)).sum(-1)
-    return (above_N + tied_before_N).long()
-
-
-def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:
-    """K at the response position t = age: max(1, K - floor(K t / L)), L = decay_len; K itself for L = 0.
-
-    SKD's release lowers K by ceil(K / L) every max(floor(K / L), 1) verified blocks; a block has a varying number of
-    tokens. Here the unit is the token, K falls evenly from K at t = 0, and from t = L on it is 1.
-    """
-    lowered_N = (top_k_N - top_k_N * age_N // decay_len_N.clamp_min(1)).clamp_min(1)
-    return torch.where(decay_len_N > 0, lowered_N, top_k_N)
 
 
 def keep_top_k(proposals: Proposals) -> torch.Tensor:

@@ -22,9 +22,11 @@ import torch
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.copies import to_device
-from skd_plugin.core.gates import Proposals, Verdict, from_residual
+from skd_plugin.core.gates import from_residual
+from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import Source
+from skd_plugin.core.verify import Verdict
 
 
 class Legs(NamedTuple):

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from skd_plugin.core.copies import to_device
-from skd_plugin.core.gates import GATES, Group
+from skd_plugin.core.gates import GATES
 from skd_plugin.core.hand_over import Legs
 from skd_plugin.core.sampling import SettingRows
 from skd_plugin.core.trace import NOTHING, Trace
+from skd_plugin.core.verify import Group
 from skd_plugin.engine import references
 from skd_plugin.engine.recorder import Part, to_trace
 from skd_plugin.engine.request import RequestParams

@@ -13,10 +13,11 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core.copies import to_device
-from skd_plugin.core.gates import Proposals, Verdict, assemble_block, judge_groups
 from skd_plugin.core.hand_over import hand_over
 from skd_plugin.core.logit_rows import LogitRows
+from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.trace import NOTHING, Source
+from skd_plugin.core.verify import Verdict, assemble_block, judge_groups
 from skd_plugin.engine.recorder import Part, Recorder
 from skd_plugin.engine.request_table import RequestRows, RequestTable
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from skd_plugin.config.movable import TargetAcceptanceConfig, value_at
-from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.core.gates import GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
 from skd_plugin.core.trace import Source, Trace

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skd_plugin.config.schema import Coefficients
+from skd_plugin.config.objective import Coefficients
 from skd_plugin.core.trace import Drawn
 
 POLICY_METRICS = {  # name in OpenRLHF's status -> ours

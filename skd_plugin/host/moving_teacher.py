@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from skd_plugin.config.schema import FollowConfig
+from skd_plugin.config.teacher import FollowConfig
 from skd_plugin.host import shards
 from skd_plugin.host.shards import shard_of
 

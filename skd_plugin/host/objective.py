@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
-from skd_plugin.config.schema import Coefficients
+from skd_plugin.config.objective import Coefficients
 from skd_plugin.host.batch import MicroBatch, Totals
 from skd_plugin.host.distillation import Distillation
 

@@ -11,7 +11,8 @@ import ray
 import torch
 
 from skd_plugin import trust
-from skd_plugin.config.schema import Coefficients, SKDConfig
+from skd_plugin.config.objective import Coefficients
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu, shards

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skd_plugin.config.schema import SKDConfig, TeacherPromptConfig
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.teacher import TeacherPromptConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.tasks.label import Label
 

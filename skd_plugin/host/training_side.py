@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from skd_plugin.config.schema import Coefficients, SKDConfig
+from skd_plugin.config.objective import Coefficients
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.host.metrics import objective_metrics

@@ -12,7 +12,8 @@ from typing import Any
 
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import PromptRow
-from skd_plugin.config.schema import SKDConfig, TaskConfig
+from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.task import TaskConfig
 from skd_plugin.errors import RecipeError, unknown_key
 from skd_plugin.host.prompts import PromptError, PromptForm
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_prompt

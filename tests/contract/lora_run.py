@@ -22,7 +22,7 @@ import torch
 from openrlhf.utils import get_tokenizer
 
 from skd_plugin.adapters import merge, weights
-from skd_plugin.config.schema import Coefficients
+from skd_plugin.config.objective import Coefficients
 from skd_plugin.host import chunked_actor, on_cpu, weight_sync
 from skd_plugin.host.chunked_actor import ChunkedActor
 from skd_plugin.host.policy_actor import SKDActorTrainer

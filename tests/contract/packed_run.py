@@ -28,7 +28,7 @@ from openrlhf.models.ring_attn_utils import set_ring_attn_group
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 from openrlhf.utils import get_strategy, get_tokenizer
 
-from skd_plugin.config.schema import Coefficients
+from skd_plugin.config.objective import Coefficients
 from skd_plugin.core.trace import Source
 from skd_plugin.host import chunked_actor, on_cpu
 from skd_plugin.host.chunked_actor import ChunkedActor

@@ -31,7 +31,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils import get_strategy, get_tokenizer
 
 from skd_plugin.config.host_options import hierarchize, host_parser
-from skd_plugin.config.schema import Coefficients
+from skd_plugin.config.objective import Coefficients
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.prepare.load_run import load_run

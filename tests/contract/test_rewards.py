@@ -186,7 +186,7 @@ def test_an_agent_without_a_reward_is_an_error() -> None:
 
 
 def make_maker(estimator: str = "reinforce", **objective: float) -> Any:
-    from skd_plugin.config.schema import ObjectiveConfig
+    from skd_plugin.config.objective import ObjectiveConfig
     from skd_plugin.host.samples import SKDExperienceMaker
 
     advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=True)

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from openrlhf.models import Actor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from skd_plugin.config.schema import FollowConfig  # noqa: E402
+from skd_plugin.config.teacher import FollowConfig  # noqa: E402
 from skd_plugin.core.chunked import HeadLoss, against_teacher  # noqa: E402
 from skd_plugin.core.losses import forward_kl  # noqa: E402
 from skd_plugin.host import chunked_actor  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.engine.request import Sample
 from skd_plugin.evaluate.engine_process import Beside
 from skd_plugin.evaluate.job import Job, Prompt

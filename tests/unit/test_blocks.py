@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from skd_plugin.core import rng, sampling
-from skd_plugin.core.gates import GATES, Proposals, assemble_block, teacher_rank
+from skd_plugin.core.gates import GATES
 from skd_plugin.core.logit_rows import LogitRows
+from skd_plugin.core.proposals import Proposals, teacher_rank
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import NOTHING
+from skd_plugin.core.verify import assemble_block
 
 P_VALUE = 1e-4
 

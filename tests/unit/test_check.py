@@ -34,7 +34,8 @@ from skd_plugin.check.self_test_process import Measured, measure
 from skd_plugin.check.subject import read_subject
 from skd_plugin.config import versions
 from skd_plugin.config.host_options import host_parser
-from skd_plugin.config.schema import RolloutConfig, SKDConfig
+from skd_plugin.config.rollout import RolloutConfig
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.gates import CONFIDENT, GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.trace import NOTHING, Source, Trace

@@ -9,14 +9,10 @@ import pytest
 import yaml
 
 from skd_plugin.config.host_options import host_parser
+from skd_plugin.config.loss import LossConfig
 from skd_plugin.config.recipe import flatten, load_recipe, set_dotted
-from skd_plugin.config.schema import (
-    LossConfig,
-    RolloutConfig,
-    SKDConfig,
-    field_docs,
-    parse_skd,
-)
+from skd_plugin.config.rollout import RolloutConfig
+from skd_plugin.config.schema import SKDConfig, field_docs, parse_skd
 from skd_plugin.core.gates import CONFIDENCES, GATE_OPTIONS
 from skd_plugin.core.losses import LOSSES, PARAMETERS, LossSettings, make_token_loss
 from skd_plugin.core.methods import METHODS

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.blend import geometric_blend
-from skd_plugin.core.gates import GATES, Proposals, assemble_block, decayed_top_k, in_top_k, judge, teacher_rank
+from skd_plugin.core.gates import GATES, in_top_k
 from skd_plugin.core.logit_rows import LogitRows
+from skd_plugin.core.proposals import Proposals, decayed_top_k, teacher_rank
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import Source
+from skd_plugin.core.verify import assemble_block, judge
 
 VOCAB = 12
 SETTINGS = {

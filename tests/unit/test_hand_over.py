@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skd_plugin.config.schema import RolloutConfig, parse_skd
-from skd_plugin.core.gates import Proposals, Verdict
+from skd_plugin.config.rollout import RolloutConfig
+from skd_plugin.config.schema import parse_skd
 from skd_plugin.core.hand_over import Legs, hand_over, teachers_text
 from skd_plugin.core.logit_rows import LogitRows
+from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings, SettingRows
 from skd_plugin.core.trace import Source
+from skd_plugin.core.verify import Verdict
 from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.unit.test_gates import VOCAB, proposals
 

@@ -6,9 +6,7 @@ import pytest
 
 from skd_plugin.config import host_rules
 from skd_plugin.config.host_options import host_arguments, host_defaults, host_parser
-from skd_plugin.config.schema import (
-    SKDConfig,
-)
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.errors import RecipeError
 
 

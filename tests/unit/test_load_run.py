@@ -13,9 +13,7 @@ from skd_plugin.config import host_rules, versions
 from skd_plugin.config.host_options import check_by_host, host_arguments, host_defaults, host_parser
 from skd_plugin.config.recipe import RenamedOption, load_recipe
 from skd_plugin.config.run import Run
-from skd_plugin.config.schema import (
-    parse_skd,
-)
+from skd_plugin.config.schema import parse_skd
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare import prompts
 from skd_plugin.prepare.load_run import Models, host_options_of, load_models, load_run

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from reasoning_gym.factory import DATASETS
 
-from skd_plugin.config.schema import TaskConfig
+from skd_plugin.config.task import TaskConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import load_run
 from skd_plugin.prepare.task_prompts import _make

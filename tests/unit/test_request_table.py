@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from skd_plugin.core.copies import Arriving
-from skd_plugin.core.gates import GATES, Group
+from skd_plugin.core.gates import GATES
 from skd_plugin.core.trace import NOTHING, Source
+from skd_plugin.core.verify import Group
 from skd_plugin.engine.recorder import _FIGURES, Part
 from skd_plugin.engine.request_table import RequestTable
 from tests.requests import make_request

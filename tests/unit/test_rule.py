@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skd_plugin.config.schema import RolloutConfig
+from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.core.gates import CONFIDENCES, GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.sampling import KEEP_ALL
