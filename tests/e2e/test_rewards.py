@@ -125,6 +125,7 @@ def test_agent_with_a_calculator_while_the_trainer_trains(tmp_path: Path) -> Non
             assert not behind.startswith(f" {result} ."), trace["response"]
 
 
+@pytest.mark.soak  # which errors there are is in tests/contract/test_rewards.py, how one ends a run in test_faults.py
 def test_a_reward_that_raises_ends_the_run(tmp_path: Path) -> None:
     broken = tmp_path / "broken_reward.py"
     broken.write_text("def reward_func(queries, prompts, labels):\n    raise KeyError('no such label')\n")

@@ -24,7 +24,6 @@ from tests.e2e.running import (
     steps,
     traces,
     wait_for_step,
-    wait_until_gone,
 )
 from tests.waiting import GUARD_S
 
@@ -108,12 +107,3 @@ def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
     assert process.returncode == 130, output
     assert "Stopped" in output
     assert not processes_with(tmp_path)
-
-
-def test_a_killed_skd_takes_its_processes_with_it(tmp_path):
-    """kill -9 of the command that the user started: it cannot clean up, so the host must notice."""
-    process = start(tmp_path, "skd.task.train_prompts=4000", *UNMEASURED)
-    wait_for_step(tmp_path, 1, process)
-    process.kill()
-    process.communicate()
-    wait_until_gone(tmp_path)
