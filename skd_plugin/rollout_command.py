@@ -57,8 +57,8 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
     forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
     say(f"{len(given)} prompts of {prompts}, made by this form: {forms}")
     repeated = [prompt for prompt in given for _ in range(samples)]
-    if skd.rollout.notice:
-        say(skd.rollout.notice)
+    for notice in models.notices:
+        say(notice)
     rule = SamplingRule.of(skd.rollout)
     rooms = [models.room_behind(prompt.ids, prompt.teacher_ids) for prompt in repeated]
     limits = [rule.limit(min(max_new_tokens or max_len, room)) for room in rooms]

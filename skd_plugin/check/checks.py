@@ -46,7 +46,9 @@ def run_checks(
     if subject.run is not None and student is not None:
         yield check_steps(subject.options, subject.run.num_prompts, prompts, student.tokenizer)
     if teacher is not None and student is not None:
-        yield from check_models(teacher, student, subject.options, prompts, refused=subject.run is None)
+        yield from check_models(
+            teacher, student, subject.options, prompts, refused=subject.run is None, joined=subject.end_ids
+        )
     if subject.models is not None:
         yield check_rule(subject.models.skd)
         if teacher is not None and student is not None:

@@ -10,7 +10,7 @@ from skd_plugin.check.findings import Finding
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.teacher_prompts import teacher_prompt
-from skd_plugin.models import generation_end_ids, load_model_config, load_tokenizer
+from skd_plugin.models import generation_end_ids, joined_ends_words, load_model_config, load_tokenizer
 from skd_plugin.prepare.model_checks import check_vocabularies
 from skd_plugin.words import first_line
 
@@ -49,9 +49,20 @@ def load_pair(teacher: str | None, student: str | None) -> tuple[Model | None, M
 
 
 def check_models(
-    teacher: Model, student: Model, options: HostOptions, prompts: Sequence[str], *, refused: bool
+    teacher: Model,
+    student: Model,
+    options: HostOptions,
+    prompts: Sequence[str],
+    *,
+    refused: bool,
+    joined: Sequence[int] = (),
 ) -> Iterator[Finding]:
-    """All that follow. `refused`: the recipe does not load."""
+    """All that follow.
+
+    Args:
+        refused: the recipe does not load.
+        joined: tokens that are one end event.
+    """
     yield check_vocabulary(teacher, student, refused=refused)
     yield check_template(teacher, student, options, prompts)
     if prompts:
@@ -59,7 +70,7 @@ def check_models(
         own = teacher_prompt(prompts[0])
         if own is not None:
             yield check_first_prompt(own, teacher.tokenizer, "teacher's first prompt")
-    yield from check_end_tokens(teacher, student)
+    yield from check_end_tokens(teacher, student, joined)
     yield check_padding(student)
 
 
@@ -132,9 +143,12 @@ def check_first_prompt(prompt: str, tokenizer: Any, name: str = "first prompt") 
     return Finding(name, repr(shown))
 
 
-def check_end_tokens(teacher: Model, student: Model) -> list[Finding]:
+def check_end_tokens(teacher: Model, student: Model, joined: Sequence[int] = ()) -> list[Finding]:
     """The engine stops at the end tokens of the teacher's tokenizer and generation_config (vLLM's own rule) and at the
-    student's tokenizer's; the finished student will be stopped at its own."""
+    student's tokenizer's; the finished student will be stopped at its own. Those that are joined are all of them the
+    finished student's."""
+    if words := joined_ends_words(student.tokenizer, joined):
+        return [Finding("end tokens", f"{words} (skd.end_tokens: auto)")]
     name = student.tokenizer.convert_ids_to_tokens
     stops = _end(teacher) | _tokenizer_end(student)
     found = f"the engine stops at {_named(stops, name)}; the student ends at {_named(_end(student), name)}"

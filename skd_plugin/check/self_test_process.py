@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from skd_plugin.core.end_event import join_ends
 from skd_plugin.core.losses import forward_kl, top_k_loss
 from skd_plugin.core.sampling import SamplingSettings
 from skd_plugin.core.targets import Targets
@@ -100,14 +101,15 @@ class Outcome:
 
 def compare(trial: Trial, drawn: Drawn, dtype: str) -> Measured:
     """What the engine says against plain forwards of its models by transformers, one sequence at a time."""
-    vocab = drawn.description["vocab_size"]
+    vocab, end_ids = drawn.description["vocab_size"], drawn.description["end_ids"]
 
     def logits_of(model: str) -> torch.Tensor:
         placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
         loaded = load_causal_model(model, getattr(torch, dtype), **placement)
         responses = zip(trial.prompts, drawn.traces, strict=True)
         rows = [response_logits(loaded, prompt, trace.response_ids.tolist()) for prompt, trace in responses]
-        return torch.cat(rows)[:, :vocab]
+        logits_RV = torch.cat(rows)[:, :vocab]
+        return join_ends(logits_RV, torch.tensor(end_ids)) if end_ids else logits_RV
 
     of_teacher_RV = logits_of(trial.spec.teacher)
     alone = trial.spec.student == trial.spec.teacher

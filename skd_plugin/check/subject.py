@@ -10,6 +10,7 @@ from skd_plugin.config.host_options import HostOptions, host_parser
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.config.run import Run
 from skd_plugin.errors import RecipeError
+from skd_plugin.models import joined_ends
 from skd_plugin.prepare.load_run import Models, load_run, on_cpu, read_models
 
 
@@ -37,6 +38,12 @@ class Subject:
     @property
     def student(self) -> str | None:
         return self.options.get("actor.model_name_or_path")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that are one end event; of two models that load."""
+        teacher, student, joins = self.teacher, self.student, self.models is not None and self.models.skd.joins_ends
+        return joined_ends(teacher, student) if joins and teacher and student else ()
 
 
 def read_subject(recipe: str, overrides: Sequence[str]) -> Subject:

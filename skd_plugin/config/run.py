@@ -39,6 +39,9 @@ class Run:
     data_digest: str = field(default="", compare=False, repr=False)
     """SHA-256 of what training and evaluations read of their prompts."""
 
+    notices: Sequence[str] = field(default=(), compare=False, repr=False)
+    """What people are told before the start."""
+
     @property
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.skd.run_dir))

@@ -44,6 +44,11 @@ class SKDConfig(Section):
     pickle_weights: bool = Field(
         False, description="load weights that are pickles (.bin), which may run anything; see docs/security.md"
     )
+    end_tokens: Literal["auto", "apart"] = Field(
+        "auto",
+        description="auto: where the two models end their turns with other tokens, these tokens are one event, in "
+        "sampling and in the loss; apart: each is itself",
+    )
     traces_per_step: int = Field(4, ge=0, description="responses of each step that go into traces.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
@@ -55,6 +60,11 @@ class SKDConfig(Section):
         if self.teacher.prompt is None and self.teacher.chat_template_kwargs:
             return TeacherPromptConfig()
         return self.teacher.prompt
+
+    @property
+    def joins_ends(self) -> bool:
+        """Whether tokens that end a turn are one, where the two models have others."""
+        return self.end_tokens == "auto"
 
     @property
     def teacher_prompts(self) -> list[TeacherPromptConfig]:

@@ -17,6 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from skd_plugin.core.end_event import join_ends, join_ends_
+
 # (rows of the chunk, log q [C, V]) -> [C], differentiable in log q, which it must not change.
 ChunkLoss = Callable[[slice, torch.Tensor], torch.Tensor]
 
@@ -65,6 +67,7 @@ def chunked_scores(
     tokens_N: torch.Tensor,
     chunk: int,
     vocab: int | None = None,
+    ends_E: torch.Tensor | None = None,
     entropy: bool = False,
     loss: HeadLoss | None = None,
 ) -> Scores:
@@ -74,11 +77,13 @@ def chunked_scores(
         tokens_N: int64, the tokens whose log q is wanted.
         chunk: tokens whose logits are in memory at once (C).
         vocab: only the first so many rows of the head are tokens; the others are padding, without mass or gradient.
+        ends_E: tokens that end a turn, which are one; see `join_ends`. None: each is itself.
         entropy: the entropy is wanted, too.
     """
     vocab = len(head_VH) if vocab is None else vocab
 
     def read(rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:
+        log_q_CV = log_q_CV if ends_E is None else join_ends(log_q_CV, ends_E)
         losses = [] if loss is None else [loss.of_chunk(rows, log_q_CV)]
         return losses + _token_readings(tokens_N, entropy, rows, log_q_CV)
 
@@ -88,13 +93,21 @@ def chunked_scores(
     return Scores(values[0], values[1] if entropy else None, found)
 
 
-def against_teacher(hidden_NJ: torch.Tensor, head_VJ: torch.Tensor, loss: PairLoss) -> ChunkLoss:
+def against_teacher(
+    hidden_NJ: torch.Tensor, head_VJ: torch.Tensor, loss: PairLoss, ends_E: torch.Tensor | None = None
+) -> ChunkLoss:
     """A loss against the teacher's whole distribution, from its hidden states and output head, which get no gradient.
 
     Args:
         head_VJ: of as many tokens as the student has.
+        ends_E: as in `chunked_scores`.
     """
-    return lambda rows, log_q_CV: loss(rows, _log_softmax(hidden_NJ[rows], head_VJ), log_q_CV)
+
+    def of_chunk(rows: slice, log_q_CV: torch.Tensor) -> torch.Tensor:
+        log_p_CV = _log_softmax(hidden_NJ[rows], head_VJ)
+        return loss(rows, log_p_CV if ends_E is None else join_ends_(log_p_CV, ends_E), log_q_CV)
+
+    return of_chunk
 
 
 def _token_readings(tokens_N: torch.Tensor, entropy: bool, rows: slice, log_q_CV: torch.Tensor) -> list[torch.Tensor]:

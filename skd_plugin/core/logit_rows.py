@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from skd_plugin.core.end_event import join_ends_
+
 # Entries of the rows that are read at once. In float32 they are 4 MB, which stay in the cache of a CPU core, or 64 MB
 # on a GPU, where fewer would be more kernels to start than work for them.
 ENTRIES_ON_CPU = 1 << 20
@@ -22,6 +24,7 @@ ENTRIES_ON_GPU = 1 << 24
 class LogitRows:
     values_SV: torch.Tensor  # any float type
     rows_N: torch.Tensor  # int64, the row of each
+    ends_E: torch.Tensor | None = None  # int64, tokens that end a turn, read as one; None: each by itself
 
     @classmethod
     def of(cls, values_NV: torch.Tensor) -> LogitRows:
@@ -29,11 +32,12 @@ class LogitRows:
         return cls(values_NV, torch.arange(len(values_NV), device=values_NV.device))
 
     def select(self, rows: torch.Tensor | slice) -> LogitRows:
-        return LogitRows(self.values_SV, self.rows_N[rows])
+        return LogitRows(self.values_SV, self.rows_N[rows], self.ends_E)
 
     def read(self) -> torch.Tensor:
         """float32 [N, V], the caller's own to write into."""
-        return self.values_SV.index_select(0, self.rows_N).float()
+        read_NV = self.values_SV.index_select(0, self.rows_N).float()
+        return read_NV if self.ends_E is None else join_ends_(read_NV, self.ends_E)
 
 
 def in_parts(count: int, values_SV: torch.Tensor) -> list[slice]:

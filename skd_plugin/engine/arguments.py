@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypedDict
 
 from skd_plugin.config.context import context_needed, engine_len
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.models import joined_ends
 
 WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
 SCHEDULER_CLS = "skd_plugin.engine.scheduler.SKDScheduler"
@@ -35,6 +37,12 @@ class EngineSpec:
     openrlhf: dict[str, Any]  # EngineArgs that OpenRLHF makes of its own options
     options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
     teacher_moves: bool = False  # whether it may get new weights
+    joins_ends: bool = False  # whether the tokens that end a turn are one, where the two models have others
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that are one end event, that which stands for them first; none: nothing is joined."""
+        return joined_ends(self.teacher, self.student) if self.joins_ends else ()
 
     def arguments(self, openrlhf: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keywords of vLLM's EngineArgs for an engine with teacher and student.
@@ -60,6 +68,7 @@ class EngineSpec:
                 "skd_loss_temperature": self.loss_temperature,
                 "skd_teacher_hidden": self.teacher_hidden,
                 "skd_teacher_moves": self.teacher_moves,
+                "skd_end_ids": list(self.end_ids),
             },
             "async_scheduling": False,
             # One group of caches for all layers: vLLM hands the student's layers what it knows of the first group.
@@ -123,6 +132,7 @@ class EngineDescription(TypedDict):
     teacher_top_k: int
     student_top_k: int
     loss_temperature: float
+    end_ids: list[int]  # tokens that are one end event; empty: nothing is joined
     quantization: str | None  # vLLM's name of how the teacher's weights are rounded; None: they are full
     dtype: str  # of the weights, as torch names it
     vocab_size: int  # ids that both models have
@@ -145,6 +155,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         student_top_k=skd.loss.student_top_k,
         loss_temperature=skd.loss.temperature,
         teacher_hidden=skd.loss.vocabulary == "full",
+        joins_ends=skd.joins_ends,
         cpu=cpu,
         openrlhf={
             "tensor_parallel_size": options["vllm.tensor_parallel_size"],

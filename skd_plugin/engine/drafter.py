@@ -14,6 +14,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from skd_plugin.core import rng, sampling
+from skd_plugin.core.end_event import join_ends_
 from skd_plugin.core.trace import NOTHING
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
@@ -186,6 +187,8 @@ class SKDDrafter(DraftModelProposer):
         if drafting.logits_LBV is None:
             drafting.logits_LBV = logits_BV.new_empty(len(drafting.position_LB), *logits_BV.shape)
         drafting.logits_LBV[place] = logits_BV
+        if self._table.ends_E is not None:
+            join_ends_(drafting.logits_LBV[place], self._table.ends_E)
         token_B = sampling.sample(drafting.logits_LBV[place], rows.settings, "student", drafting.noise_LB[place])
         if rows.forced_BF is not None:
             token_B = follow(rows.forced_BF, drafting.position_LB[place] - rows.prompt_len_B, token_B)

@@ -30,6 +30,7 @@ class SKDEngine:
         self.description: EngineDescription = self._llm.collective_rpc("describe_skd")[0]
         self._tokenizer = load_tokenizer(spec.student, "student")
         self._end_ids = engine_end_ids(spec.teacher, self._llm.get_tokenizer(), self._tokenizer)
+        self._joined = spec.end_ids
 
     def generate(
         self,
@@ -69,6 +70,7 @@ class SKDEngine:
                 max_new_tokens=limit,
                 reference=reference,
                 teacher_ids=teacher_ids,
+                end_ids=self._joined,
             )
             for prompt, own_rule, limit, own_seed, reference, teacher_ids in zip(
                 prompts, rules, limits, own_seeds, texts or nothing, teacher_prompts or nothing, strict=True
@@ -111,16 +113,16 @@ class PlainEngine:
 
         self._llm = LLM(disable_log_stats=True, **spec.plain_arguments())
         self.tokenizer = load_tokenizer(spec.student, "student")
-        self._end_ids = engine_end_ids(spec.student, self.tokenizer)
+        self._end = [*end_tokens(self.tokenizer), *spec.end_ids]
+        self._end_ids = engine_end_ids(spec.student, self.tokenizer) | frozenset(spec.end_ids)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seeds: Sequence[int], temperature: float
     ) -> list[PlainResponse]:
         """One response a prompt, of at most limits[i] tokens; greedy at temperature 0."""
-        end = end_tokens(self.tokenizer)
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [plain_params(temperature, limit, end, seed) for limit, seed in zip(limits, seeds, strict=True)],
+            [plain_params(temperature, limit, self._end, seed) for limit, seed in zip(limits, seeds, strict=True)],
             use_tqdm=False,
         )
         completions = [output.outputs[0] for output in outputs]

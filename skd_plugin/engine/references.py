@@ -31,8 +31,13 @@ def is_chosen(share: float, seed: int, prompt_ids: Sequence[int]) -> bool:
     return bool(drawn <= share)
 
 
-def reference_ids(reference: str | None, tokenizer: Any, prompt_ids: Sequence[int]) -> list[int]:
+def reference_ids(
+    reference: str | None, tokenizer: Any, prompt_ids: Sequence[int], end_ids: Sequence[int] = ()
+) -> list[int]:
     """Tokens of a reference, with the end token after it and no other special token added.
+
+    Args:
+        end_ids: of `joined_ends`; one that the text names, as the teacher's own, is the one that stands for all.
 
     Raises:
         MissingReference: names the prompt.
@@ -43,7 +48,8 @@ def reference_ids(reference: str | None, tokenizer: Any, prompt_ids: Sequence[in
             f"{tokenizer.decode(list(prompt_ids))[:80]!r}. Name the dataset's column of references "
             '(openrlhf.data.label_key); a line of `skd rollout --prompts` has it as "reference"'
         )
-    return [*tokenizer(reference, add_special_tokens=False).input_ids, *end_tokens(tokenizer)]
+    ids = [*tokenizer(reference, add_special_tokens=False).input_ids, *end_tokens(tokenizer)]
+    return [end_ids[0] if token in end_ids else token for token in ids]
 
 
 def padded(forced: Sequence[Sequence[int] | None], device: torch.device) -> torch.Tensor:

@@ -122,6 +122,7 @@ def prepare_request(
     max_new_tokens: int,
     reference: str | None,
     teacher_ids: Sequence[int] | None = None,
+    end_ids: Sequence[int] = (),
 ) -> Request:
     """
     Args:
@@ -132,6 +133,7 @@ def prepare_request(
         seed: of the request's own random stream.
         choice_seed: decides, with the prompt, whether `rule` answers it by its reference; see `is_chosen`.
         max_new_tokens: length at which the response, a reference too, is cut.
+        end_ids: the engine's (`EngineSpec.end_ids`).
 
     Raises:
         ValueError: a sampling parameter that would do nothing, or a prompt that is too short.
@@ -142,7 +144,7 @@ def prepare_request(
     _check_prompts(student, teacher)
     forced_ids = None
     if is_chosen(rule.reference_share, choice_seed, prompt_ids):
-        forced_ids = reference_ids(reference, tokenizer, prompt_ids)
+        forced_ids = reference_ids(reference, tokenizer, prompt_ids, end_ids)
         max_new_tokens = min(max_new_tokens, len(forced_ids))
     params = RequestParams(
         trace_id=trace_id,

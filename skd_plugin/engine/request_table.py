@@ -104,13 +104,16 @@ class RequestTable:
         device: torch.device,
         teacher_top_k: int,
         vocab_size: int,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """
         Args:
             states: the model runner's own table: vLLM's request id -> its state.
             vocab_size: ids that both models have.
+            end_ids: of them those that end a turn, as one event; none: each is itself.
         """
         self.vocab_size = vocab_size
+        self.ends_E = torch.tensor(end_ids, device=device) if end_ids else None
         self.student_version = 0  # updates that the student has had
         self._states = states
         self._device = device

@@ -77,7 +77,7 @@ class SKDSampler:
         on_device, entry, position, student_row = to_device(sent, logits.device)
         proposals = Proposals(
             draft_N=metadata.draft_token_ids[entry].long(),
-            teacher=LogitRows(logits, metadata.target_logits_indices[entry]),
+            teacher=LogitRows(logits, metadata.target_logits_indices[entry], self._table.ends_E),
             student=LogitRows(student_SV, student_row),
             position_N=position,
             seed_N=batch.seed_B[on_device],

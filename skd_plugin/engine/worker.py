@@ -39,6 +39,7 @@ class SKDWorker(VllmWorker):
             runner.device,
             options["skd_teacher_top_k"],
             vocabulary.sizes(self.vllm_config).common,
+            options["skd_end_ids"],
         )
         recorder = Recorder(
             options["skd_teacher_top_k"], options["skd_student_top_k"], options["skd_loss_temperature"]
@@ -100,6 +101,7 @@ class SKDWorker(VllmWorker):
             "teacher_top_k": options["skd_teacher_top_k"],
             "student_top_k": options["skd_student_top_k"],
             "loss_temperature": options["skd_loss_temperature"],
+            "end_ids": [] if self._skd_requests.ends_E is None else self._skd_requests.ends_E.tolist(),
             "quantization": runner.model_config.quantization,
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "vocab_size": sizes.common,

@@ -73,9 +73,18 @@ def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[An
 def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut]) -> Job:
     models = plan.models
     spec = engine_for(models.skd, models.engine_options, student=student.model, cpu=models.cpu)
+    # Where there is no teacher, a student stands in its place.
+    joins_ends = spec.joins_ends and spec.teacher not in [other.model for other in plan.students]
     return Job(
         # Of the teacher's distribution only what every trace has is looked at.
-        spec=replace(spec, teacher_top_k=1, student_top_k=0, loss_temperature=1.0, teacher_hidden=False),
+        spec=replace(
+            spec,
+            teacher_top_k=1,
+            student_top_k=0,
+            loss_temperature=1.0,
+            teacher_hidden=False,
+            joins_ends=joins_ends,
+        ),
         measures=list(plan.measures),
         prompts=[held_out.prompt for held_out in prompts],
         samples=plan.sampling.samples,

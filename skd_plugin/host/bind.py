@@ -20,6 +20,7 @@ from skd_plugin.host import on_cpu
 from skd_plugin.host.async_controller import SKDAsyncTrainer
 from skd_plugin.host.controller import SKDTrainer
 from skd_plugin.host.critic import SKDCritic
+from skd_plugin.host.end_event import end_ids_of, join_ends_of
 from skd_plugin.host.policy_actor import SKDPolicy
 from skd_plugin.host.rollout_actor import SKDRollout
 from skd_plugin.seams import plain_class, rebind
@@ -53,8 +54,8 @@ def bind(run: Run) -> None:
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
     rebind(ppo_trainer_async, "PPOTrainerAsync", ray.remote(SKDAsyncTrainer))
-    for name in ("ReferenceModelActor", "RewardModelActor"):
-        rebind(launcher, name, ray.remote(num_gpus=1)(_frozen(getattr(launcher, name))))
+    rebind(launcher, "ReferenceModelActor", ray.remote(num_gpus=1)(_reference(launcher.ReferenceModelActor)))
+    rebind(launcher, "RewardModelActor", ray.remote(num_gpus=1)(_frozen(launcher.RewardModelActor)))
 
 
 def _frozen(host_actor: Any) -> type:
@@ -67,6 +68,18 @@ def _frozen(host_actor: Any) -> type:
             super().init_model_from_pretrained(*args, **kwargs)
 
     return Frozen
+
+
+def _reference(host_actor: Any) -> type:
+    """The frozen model that the policy is held to, whose tokens that end a turn are one where the policy's are."""
+
+    class Reference(_frozen(host_actor)):  # type: ignore[misc]
+        def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            super().init_model_from_pretrained(strategy, *args, **kwargs)
+            if end_ids := end_ids_of(strategy.args):
+                join_ends_of(self.model.model, end_ids)
+
+    return Reference
 
 
 def _rollout_class(run: Run) -> type[SKDRollout]:

@@ -15,7 +15,7 @@ Shapes: B sequences, T tokens each, N response tokens of the batch, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from openrlhf.models import Actor
 from skd_plugin.adapters import adapter_of, is_adapted
 from skd_plugin.core.chunked import FEW_LOGITS, HeadLoss, chunked_scores
 from skd_plugin.core.layout import ResponseLayout
+from skd_plugin.host.end_event import end_tensor, end_turns, join_ends_of
 from skd_plugin.models import changed_logits
 
 
@@ -39,14 +40,16 @@ class ChunkedActor(Actor):
     Where `reads_head` is false, its forward is OpenRLHF's.
     """
 
-    def __init__(self, *args: Any, chunk: int | None, vocab: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, chunk: int | None, vocab: int, end_ids: Sequence[int] = (), **kwargs: Any) -> None:
         """
         Args:
             chunk: tokens whose logits are in memory at once, or more if those are few. None: those of all tokens, as
                 in OpenRLHF.
             vocab: tokens that both models have; the student's rows after them are padding, without mass.
+            end_ids: of `joined_ends`. All of them will end the trained model's turn.
         """
         super().__init__(*args, **kwargs)
+        self.end_ids = tuple(end_ids)
         self._chunk = None if chunk is None else max(chunk, FEW_LOGITS // vocab)
         self._vocab = vocab
         self._compared = False
@@ -54,6 +57,10 @@ class ChunkedActor(Actor):
         head = head.get_base_layer() if is_adapted(head) else head
         plain = type(head) is torch.nn.Linear and head.bias is None and changed_logits(self.model.config) is None
         self.reads_head = self._chunk is not None and plain  # its logits are the product of hidden states and weight
+        if self.end_ids:
+            end_turns(self.model, self.end_ids)
+            if not self.reads_head:
+                join_ends_of(self.model, self.end_ids)
 
     def forward(
         self,
@@ -89,6 +96,7 @@ class ChunkedActor(Actor):
                 tokens_N=here.tokens(sequences),
                 chunk=self._chunk,
                 vocab=self._vocab,
+                ends_E=end_tensor(self.end_ids, hidden_BTH.device),
                 entropy=return_entropy,
                 loss=loss,
             )

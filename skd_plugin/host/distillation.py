@@ -8,6 +8,7 @@ Shapes: N response tokens of the batch, V vocabulary, J width of the teacher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from skd_plugin.core.losses import TokenLoss
 from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.batch import MicroBatch
+from skd_plugin.host.end_event import end_tensor
 
 CHECKED_TOKENS = 16  # of each batch, at which the teacher's head must give what the engine's teacher said
 HEAD_TOLERANCE = 0.25  # nats, mean over them; bfloat16 logits are rounded to about 0.1
@@ -95,7 +97,14 @@ class FullVocabularyDistillation:
     """
 
     def __init__(
-        self, head_VJ: torch.Tensor, token_loss: TokenLoss, foresight: Foresight, *, chunk: int, vocab: int
+        self,
+        head_VJ: torch.Tensor,
+        token_loss: TokenLoss,
+        foresight: Foresight,
+        *,
+        chunk: int,
+        vocab: int,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -103,8 +112,10 @@ class FullVocabularyDistillation:
             token_loss: of `make_token_loss` with `whole_vocabulary_loss`.
             chunk: tokens whose logits are in memory at once.
             vocab: tokens that both models have.
+            end_ids: of `joined_ends`.
         """
         self._head_VJ = head_VJ[:vocab]
+        self._ends_E = end_tensor(end_ids, head_VJ.device)
         self._token_loss = token_loss
         self._foresight = foresight
         self._chunk = chunk
@@ -119,7 +130,7 @@ class FullVocabularyDistillation:
         def loss(rows: slice, log_p_CV: torch.Tensor, log_q_CV: torch.Tensor) -> torch.Tensor:
             return self._token_loss(log_q_CV, replace(targets.select(rows), teacher_logp_NK=log_p_CV))
 
-        of_chunk = against_teacher(hidden_NJ, self._head_VJ, loss)
+        of_chunk = against_teacher(hidden_NJ, self._head_VJ, loss, self._ends_E)
         return {"head_loss": HeadLoss(of_chunk, self._foresight.gradient(batch))}
 
     def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
@@ -128,7 +139,9 @@ class FullVocabularyDistillation:
     @torch.no_grad()
     def _check(self, hidden_NJ: torch.Tensor, tokens: Trace) -> None:
         tokens_N = tokens.response_ids.to(hidden_NJ.device, torch.int64)
-        found_N = chunked_scores(hidden_NJ, self._head_VJ, tokens_N=tokens_N, chunk=self._chunk).log_prob
+        found_N = chunked_scores(
+            hidden_NJ, self._head_VJ, tokens_N=tokens_N, chunk=self._chunk, ends_E=self._ends_E
+        ).log_prob
         gap = (found_N.cpu() - tokens.teacher_logp).abs().mean().item()
         if not gap <= HEAD_TOLERANCE:
             raise RuntimeError(

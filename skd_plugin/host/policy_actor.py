@@ -25,6 +25,7 @@ from skd_plugin.host.distillation import (
     FullVocabularyDistillation,
     TopKDistillation,
 )
+from skd_plugin.host.end_event import end_ids_of
 from skd_plugin.host.moving_teacher import MovingTeacher
 from skd_plugin.host.objective import Objective, finite_gradients
 from skd_plugin.host.shards import shard_of
@@ -122,6 +123,7 @@ def _distillation(actor: Any, skd: SKDConfig, vocab: int, foresight: Foresight |
         foresight,
         chunk=skd.loss.chunk,
         vocab=vocab,
+        end_ids=actor.end_ids,
     )
 
 
@@ -133,7 +135,7 @@ class SKDPolicy(HostPolicy):
         # A compiled model would not call the forward that takes the head's place.
         chunk = None if strategy.args.ds.deepcompile else skd.loss.chunk
         vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)
-        rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab))
+        rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab, end_ids=end_ids_of(strategy.args)))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
         if self.checkpoint_states:
@@ -172,10 +174,11 @@ class SKDPolicy(HostPolicy):
         """Goes on behind a step, 0 at the start of a run."""
         self.trainer.step = step
 
-    def describe_skd(self) -> dict[str, str]:
+    def describe_skd(self) -> dict[str, Any]:
         """What is really in place, for the start-up check."""
         return {
             "trainer": type(self.trainer).__name__,
             "loss": type(self.trainer.objective).__name__,
             "batches": type(host.iter_grad_accum_global_norm).__name__,
+            "end_ids": list(self.actor.end_ids),
         }

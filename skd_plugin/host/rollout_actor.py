@@ -64,7 +64,7 @@ class SKDRollout(HostRollout):
             )
         self.executor = _TracingExecutor(executor)
         self.teacher_top_k = spec.teacher_top_k
-        self._draft_len = spec.draft_len
+        self._draft_len, self._end_ids = spec.draft_len, spec.end_ids
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._student_version = 0
@@ -136,6 +136,7 @@ class SKDRollout(HostRollout):
             max_new_tokens=self._rule.limit(limit),
             reference=reference,
             teacher_ids=teacher_ids,
+            end_ids=self._end_ids,
         )
         try:
             output = await super().generate(request.read_ids, request.sampling_params)

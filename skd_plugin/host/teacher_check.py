@@ -10,6 +10,7 @@ import psutil
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin.core.end_event import join_ends
 from skd_plugin.core.layout import ResponseLayout
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.arguments import EngineDescription
@@ -66,7 +67,7 @@ def compare_teachers(
             print(f"the engine's teacher is not compared with transformers', which cannot read its rounding: {error}")
             return float("nan")
         texts = _texts(samples, read, max(LENGTH, window + BEYOND))
-        gaps = [_gaps(model, engine["vocab_size"], *text) for text in texts]
+        gaps = [_gaps(model, engine, *text) for text in texts]
     gap = torch.cat(gaps).mean().item()
     limit = mean_tolerance(dtype)
     if not gap <= limit and not quantised:
@@ -99,11 +100,19 @@ def _texts(
 
 
 def _gaps(
-    model: Any, vocab: int, prompt: list[int], rest: list[int], layout: ResponseLayout, drawn: Drawn
+    model: Any,
+    engine: EngineDescription,
+    prompt: list[int],
+    rest: list[int],
+    layout: ResponseLayout,
+    drawn: Drawn,
 ) -> torch.Tensor:
     """|log p by the engine - by transformers| of the response tokens: float32 [N]."""
     first = int(layout.entry_N[0])  # the prompt's last token
-    logp_RV = response_logits(model, prompt, rest)[:, :vocab].log_softmax(-1)
+    logits_RV = response_logits(model, prompt, rest)[:, : engine["vocab_size"]]
+    if engine["end_ids"]:
+        logits_RV = join_ends(logits_RV, torch.tensor(engine["end_ids"]))
+    logp_RV = logits_RV.log_softmax(-1)
     place_N = layout.entry_N - first
     return (drawn.teacher_logp - logp_RV[place_N, torch.tensor(rest)[place_N]]).abs()
 

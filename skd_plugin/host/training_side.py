@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
+from skd_plugin.host.end_event import end_ids_of
 from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.run_samples import Sampled
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
@@ -26,8 +28,8 @@ RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has
 STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way to the loggers
 
 
-def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
-    """What engines and policy actors must say of themselves (`describe_skd`)."""
+def expected_parts(skd: SKDConfig, end_ids: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What engines and policy actors must say of themselves (`describe_skd`). Args: end_ids: of `joined_ends`."""
     return {
         "engine": {
             "sampler": "SKDSampler",
@@ -36,8 +38,14 @@ def expected_parts(skd: SKDConfig) -> dict[str, dict[str, str | int | float]]:
             "loss_temperature": skd.loss.temperature,
             "teacher_top_k": skd.loss.teacher_top_k,
             "student_top_k": skd.loss.student_top_k,
+            "end_ids": list(end_ids),
         },
-        "policy": {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"},
+        "policy": {
+            "trainer": "SKDActorTrainer",
+            "loss": "Objective",
+            "batches": "OptimizerStepBatches",
+            "end_ids": list(end_ids),
+        },
     }
 
 
@@ -75,7 +83,7 @@ class TrainingSide:
         """Raises RuntimeError unless every engine and every policy actor really runs SKD's parts."""
         engines = ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
         policies = ray.get(self.actor_model_group.async_run_method("describe_skd"))
-        expected = expected_parts(self.skd)
+        expected = expected_parts(self.skd, end_ids_of(self.args))
         for kind, found in [("engine", d) for d in engines] + [("policy", d) for d in policies]:
             for part, wanted in expected[kind].items():
                 if found.get(part) != wanted:

@@ -35,7 +35,7 @@ from skd_plugin.config.versions import check_versions
 from skd_plugin.config.vllm_options import check_vllm
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptForm
-from skd_plugin.models import check_saving
+from skd_plugin.models import check_saving, joined_ends, joined_ends_words
 from skd_plugin.prepare.model_checks import (
     check_adapters,
     check_experts,
@@ -79,6 +79,16 @@ class Models:
         if not self.given.get("actor.model_name_or_path"):
             raise RecipeError("openrlhf.actor.model_name_or_path is missing: the student, a folder or a model name")
         return self.given["actor.model_name_or_path"]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that are one end event; see `joined_ends`."""
+        return joined_ends(self.skd.teacher.model_name_or_path, self.student) if self.skd.joins_ends else ()
+
+    @property
+    def notices(self) -> list[str]:
+        """What people are told of sampling before it begins."""
+        return [*filter(None, (self.skd.rollout.notice, joined_ends_words(self.tokenizer, self.end_ids)))]
 
     @property
     def max_len(self) -> int:
@@ -235,7 +245,7 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
     number = min(len(rows), complete["data.max_samples"])
     prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, number))), form)
     check_thinking(prompts, allowed=skd.teacher.own_thinking)
-    return Run(skd, host, models.cpu, data, number, prompts, digest)
+    return Run(skd, host, models.cpu, data, number, prompts, digest, models.notices)
 
 
 def host_options_of(models: Models) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def _supervise(run: Run, console: Console) -> int:
     run.save()
     folder = run.folder
     console.print(f"Run folder {folder.path}; OpenRLHF's own output goes to {folder.log.name} there")
-    if run.skd.rollout.notice:
-        console.print(run.skd.rollout.notice)
+    for notice in run.notices:
+        console.print(notice, markup=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     try:
