@@ -91,6 +91,23 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TEACHERS_END = 7  # of `two_ends`
+
+
+@pytest.fixture(scope="session")
+def two_ends(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair with a teacher that ends its turn with another token, "e", or with the student's."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = tmp_path_factory.mktemp("two_ends") / "pair"
+    shutil.copytree(tiny_pair, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(TEACHERS_END)
+    tokenizer.save_pretrained(folder / "teacher")
+    GenerationConfig(eos_token_id=[TEACHERS_END, EOS]).save_pretrained(folder / "teacher")
+    return folder
+
+
 PADDED_VOCAB = 48
 
 
@@ -146,6 +163,7 @@ def engine(tiny_pair: Path):
                 student_top_k=3,
                 loss_temperature=LOSS_TEMPERATURE,
                 teacher_hidden=teacher_hidden,
+                joins_ends=True,  # as a recipe does; what differs is for a pair that ends in two ways
                 options=defaults | others,
             )
             engines[key] = SKDEngine(spec)

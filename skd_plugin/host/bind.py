@@ -54,32 +54,27 @@ def bind(run: Run) -> None:
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
     rebind(ppo_trainer_async, "PPOTrainerAsync", ray.remote(SKDAsyncTrainer))
-    rebind(launcher, "ReferenceModelActor", ray.remote(num_gpus=1)(_reference(launcher.ReferenceModelActor)))
-    rebind(launcher, "RewardModelActor", ray.remote(num_gpus=1)(_frozen(launcher.RewardModelActor)))
+    for name in ("ReferenceModelActor", "RewardModelActor"):
+        frozen = _frozen(getattr(launcher, name), has_logits=name == "ReferenceModelActor")
+        rebind(launcher, name, ray.remote(num_gpus=1)(frozen))
 
 
-def _frozen(host_actor: Any) -> type:
-    """OpenRLHF's actor of a frozen model, without code of the model's, and in float32 on a CPU."""
+def _frozen(host_actor: Any, *, has_logits: bool = False) -> type:
+    """OpenRLHF's actor of a frozen model, without code of the model's, and in float32 on a CPU.
+
+    Args:
+        has_logits: the policy is held to the model's, so that what is one event to the policy is one to it.
+    """
 
     class Frozen(plain_class(host_actor)):
-        def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             trust.close_transformers()
             on_cpu.adapt_trainer()
-            super().init_model_from_pretrained(*args, **kwargs)
-
-    return Frozen
-
-
-def _reference(host_actor: Any) -> type:
-    """The frozen model that the policy is held to, whose tokens that end a turn are one where the policy's are."""
-
-    class Reference(_frozen(host_actor)):  # type: ignore[misc]
-        def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             super().init_model_from_pretrained(strategy, *args, **kwargs)
-            if end_ids := end_ids_of(strategy.args):
+            if has_logits and (end_ids := end_ids_of(strategy.args)):
                 join_ends_of(self.model.model, end_ids)
 
-    return Reference
+    return Frozen
 
 
 def _rollout_class(run: Run) -> type[SKDRollout]:

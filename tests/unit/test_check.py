@@ -259,6 +259,12 @@ def test_end_tokens(pair, tmp_path, teachers, students, words):
         assert text in finding.remedy
 
 
+def test_end_tokens_that_are_joined(pair, tmp_path):
+    set_end(tmp_path / "pair", "teacher", [2, 7])
+    (found,) = check_end_tokens(*pair(), joined=(2, 7))
+    assert found.level == "ok" and "</s> (2) and e (7) end a turn" in found.found and "skd.end_tokens" in found.found
+
+
 def test_no_end_token_at_all(pair):
     teacher, student = (replace(model, end_ids=frozenset()) for model in pair())
     teacher.tokenizer.eos_token = student.tokenizer.eos_token = None

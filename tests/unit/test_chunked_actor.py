@@ -190,3 +190,37 @@ def test_a_step_holds_the_logits_of_one_chunk(alone: bool) -> None:
         step(make_actor(model, chunk=chunk, vocab=vocab), head_loss=loss).backward()
     assert plain.bytes > 18 * count * vocab
     assert ours.bytes < 26 * chunk * vocab + 10 * vocab * SIZES["hidden_size"] + 2**21
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma 2"])
+def test_tokens_that_end_a_turn_are_one(family: str, packed: bool) -> None:
+    """Whether the head is read or the model changes its logits: log-probs, entropies and gradients of the joined."""
+    ends, vocab = (7, 3, 20), SIZES["vocab_size"]
+    model, batch = make_model((READ | CHANGED)[family]), Batch()
+    batch.ids[(batch.ids == 3) | (batch.ids == 20)] = 4  # which are never sampled
+    batch.ids[0, 8] = ends[0]  # a response token
+    exact = make_model((READ | CHANGED)[family]).double()
+    actor = make_actor(model, packed=packed, vocab=vocab, end_ids=ends)
+    assert actor.reads_head == (family == "llama")
+    ours = batch.run(actor)
+    our_gradients = gradients(model, ours)
+    probs = exact(batch.ids, attention_mask=batch.attention).logits[:, :-1].softmax(-1)
+    others = [token for token in range(vocab) if token not in ends]
+    joined = torch.cat([probs[..., others], probs[..., list(ends)].sum(-1, keepdim=True)], -1).log()
+    order = {token: place for place, token in enumerate([*others, ends[0]])}
+    places = torch.tensor([[order.get(token, 0) for token in row] for row in batch.ids[:, 1:].tolist()])
+    mask = batch.mask.bool()
+    theirs = joined.gather(2, places[..., None]).squeeze(2)[mask], -(joined.exp() * joined).sum(-1)[mask]
+    their_gradients = gradients(exact, theirs)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient.double(), their_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_trained_model_lists_all_that_end_its_turn(tmp_path) -> None:
+    model = make_model(READ["llama"])
+    make_actor(model, end_ids=(7, 3))
+    model.save_pretrained(tmp_path)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [7, 3]

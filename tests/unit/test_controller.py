@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from skd_plugin.run_folder import RunFolder
 
 SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
 ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0}
-ENGINE |= {"teacher_top_k": 8, "student_top_k": 0}
-POLICY = {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches"}
+ENGINE |= {"teacher_top_k": 8, "student_top_k": 0, "end_ids": [2, 7]}
+POLICY = {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches", "end_ids": [2, 7]}
 
 
 @pytest.fixture
@@ -26,10 +27,11 @@ def check(monkeypatch: pytest.MonkeyPatch):
     from skd_plugin.host import controller, training_side
 
     monkeypatch.setattr(training_side.ray, "get", lambda answers: answers)
+    monkeypatch.setattr(training_side, "end_ids_of", lambda args: (2, 7))  # by the files of the models
 
     def run(engines: list[dict], policies: list[dict]) -> None:
         trainer = object.__new__(controller.SKDTrainer)
-        trainer.skd = SKD
+        trainer.skd, trainer.args = SKD, None
         trainer.vllm_engines = [
             SimpleNamespace(describe_skd=SimpleNamespace(remote=lambda said=said: said)) for said in engines
         ]
@@ -52,16 +54,19 @@ def test_parts_in_place(check, capsys: pytest.CaptureFixture[str]) -> None:
         ("loss_temperature", 1.0),
         ("teacher_top_k", 64),
         ("student_top_k", 4),
+        ("end_ids", []),
     ],
 )
 def test_an_engine_with_another_part_stops_the_run(check, part: str, found) -> None:
-    with pytest.raises(RuntimeError, match=rf"the {part} of one engine actor is {found}, expected {ENGINE[part]}"):
+    said = re.escape(f"the {part} of one engine actor is {found}, expected {ENGINE[part]}")
+    with pytest.raises(RuntimeError, match=said):
         check([ENGINE, {**ENGINE, part: found}], [POLICY])
 
 
 @pytest.mark.parametrize("part", list(POLICY))
 def test_a_policy_actor_with_another_part_stops_the_run(check, part: str) -> None:
-    with pytest.raises(RuntimeError, match=f"the {part} of one policy actor is Host, expected {POLICY[part]}"):
+    said = re.escape(f"the {part} of one policy actor is Host, expected {POLICY[part]}")
+    with pytest.raises(RuntimeError, match=said):
         check([ENGINE], [POLICY, {**POLICY, part: "Host"}])
 
 

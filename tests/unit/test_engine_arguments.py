@@ -141,6 +141,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
         "skd_loss_temperature": 2.0,
         "skd_teacher_hidden": True,
         "skd_teacher_moves": False,
+        "skd_end_ids": [],
     }
     assert first["additional_config"] == config
     assert rollout == {
@@ -156,6 +157,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
             "skd_loss_temperature": 1.0,
             "skd_teacher_hidden": False,
             "skd_teacher_moves": False,
+            "skd_end_ids": [],
         },
     }
     assert checked(overrides).arguments() == {

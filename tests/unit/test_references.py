@@ -48,6 +48,10 @@ def test_tokens_end_in_the_end_token() -> None:
     assert reference_ids("ab", Letters(), [5]) == [97, 98, 2]
 
 
+def test_every_token_of_one_end_event_is_the_first() -> None:
+    assert reference_ids("ab", Letters(), [5], end_ids=(2, 98)) == [97, 2, 2]
+
+
 @pytest.mark.parametrize("reference", [None, ""])
 def test_missing_reference_names_the_prompt(reference: str | None) -> None:
     with pytest.raises(MissingReference, match=r"this one has none: 'tom has 3 coins'.*openrlhf\.data\.label_key"):

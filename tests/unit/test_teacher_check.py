@@ -52,13 +52,30 @@ def told(tiny_pair: Path):
     """(model, what an engine says of itself)."""
     path = str(tiny_pair / "teacher")
     model = AutoModelForCausalLM.from_pretrained(path).eval()
-    return model, {"teacher": path, "dtype": "float32", "vocab_size": model.config.vocab_size}
+    return model, {"teacher": path, "dtype": "float32", "vocab_size": model.config.vocab_size, "end_ids": []}
 
 
 def test_the_same_teacher(check, told) -> None:
     model, engine = told
     samples = [response(model, n, n, turns=n > 6) for n in (3, 12, 7, 9, 5, 1)]
     assert check.compare_teachers(samples, engine, as_read, quantised=False) < 1e-5
+
+
+def test_a_teacher_whose_ends_are_one(check, told) -> None:
+    model, engine = told
+    sample = response(model, 12, 0)
+    sample.sequences[0, -1] = 2
+    with torch.no_grad():
+        probs = model(sample.sequences).logits[0, PROMPT - 1 : -1].softmax(-1)
+    probs[:, 2] += probs[:, 7]
+    probs[:, 7] = 0
+    (trace,) = sample.info[TRACE_KEY]
+    ids = sample.sequences[0, PROMPT:]
+    logp = probs.gather(1, ids[:, None]).squeeze(1).log()
+    sample.info[TRACE_KEY] = [replace(trace, response_ids=ids.int(), teacher_logp=logp)]
+    assert 7 not in ids
+    assert check.compare_teachers([sample], engine | {"end_ids": [2, 7]}, as_read, quantised=False) < 1e-5
+    assert check.compare_teachers([sample], engine, as_read, quantised=True) > 1e-3
 
 
 def test_a_teacher_on_its_own_prompt(check, told) -> None:
