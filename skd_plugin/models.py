@@ -42,32 +42,29 @@ def engine_end_ids(model: str, *tokenizers: Any) -> frozenset[int]:
     return generation_end_ids(model) | frozenset([*of_tokenizers, *_listed(listed)])
 
 
-def turn_ends(name: str, role: str) -> frozenset[int]:
-    """Tokens at which a model ends its turn, by its files: of generation_config.json, or without one of config.json,
-    and of its tokenizer.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        listed = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model need not have one
-        listed = load_model_config(name, role).get_text_config().eos_token_id
-    return frozenset([*_listed(listed), *end_tokens(load_tokenizer(name, role))])
-
-
 def joined_ends(teacher: str, student: str) -> tuple[int, ...]:
     """Tokens that end a turn for either model, where the two do not end alike; first the one that stands for all, at
     which an engine of the two stops: the student's tokenizer's, or else the teacher's. Empty: nothing is to be joined.
     """
     models = (student, "student"), (teacher, "teacher")
     first = [end_tokens(load_tokenizer(*model)) for model in models]
-    ends = [turn_ends(*model) for model in models]
+    ends = [frozenset([*own, *_listed_ends(*model)]) for own, model in zip(first, models, strict=True)]
     own = [token for tokens in first for token in tokens]
     if not own or (first[0] == first[1] and ends[0] == ends[1]):
         return ()
     vocab = common_vocab_size(teacher, student)
     others = sorted(token for token in ends[0] | ends[1] if token != own[0] and token < vocab)
     return (own[0], *others) if others else ()
+
+
+def _listed_ends(name: str, role: str) -> list[int]:
+    """End tokens of generation_config.json, or of config.json where there is none."""
+    from transformers import GenerationConfig
+
+    try:
+        return _listed(GenerationConfig.from_pretrained(name).eos_token_id)
+    except OSError:  # a model need not have one
+        return _listed(load_model_config(name, role).get_text_config().eos_token_id)
 
 
 def joined_ends_words(tokenizer: Any, end_ids: Sequence[int]) -> str | None:
