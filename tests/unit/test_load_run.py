@@ -370,3 +370,18 @@ def test_columns_of_the_held_out_dataset(quickstart, write) -> None:
 def test_a_template_that_makes_no_prompt(quickstart, template: str) -> None:
     with pytest.raises(RecipeError, match=r"openrlhf\.data\.input_template is .*, in which only \{\} is a place"):
         quickstart(f"openrlhf.data.input_template='{template}'")
+
+
+def test_what_is_joined_is_said_before_the_start(quickstart, tmp_path) -> None:
+    """Of a teacher that ends its turns with another token than its student."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    teacher = shutil.copytree(PAIR / "teacher", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(teacher)
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(teacher)
+    other = f"skd.teacher.model_name_or_path={teacher}"
+    said = "</s> (2) and <unk> (3) end a turn in one of the models; they are one event, written as </s> (2)"
+    assert quickstart(other).notices == [said]
+    assert quickstart(other, "skd.end_tokens=apart").notices == quickstart().notices == []
