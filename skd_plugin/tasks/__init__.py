@@ -14,12 +14,13 @@ from skd_plugin.tasks.flores import Flores
 from skd_plugin.tasks.gsm8k import GSM8K
 from skd_plugin.tasks.instructions import Instructions
 from skd_plugin.tasks.math_problems import ASDiv, GSMPlus, Math500, UltraInteract
+from skd_plugin.tasks.multi30k import Multi30k
 from skd_plugin.tasks.reasoning_gym import PREFIX, reasoning_gym_task
 from skd_plugin.tasks.summary import Summary
 from skd_plugin.tasks.translation import Translation
 
 GENERATED = (Arithmetic, Translation, Summary, Instructions)
-DATASETS = (GSM8K, Flores, DialogSum, UltraInteract, Math500, GSMPlus, ASDiv)
+DATASETS = (GSM8K, Flores, Multi30k, DialogSum, UltraInteract, Math500, GSMPlus, ASDiv)
 TASKS: dict[str, type[Task]] = {task.name: task for task in (*GENERATED, *DATASETS)}
 
 __all__ = ["TASKS", "Example", "Task", "TaskError", "find_task"]

@@ -45,8 +45,4 @@ class Flores(DatasetTask):
         return scorers.chrf(response.strip(), [label])
 
     def metrics(self, responses: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-        stripped = [response.strip() for response in responses]
-        return {
-            "corpus_chrf": scorers.corpus_chrf(stripped, labels),
-            "bleu": scorers.corpus_bleu(stripped, labels),
-        }
+        return scorers.of_translations([response.strip() for response in responses], labels)

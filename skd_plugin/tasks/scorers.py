@@ -41,6 +41,11 @@ def corpus_bleu(responses: Sequence[str], references: Sequence[str]) -> float:
     return min(score(list(responses), [list(references)], force=True).score / 100, 1.0)
 
 
+def of_translations(responses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Figures of a corpus of translations, one reference each, beside the mean of their sentence chrF."""
+    return {"corpus_chrf": corpus_chrf(responses, references), "bleu": corpus_bleu(responses, references)}
+
+
 def rouge(response: str, references: Sequence[str]) -> dict[str, float]:
     """F measures of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, each of the best reference."""
     best = _rouge().score_multi(list(references), response)

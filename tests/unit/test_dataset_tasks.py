@@ -31,6 +31,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "Translate Assamese sentence into English. This is the Assamese sentence: মই যাওঁ Here is the English "
         "translation:", "I go home now.", " I go home now.\n", "He went.",
     ),
+    "multi30k": (
+        {"en": "A dog runs.", "de": "Ein Hund rennt."},
+        "Translate English sentence into German. This is the English sentence: A dog runs. Here is the German "
+        "translation:", "Ein Hund rennt.", " Ein Hund rennt.\n", "Zwei Katzen.",
+    ),
     "dialogsum": ({"dialogue": CHAT, "summary": "They greet."}, CHAT, "They greet.", "they greet", "They part."),
     "ultrainteract": (
         {"task": "Math_CoT", "instruction": FORM + "1/4 + 1/4?", "response": r"Step 1: \boxed{\frac{1}{2}}"},
