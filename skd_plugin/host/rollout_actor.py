@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -21,8 +22,8 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
 from skd_plugin.engine.request import finish_request, prepare_request
-from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
+from skd_plugin.host.asked import AskedPrompt, AskedSample, SampledBy
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
 from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_prompt, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
@@ -69,11 +70,6 @@ class SKDRollout(HostRollout):
         self._trace_ids = count()
         self._student_version = 0
 
-    def set_rule(self, rule: SamplingRule, seed: int) -> None:
-        """How requests are sampled from now on; the same (seed, prompt, n-th request for it) gives the same tokens."""
-        self._rule, self._seed = rule, seed
-        self._times_seen: Counter[int] = Counter()
-
     async def describe_skd(self) -> EngineDescription:
         return (await call_worker(self.llm, "describe_skd"))[0]
 
@@ -94,9 +90,15 @@ class SKDRollout(HostRollout):
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())
 
-    async def generate_responses(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        """OpenRLHF's, of one prompt. The traces stay on this node, and the responses refer to them."""
-        responses = await super().generate_responses(*args, **kwargs)
+    async def generate_responses(
+        self, prompt: AskedPrompt, *, num_samples: int, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """OpenRLHF's, of one prompt, by a call for each response, so that it has its number. The traces stay on this
+        node, and the responses refer to them.
+        """
+        one = super().generate_responses
+        calls = [one(prompt=sample, num_samples=1, **kwargs) for sample in prompt.samples(num_samples)]
+        responses = [response for (response,) in await asyncio.gather(*calls)]
         for response in responses:
             response[TRACE_KEY] = StoredTrace.put(response[TRACE_KEY], self._draft_len)
         return responses
@@ -106,12 +108,20 @@ class SKDRollout(HostRollout):
         prompt_token_ids: list[int],
         sampling_params: Any,
         multi_modal_data: Any = None,
+        *,
+        by: SampledBy,
+        seed: int,
         reference: str | None = None,
         own: Sampling = AS_THE_RUN,
         pair: PairedPrompt | None = None,
     ) -> Any:
-        """One response. `reference` takes its place where the rule chooses so; the others are sampled, by what the
-        prompt's task has of its `own`. With a `pair` of prompts the teacher reads its own.
+        """One response.
+
+        Args:
+            seed: of its own random stream.
+            reference: takes its place where the rule chooses so.
+            own: what the prompt's task has in place of the rule's.
+            pair: of prompts, where the teacher reads its own.
         """
         if multi_modal_data:
             raise ValueError(f"a prompt has an image: {IMAGES}")
@@ -127,13 +137,13 @@ class SKDRollout(HostRollout):
                 )
         request = prepare_request(
             prompt_token_ids,
-            self._rule.with_top_k(own.top_k),
+            by.rule.with_top_k(own.top_k),
             sampling_params,
             self._tokenizer,
             trace_id=next(self._trace_ids),
-            seed=self._next_seed(prompt_token_ids),
-            choice_seed=self._seed,
-            max_new_tokens=self._rule.limit(limit),
+            seed=seed,
+            choice_seed=by.seed,
+            max_new_tokens=by.rule.limit(limit),
             reference=reference,
             teacher_ids=teacher_ids,
             end_ids=self._end_ids,
@@ -151,11 +161,6 @@ class SKDRollout(HostRollout):
             output.outputs[0].logprobs = [{token: SimpleNamespace(logprob=value)} for token, value in logp]
         output.skd_trace = sample.trace
         return output
-
-    def _next_seed(self, prompt_ids: list[int]) -> int:
-        prompt_hash = crc32(str(prompt_ids).encode())
-        self._times_seen[prompt_hash] += 1
-        return derive_seed(self._seed, prompt_hash, self._times_seen[prompt_hash])
 
 
 async def while_alive(llm: Any, call: Awaitable[Any]) -> Any:
@@ -206,29 +211,23 @@ class _TracingExecutor(AgentExecutorBase):
 
     def __init__(self, inner: AgentExecutorBase) -> None:
         self._inner = inner
-        self._turns: dict[_Turn, None] = {}  # of the samples under way, in the order in which they ended
-        self._under_way = 0
+        self._under_way = _UnderWay()
 
-    async def execute(self, *, prompt: str, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
+    async def execute(self, *, prompt: AskedSample, label: Any, llm_engine: Any, **kwargs: Any) -> dict[str, Any]:
         """Called by keywords, in the actor's `generate_responses`.
 
         Raises:
             RuntimeError: the response has tokens that no turn accounts for, or another sample's settings.
         """
-        engine = _TurnRecorder(llm_engine, prompt, Label.parse(label), self._turns)
-        self._under_way += 1
-        try:
-            response = await self._inner.execute(prompt=str(prompt), label=label, llm_engine=engine, **kwargs)
-            turns = [turn for turn in self._turns if turn.asked is engine]
+        engine = _TurnRecorder(llm_engine, prompt, Label.parse(label), self._under_way)
+        with self._under_way.sample(engine):
+            response = await self._inner.execute(prompt=str(prompt.prompt), label=label, llm_engine=engine, **kwargs)
+            turns = [turn for turn in self._under_way.turns if turn.asked is engine]
             if not _are_all(turns, response):
                 turns = self._found(response, engine)
             for turn in turns:
-                self._turns.pop(turn, None)
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._turns.clear()
-        response["prompt"] = prompt  # with its pair, where it has one
+                self._under_way.turns.pop(turn, None)
+        response["prompt"] = prompt.prompt  # with its pair, where it has one
         response[TRACE_KEY] = Trace.join([engine.nothing, *(turn.trace for turn in turns)])
         return response
 
@@ -237,7 +236,7 @@ class _TracingExecutor(AgentExecutorBase):
         turns: list[_Turn] = []
         ids = list(response["observation_tokens"])
         for start, end in response["action_ranges"]:
-            found = (turn for turn in self._turns if turn not in turns and turn.is_at(ids, start, end))
+            found = (turn for turn in self._under_way.turns if turn not in turns and turn.is_at(ids, start, end))
             turn = next(found, None)
             if turn is None:
                 raise RuntimeError(
@@ -245,20 +244,54 @@ class _TracingExecutor(AgentExecutorBase):
                     "an agent's response, or not for the tokens before them; an executor must return the engine's "
                     "token ids unchanged, and ask it with the ids that it returns"
                 )
-            if turn.asked.label.sampling != own.label.sampling:
+            wrong = turn.asked.differs_from(own)
+            if wrong is not None:
                 raise RuntimeError(
-                    "an executor asked the engine of one sample for the response of another, so it was sampled by "
-                    f"{turn.asked.label.sampling}, where its task (skd.tasks) has {own.label.sampling}; let it ask "
+                    f"an executor asked the engine of one sample for the response of another, so {wrong}; let it ask "
                     "the llm_engine that each execute() is given, and not keep the first one"
-                )
-            if teacher_prompt(turn.asked.prompt) != teacher_prompt(own.prompt):
-                raise RuntimeError(
-                    "an executor asked the engine of one sample for the response of another, so the teacher read the "
-                    "prompt that it has for that one (skd.teacher.prompt); let it ask the llm_engine that each "
-                    "execute() is given, and not keep the first one"
                 )
             turns.append(turn)
         return turns
+
+
+class _UnderWay:
+    """The samples that are under way together, and what was sampled for them."""
+
+    def __init__(self) -> None:
+        self.turns: dict[_Turn, None] = {}  # in the order in which they ended
+        self._samples: dict[_TurnRecorder, None] = {}  # in the order in which they began
+        self._times: Counter[tuple[SampledBy, int, int]] = Counter()
+
+    @contextmanager
+    def sample(self, recorder: _TurnRecorder) -> Iterator[None]:
+        """While it is open, the recorder's sample is under way."""
+        self._samples[recorder] = None
+        try:
+            yield
+        finally:
+            del self._samples[recorder]
+            if not self._samples:
+                self.turns.clear()
+                self._times.clear()
+
+    def asked_by(self, recorder: _TurnRecorder) -> _TurnRecorder:
+        """Itself, or where its sample is over, one whose sample is not: by that one's settings it is sampled.
+
+        Raises:
+            RuntimeError: none is under way.
+        """
+        if recorder in self._samples:
+            return recorder
+        if not self._samples:
+            raise RuntimeError("an executor asked the engine of a sample that is over, while no other is under way")
+        return next(iter(self._samples))
+
+    def seed(self, sample: AskedSample, prompt_ids: Sequence[int]) -> int:
+        """Of a sample's next request for these ids."""
+        prompt_hash = crc32(str(list(prompt_ids)).encode())
+        times = self._times[(sample.by, prompt_hash, sample.number)]
+        self._times[(sample.by, prompt_hash, sample.number)] += 1
+        return derive_seed(sample.by.seed, prompt_hash, sample.number, *([times] if times else []))
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +300,7 @@ class _Turn:
 
     prompt_ids: list[int]
     trace: Trace
-    asked: _TurnRecorder
+    asked: _TurnRecorder  # by whose settings
 
     def is_at(self, ids: list[int], start: int, end: int) -> bool:
         """Whether it is tokens `start` to `end` of these, and was asked for with those before."""
@@ -286,9 +319,8 @@ def _are_all(turns: Sequence[_Turn], response: dict[str, Any]) -> bool:
 class _TurnRecorder:
     """The engine as one sample's executor sees it, which may keep it as long as it likes."""
 
-    def __init__(self, engine: Any, prompt: str, label: Label, turns: dict[_Turn, None]) -> None:
-        """`turns`: of all samples, to which this one's are added."""
-        self._engine, self.prompt, self.label, self._turns = engine, prompt, label, turns
+    def __init__(self, engine: Any, sample: AskedSample, label: Label, under_way: _UnderWay) -> None:
+        self._engine, self._sample, self._label, self._under_way = engine, sample, label, under_way
         self.nothing = Trace.empty(engine.teacher_top_k)  # of an executor that asks for no token at all
         self._loop = asyncio.get_running_loop()
 
@@ -300,11 +332,28 @@ class _TurnRecorder:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
 
     async def _ask(self, prompt_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
-        pair = self.prompt if isinstance(self.prompt, PairedPrompt) else None
-        known = {"reference": self.label.reference, "own": self.label.sampling, "pair": pair}
+        asked = self._under_way.asked_by(self)
+        sample, label = asked._sample, asked._label
+        known = {
+            "by": sample.by,
+            "seed": self._under_way.seed(sample, prompt_token_ids),
+            "reference": label.reference,
+            "own": label.sampling,
+            "pair": sample.prompt if isinstance(sample.prompt, PairedPrompt) else None,
+        }
         output = await self._engine.generate(prompt_token_ids, *args, **known, **kwargs)
-        self._turns[_Turn(list(prompt_token_ids), output.skd_trace, self)] = None
+        self._under_way.turns[_Turn(list(prompt_token_ids), output.skd_trace, asked)] = None
         return output
+
+    def differs_from(self, own: _TurnRecorder) -> str | None:
+        """What was not as for `own` in a response to this one's sample; None: all was."""
+        if self._sample.by != own._sample.by:
+            return "it was sampled by the rule and the seed of another step"
+        if self._label.sampling != own._label.sampling:
+            return f"it was sampled by {self._label.sampling}, where its task (skd.tasks) has {own._label.sampling}"
+        if teacher_prompt(self._sample.prompt) != teacher_prompt(own._sample.prompt):
+            return "the teacher read the prompt that it has for that one (skd.teacher.prompt)"
+        return None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

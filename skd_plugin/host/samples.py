@@ -17,6 +17,7 @@ from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
+from skd_plugin.host.asked import Asking, SampledBy
 from skd_plugin.host.batch import per_token
 from skd_plugin.host.teacher_prompts import PairedPrompt, TeacherForm, teachers_lengths
 from skd_plugin.host.trace_store import TRACE_KEY
@@ -24,7 +25,7 @@ from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 
 
 class SKDSamplesGenerator(SamplesGenerator):
-    """Tells the engines by which rule to sample, and keeps each response's `StoredTrace` in `Experience.info`.
+    """Sends with each prompt by which rule to sample, and keeps each response's `StoredTrace` in `Experience.info`.
 
     A field of a subclass would be dropped when OpenRLHF splits and joins batches; a per-sample list in `info` is not.
     """
@@ -52,8 +53,8 @@ class SKDSamplesGenerator(SamplesGenerator):
         return response_text(self.tokenizer, response_ids, self._end_ids)
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
-        self._sample_by(self.rule, derive_seed(self.seed, self.step))
-        samples, *others, exhausted = super().generate_samples(**generate_kwargs)
+        asking = Asking(SampledBy(self.rule, derive_seed(self.seed, self.step)))
+        samples, *others, exhausted = super().generate_samples(**generate_kwargs, asking=asking)
         if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
             # The end of the dataset does not fill a batch. OpenRLHF would fail where it has fewer samples than actors,
             # or stop in the middle of DeepSpeed's accumulation.
@@ -66,12 +67,13 @@ class SKDSamplesGenerator(SamplesGenerator):
 
         All at once: OpenRLHF would wait for each rollout batch of them to end before it sends the next.
         """
-        self._sample_by(rule, derive_seed(self.seed, -1))
+        asking = Asking(SampledBy(rule, derive_seed(self.seed, -1)))
         with self._awake():
             samples, _, _ = self._generate_vllm(
                 dataloader_iter=iter(self.eval_dataloader),
                 num_prompts=len(self.eval_dataloader),
                 dynamic_filtering=False,
+                asking=asking,
                 **generate_kwargs,
             )
         return samples
@@ -87,13 +89,13 @@ class SKDSamplesGenerator(SamplesGenerator):
             if self.args.vllm.enable_sleep:
                 batch_vllm_engine_call(self.vllm_engines, "sleep")
 
-    def _sample_by(self, rule: SamplingRule, seed: int) -> None:
-        batch_vllm_engine_call(self.vllm_engines, "set_rule", rule, seed)
-
-    def _dispatch_prompts_to_vllm(self, prompts: list[str], labels: list[str], **kwargs: Any) -> list[Any]:
+    def _dispatch_prompts_to_vllm(
+        self, prompts: list[str], labels: list[str], *, asking: Asking, **kwargs: Any
+    ) -> list[Any]:
+        """OpenRLHF's, which hands on to the engines what it is given as prompts."""
         for prompt in prompts:
             self._check_length(prompt, kwargs["max_len"], kwargs["max_new_tokens"] or 1)
-        return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
+        return super()._dispatch_prompts_to_vllm(asking.prompts(prompts), labels, **kwargs)
 
     def _check_length(self, prompt: str, max_len: int, room: int) -> None:
         """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start."""

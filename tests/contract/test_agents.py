@@ -9,14 +9,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 from openrlhf.utils.agent import AgentExecutorBase, AgentInstanceBase, MultiTurnAgentExecutor
 from vllm import SamplingParams
 
+from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
-from skd_plugin.host.rollout_actor import SKDRollout, _TracingExecutor
+from skd_plugin.host.asked import AskedSample, SampledBy
+from skd_plugin.host.rollout_actor import SKDRollout, _TracingExecutor, _UnderWay
 from skd_plugin.host.teacher_prompts import PairedPrompt
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 from tests.contract.test_openrlhf import _action_ids, _Tokenizer
@@ -24,6 +27,8 @@ from tests.rules import make_rule
 from tests.traces import trace_of
 
 MAX_TOKENS = 8
+BY = SampledBy(make_rule(top_k=1), seed=0)
+OF_THE_NEXT_STEP = SampledBy(make_rule(top_k=2), seed=1)
 
 
 class Engine:
@@ -36,14 +41,16 @@ class Engine:
 
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
+        self.asked: list[tuple[SampledBy, int]] = []
         self.loops: set[asyncio.AbstractEventLoop] = set()
         self.traces: list[weakref.ref[Trace]] = []
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling_params: Any, reference: str | None, own: Sampling, pair: Any
+        self, prompt_token_ids: list[int], sampling_params: Any, *, by: SampledBy, seed: int, **_: Any
     ) -> Any:
         call = len(self.prompts)
         self.prompts.append(list(prompt_token_ids))
+        self.asked.append((by, seed))
         self.loops.add(asyncio.get_running_loop())
         for _ in range(len(prompt_token_ids)):
             await asyncio.sleep(0)
@@ -97,20 +104,28 @@ def server() -> Iterator[Callable[..., Server]]:
         one.end()
 
 
-def execute(executor: _TracingExecutor, engine: Engine, prompts: list[str], labels: list[str] | None = None) -> Any:
+async def together(
+    executor: _TracingExecutor,
+    engine: Engine,
+    prompts: list[str],
+    labels: list[str] | None = None,
+    by: SampledBy | list[SampledBy] = BY,
+) -> Any:
     """Responses, or errors, of samples that are under way together."""
     labels = labels or [""] * len(prompts)
-
-    async def all_of_them() -> Any:
-        calls = [
-            executor.execute(prompt=prompt, label=label, llm_engine=engine, sampling_params=None, max_length=99)
-            for prompt, label in zip(prompts, labels, strict=True)
-        ]
-        return await asyncio.gather(*calls, return_exceptions=True), asyncio.get_running_loop()
-
-    responses, loop = asyncio.run(all_of_them())
-    assert engine.loops <= {loop}, "the engine was asked in another loop than its own"
+    asked = list(zip(prompts, by if isinstance(by, list) else [by] * len(prompts), strict=True))
+    samples = [AskedSample(*one, number=asked[:index].count(one) + 1) for index, one in enumerate(asked)]
+    calls = [
+        executor.execute(prompt=sample, label=label, llm_engine=engine, sampling_params=None, max_length=99)
+        for sample, label in zip(samples, labels, strict=True)
+    ]
+    responses = await asyncio.gather(*calls, return_exceptions=True)
+    assert engine.loops <= {asyncio.get_running_loop()}, "the engine was asked in another loop than its own"
     return responses
+
+
+def execute(*args: Any, **kwargs: Any) -> Any:
+    return asyncio.run(together(*args, **kwargs))
 
 
 def turns(response: dict[str, Any], engine: Engine) -> list[int]:
@@ -142,7 +157,7 @@ def test_changed_tokens_are_an_error(server) -> None:
     engine, executor = Engine(), _TracingExecutor(server(lambda ids: [*ids[:-1], 9]))
     for error in execute(executor, engine, ["abc", "b"]):
         assert isinstance(error, RuntimeError) and "the engine has not sampled the 3 action tokens" in str(error)
-    assert not executor._turns
+    assert not executor._under_way.turns
 
 
 def test_another_tasks_settings_are_an_error(server) -> None:
@@ -158,6 +173,65 @@ def test_another_samples_prompt_of_the_teacher_is_an_error(server) -> None:
     first, second = execute(_TracingExecutor(server()), Engine(), prompts)
     assert len(first["skd"]) == 6 and first["prompt"] is prompts[0]
     assert "the teacher read the prompt that it has for that one" in str(second)
+
+
+class Single(AgentExecutorBase):
+    """Asks the engine that it is given, as often as its prompt has words."""
+
+    async def execute(self, prompt: str, llm_engine: Any, **_: Any) -> dict[str, Any]:
+        ids, ranges = [ord(char) for char in prompt], []
+        for _word in prompt.split():
+            output = await llm_engine.generate(list(ids), SamplingParams(max_tokens=MAX_TOKENS))
+            ranges.append((len(ids), len(ids) + 3))
+            ids += output.outputs[0].token_ids
+        return {"observation_tokens": ids, "action_ranges": ranges}
+
+
+def test_samples_of_two_steps_under_way_together_keep_their_own_rules_and_seeds() -> None:
+    engine = Engine()
+    execute(_TracingExecutor(Single()), engine, ["a", "a", "b c", "b c"], by=[BY, OF_THE_NEXT_STEP] * 2)
+    together = set(zip(map(tuple, engine.prompts), engine.asked, strict=True))
+    alone = set()
+    for by in (BY, OF_THE_NEXT_STEP):
+        execute(_TracingExecutor(Single()), engine := Engine(), ["a", "b c"], by=by)
+        alone |= set(zip(map(tuple, engine.prompts), engine.asked, strict=True))
+    assert together == alone and len(together) == 6
+
+
+def test_each_response_to_a_prompt_has_a_seed_of_its_number() -> None:
+    """It does not depend on which of them asks first; a second request for the same tokens has another."""
+    engine = Engine()
+    execute(_TracingExecutor(Single()), engine, ["a", "a", "a"])
+    place = (0, crc32(str([ord("a")]).encode()))
+    assert [seed for _, seed in engine.asked] == [derive_seed(*place, number) for number in (1, 2, 3)]
+    under_way, sample = _UnderWay(), AskedSample("a", BY)
+    assert [under_way.seed(sample, [ord("a")]) for _ in range(2)] == [
+        derive_seed(*place, 1),
+        derive_seed(*place, 1, 1),
+    ]
+
+
+def test_a_kept_engine_asks_by_the_rule_of_the_samples_under_way(server) -> None:
+    """Those of the next step, or of an evaluation, when the sample that it was given for is long over."""
+    kept, engine = server(), Engine()
+    executor = _TracingExecutor(kept)
+
+    async def two_steps() -> Any:
+        await together(executor, engine, ["abc", "b"])
+        engine.asked.clear()
+        responses = await together(executor, engine, ["abc", "b", "b"], by=OF_THE_NEXT_STEP)
+        with pytest.raises(RuntimeError, match="a sample that is over, while no other is under way"):
+            await kept._engine.generate([1, 2], SamplingParams(max_tokens=MAX_TOKENS))
+        return responses
+
+    assert [len(response["skd"]) for response in asyncio.run(two_steps())] == [6, 6, 6]
+    assert len(set(engine.asked)) == 6 and {by for by, _ in engine.asked} == {OF_THE_NEXT_STEP}
+
+
+def test_a_kept_engine_between_samples_of_two_steps_is_an_error(server) -> None:
+    first, second = execute(_TracingExecutor(server()), Engine(), ["abc", "b"], by=[BY, OF_THE_NEXT_STEP])
+    assert len(first["skd"]) == 6
+    assert "it was sampled by the rule and the seed of another step" in str(second)
 
 
 # --- log-probabilities for a correction of importance (SKDRollout.generate) ---
@@ -193,13 +267,14 @@ def test_every_turn_has_the_log_probabilities_of_who_drew_it(monkeypatch: pytest
 
     monkeypatch.setattr(rollout_actor.HostRollout, "generate", sample)
     engine = object.__new__(SKDRollout)
-    engine.set_rule(make_rule(top_k=1), seed=0)
     engine._tokenizer, engine._trace_ids, engine.teacher_top_k = Tokenizer(), iter(range(9)), 1
+    engine._end_ids = ()
     engine._traces = SimpleNamespace(take=take)
 
     def response(**params: Any) -> dict[str, Any]:
         call = _TracingExecutor(MultiTurnAgentExecutor(Twice)).execute(
-            prompt="ab", label="", sampling_params=SamplingParams(max_tokens=MAX_TOKENS, **params), max_length=64,
+            prompt=AskedSample("ab", BY), label="", max_length=64,
+            sampling_params=SamplingParams(max_tokens=MAX_TOKENS, **params),
             hf_tokenizer=Tokenizer(), llm_engine=engine, images=None,
         )  # fmt: skip
         return asyncio.run(call)

@@ -464,9 +464,10 @@ class _Engine:
         prompt_token_ids: list[int],
         sampling_params: Any,
         multi_modal_data: Any = None,
-        reference: str | None = None,
-        own: Any = None,
-        pair: Any = None,
+        *,
+        reference: str | None,
+        pair: Any,
+        **_: Any,
     ) -> Any:
         self.pairs.append(pair)
         self.prompts.append(list(prompt_token_ids))
@@ -480,10 +481,13 @@ class _Engine:
 def _execute(executor: Any, engine: _Engine, prompt: str, label: str = "") -> dict[str, Any]:
     from vllm import SamplingParams
 
+    from skd_plugin.host.asked import AskedSample, SampledBy
     from skd_plugin.host.rollout_actor import _TracingExecutor
+    from tests.rules import make_rule
 
+    sample = AskedSample(prompt, SampledBy(make_rule(top_k=1), seed=0))
     call = _TracingExecutor(executor).execute(
-        prompt=prompt, label=label, sampling_params=SamplingParams(max_tokens=8), max_length=64,
+        prompt=sample, label=label, sampling_params=SamplingParams(max_tokens=8), max_length=64,
         hf_tokenizer=_Tokenizer(), llm_engine=engine, images=None,
     )  # fmt: skip
     return asyncio.run(call)

@@ -1,0 +1,100 @@
+"""The rule and the seed of a step travel with its prompts, through OpenRLHF's own generator to its engines."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skd_plugin.core.rng import derive_seed
+from skd_plugin.engine.sampling_rule import SamplingRule
+from skd_plugin.host.asked import AskedPrompt, AskedSample, SampledBy
+from tests.contract.test_openrlhf import make_response
+from tests.rules import make_rule
+
+SEED, SAMPLES = 7, 2
+RULES = [make_rule(top_k=step + 1) for step in range(3)]
+GREEDY = RULES[0].student_only(0.0)
+
+
+class Engine:
+    """Keeps what it is asked. It has no other method: nothing can be told to it beside its prompts."""
+
+    def __init__(self) -> None:
+        self.asked: list[AskedPrompt] = []
+        self.get_num_unfinished_requests = SimpleNamespace(remote=lambda: 0)
+        self.generate_responses = SimpleNamespace(remote=self._generate)
+
+    def _generate(self, *, prompt: AskedPrompt, num_samples: int, **_: Any) -> Any:
+        self.asked.append(pickle.loads(pickle.dumps(prompt)))
+        assert isinstance(prompt, AskedPrompt), "what the generator is given as a prompt is not what it sends"
+        return [make_response([5, 6], [7]) | {"prompt": prompt.prompt} for _ in range(num_samples)]
+
+
+class Plan:
+    def at(self, step: int) -> SamplingRule:
+        return RULES[step]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With prompts "aa", "ab", "ac", "ac", "ad", ... two a step, and the first three of them held out."""
+    from openrlhf.trainer.ppo_utils import samples_generator as host
+
+    from skd_plugin.host.samples import SKDSamplesGenerator
+
+    def batches(prompts: list[str]) -> list[Any]:
+        return [(["source"], [prompt], [""], [None]) for prompt in prompts]
+
+    monkeypatch.setattr(host.ray, "get", lambda refs: refs)
+    monkeypatch.setattr(host.ray, "wait", lambda refs, **_: (refs[-1:], refs[:-1]))  # the last one first
+    args = SimpleNamespace(
+        rollout=SimpleNamespace(batch_size=2, n_samples_per_prompt=SAMPLES, vllm_generate_batch_size=None),
+        algo=SimpleNamespace(dynamic_filtering_enable=False, advantage=SimpleNamespace(is_correction_level="off")),
+        vllm=SimpleNamespace(enable_sleep=False),
+    )
+    training = batches(["aa", "ab", "ac", "ac", "aa", "ad"])
+    return SKDSamplesGenerator(
+        SimpleNamespace(args=args),
+        training,
+        batches(["aa", "ab", "ac"]),
+        lambda text, **_: SimpleNamespace(input_ids=[ord(char) for char in text]),
+        [engine],
+        plan=Plan(),
+        seed=SEED,
+    )
+
+
+def test_each_prompt_has_the_rule_and_the_seed_of_its_step_or_evaluation(generator: Any, engine: Engine) -> None:
+    lengths = {"max_len": 16, "max_new_tokens": 4}
+    generator.generate_samples(**lengths)
+    generator.step += 1
+    generator.generate_eval_samples(rule=GREEDY, n_samples_per_prompt=1, **lengths)
+    generator.generate_samples(**lengths)
+    generator.step += 1
+    samples, *_ = generator.generate_samples(**lengths)
+    of_step = [SampledBy(rule, derive_seed(SEED, step)) for step, rule in enumerate(RULES)]
+    held_out = SampledBy(GREEDY, derive_seed(SEED, -1))
+    assert engine.asked == [
+        AskedPrompt("aa", of_step[0]),
+        AskedPrompt("ab", of_step[0]),
+        *(AskedPrompt(prompt, held_out) for prompt in ("aa", "ab", "ac")),
+        AskedPrompt("ac", of_step[1]),
+        AskedPrompt("ac", of_step[1], before=1),
+        AskedPrompt("aa", of_step[2]),
+        AskedPrompt("ad", of_step[2]),
+    ], "revisit skd_plugin/host/asked.py"
+    assert sorted(sample.prompts[0] for sample in samples) == ["aa", "aa", "ad", "ad"]
+
+
+def test_responses_to_a_prompt_that_is_sent_twice_are_numbered_through() -> None:
+    by = SampledBy(RULES[0], SEED)
+    numbers = [sample for before in (0, 1) for sample in AskedPrompt("aa", by, before).samples(SAMPLES)]
+    assert numbers == [AskedSample("aa", by, number) for number in (1, 2, 3, 4)]
