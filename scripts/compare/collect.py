@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from csv import DictReader, DictWriter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,15 @@ def runs_table(plan: Plan, folder: Path) -> list[Row]:
 
 
 def row_of(run: Run, plan: Plan, folder: RunFolder) -> Row:
-    """Seconds are those of roll-outs and updates, without start, evaluations and checkpoints.
-
-    Teacher tokens are the positions of responses at which the teacher computed a distribution, student tokens the
-    proposals; both are counted while sampling. A block of draft_len proposals takes draft_len + 1 positions.
-    """
+    """Seconds are those of roll-outs and updates, without start, evaluations and checkpoints."""
     records = folder.metrics.read()
     config = Config.load(folder)
     steps = [record for record in records if "skd/kd_coef" in record]
     evaluations = [record for record in records if f"eval/{run.task}/kl" in record]
     last, first = evaluations[-1], evaluations[0]
-    draft_len, host = config.skd.rollout.draft_len, config.host
+    host = config.host
     batch = host["rollout.batch_size"] * host["rollout.n_samples_per_prompt"]
     updates = batch // host["train.batch_size"] * host["train.max_epochs"]  # a step
-    tokens = [batch * record["skd/response_len"] for record in steps]
-    drafts = [
-        count * (1 - record["skd/undrafted_frac"]) / (1 - record["skd/draft_waste"])
-        for count, record in zip(tokens, steps, strict=True)
-    ]
     score = f"eval/{run.task}/{plan.metric_of(run.cell)}"
     of_teacher = f"eval/{run.task}/teacher_{plan.metric_of(run.cell)}"
     teacher = [record[of_teacher] for record in records if of_teacher in record]
@@ -55,14 +47,74 @@ def row_of(run: Run, plan: Plan, folder: RunFolder) -> Row:
         "kl_at_start": first[f"eval/{run.task}/kl"] if first["step"] == 0 else None,
         "teacher_score": teacher[0] if teacher else None,
         "updates": len(steps) * updates,
-        "tokens": round(sum(tokens)),
-        "teacher_tokens": round(sum(drafts) * (draft_len + 1) / draft_len),
-        "student_tokens": round(sum(drafts)),
+        **_spent(steps, config),
         "rollout_s": round(sum(record["time/rollout"] for record in steps), 2),
         "train_s": round(sum(record["time/train"] for record in steps), 2),
         "accepted_first": steps[0]["skd/accept_rate"],
         "accepted_last": steps[-1]["skd/accept_rate"],
     }
+
+
+def curves_table(plan: Plan, folder: Path) -> list[Row]:
+    """Every evaluation of the students, with what their training had cost by then."""
+    folders = ((run, RunFolder(folder / run.name)) for run in plan.runs())
+    return [row for run, its in folders if its.model.is_dir() for row in _curve(run, plan, its)]
+
+
+def _curve(run: Run, plan: Plan, folder: RunFolder) -> list[Row]:
+    records, config = folder.metrics.read(), Config.load(folder)
+    steps = {record["step"]: record for record in records if "skd/kd_coef" in record}
+    rows = []
+    for record in records:
+        if f"eval/{run.task}/kl" in record:
+            until = [steps[step] for step in sorted(steps) if step <= record["step"]]
+            spent = _spent(until, config)
+            own = {"task": run.task, "start": run.start, "method": run.method, "seed": run.seed}
+            keys = {"score": plan.metric_of(run.cell), "kl": "kl"}
+            measured = {key: record[f"eval/{run.task}/{name}"] for key, name in keys.items()}
+            rows.append({**own, "step": record["step"], **measured, **spent})
+    return rows
+
+
+def _spent(steps: list[dict[str, float]], config: Config) -> dict[str, int]:
+    """Tokens of responses; positions at which the teacher computed a distribution; proposals of the student. A block
+    of draft_len proposals takes draft_len + 1 positions.
+    """
+    draft_len = config.skd.rollout.draft_len
+    batch = config.host["rollout.batch_size"] * config.host["rollout.n_samples_per_prompt"]
+    tokens = [batch * record["skd/response_len"] for record in steps]
+    drafts = [
+        count * (1 - record["skd/undrafted_frac"]) / (1 - record["skd/draft_waste"])
+        for count, record in zip(tokens, steps, strict=True)
+    ]
+    return {
+        "tokens": round(sum(tokens)),
+        "teacher_tokens": round(sum(drafts) * (draft_len + 1) / draft_len),
+        "student_tokens": round(sum(drafts)),
+    }
+
+
+def at_equal_cost(curves: list[Row], cost: str) -> list[Row]:
+    """A row a run of a cell: score and KL where each method has spent as much as the thriftiest one of its seed has in
+    all, on the line between the two evaluations around that point. Runs with a single evaluation have no such line.
+    """
+    starts = {(row["task"], row["start"], row["seed"]): row for row in curves if row["step"] == 0}
+    runs: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in curves:
+        start = starts.get((row["task"], row["start"], row["seed"]))  # measured with one method only
+        known = runs.setdefault((row["task"], row["start"], row["method"], row["seed"]), [start] if start else [])
+        known += [row] if row["step"] else []
+    rows = []
+    for (task, start, method, seed), curve in runs.items():
+        beside = [c for (t, s, _, n), c in runs.items() if (t, s, n) == (task, start, seed)]
+        budget = min(max(row[cost] for row in c) for c in beside)
+        for before, after in pairwise(curve):
+            if before[cost] <= budget <= after[cost] and after[cost] > before[cost]:
+                part = (budget - before[cost]) / (after[cost] - before[cost])
+                values = {key: before[key] + part * (after[key] - before[key]) for key in ("score", "kl")}
+                rows.append({"task": task, "start": start, "method": method, "seed": seed, **values})
+                break
+    return rows
 
 
 def chosen(table: list[Row], cell: str, method: str) -> list[Row]:

@@ -1,4 +1,7 @@
-"""Runs `skd train` for each run of a plan, several at a time, each on cores of its own; what is done stays done."""
+"""Trains each run of a plan, several sessions at a time, each on cores of its own; what is done stays done.
+
+A session is a process with one Ray and one engine, in which runs follow one another (session.py).
+"""
 
 from __future__ import annotations
 
@@ -8,84 +11,123 @@ import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from plan import Run
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from session import SESSION, spec_of
 
-from skd_plugin.cli import main
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.host.launch import end_with_the_parent
+from skd_plugin.prepare.load_run import load_run
+from skd_plugin.run.lock import owned
+from skd_plugin.run.places import link_places
+from skd_plugin.run.process import run_module
+from skd_plugin.run.supervisor import after_the_earlier_run
 from skd_plugin.terminal import plain_console
 
 POLL_S = 0.5
 ARGUMENTS = "compare.json"  # in a run folder: what the run was made with
 
 
-def execute(runs: list[Run], folder: Path, jobs: int) -> list[Run]:
-    """Returns the runs that failed; the others are finished."""
+def execute(runs: list[Run], folder: Path, jobs: int, session_len: int) -> list[Run]:
+    """Returns the runs that failed; the others are finished.
+
+    Args:
+        session_len: runs of a session at most. What follows the first one costs no start.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = deque(run for run in runs if not is_done(run, folder))
+    todo = [run for run in runs if not is_done(run, folder)]
     console = plain_console()
-    console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done already; folders in {folder}")
-    if not waiting:
-        return []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    free, going, failed = core_shares(jobs), [], []
-    # Drawn from here only: a thread that holds a lock would take it with it into a fork.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        bar = progress.add_task("runs", total=len(waiting))
-        while waiting or going:
-            while waiting and free:
-                going.append(Going.start(waiting.popleft(), folder, free.pop(0)))
-            time.sleep(POLL_S)
-            for one in [one for one in going if not one.process.is_alive()]:
-                going.remove(one)
-                free.append(one.cores)
-                succeeded = one.end(folder)
-                failed += [] if succeeded else [one.run]
-                outcome = "done" if succeeded else f"FAILED, see {folder / one.run.name}.log"
-                progress.console.print(f"{one.run.name}: {outcome} ({time.monotonic() - one.started:.0f} s)")
-                progress.advance(bar)
-            progress.refresh()
+    console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already; folders in {folder}")
+    waiting, free = deque(sessions(todo, session_len)), core_shares(jobs)
+    going: list[Session] = []
+    failed: list[Run] = []
+    seconds: list[float] = []
+    left = len(todo)
+    while waiting or going:
+        while waiting and free:
+            going.append(Session.start(waiting.popleft(), folder, free.pop(0)))
+        time.sleep(POLL_S)
+        for session in list(going):
+            alive = session.process.is_alive()
+            for run in session.finished(folder):
+                seconds.append(float((folder / run.name / SESSION).read_text()))
+                left -= 1
+                rest = f"{left} left, about {left * sum(seconds) / len(seconds) / jobs / 60:.0f} min"
+                console.print(f"{run.name}: done ({seconds[-1]:.0f} s); {rest}")
+            if not alive:
+                going.remove(session)
+                free.append(session.cores)
+                if session.runs:
+                    broken, *others = session.runs
+                    failed.append(broken)
+                    left -= 1
+                    console.print(f"{broken.name}: FAILED, see {session.log}")
+                    waiting.extendleft([others] if others else [])
     return failed
 
 
-@dataclass
-class Going:
-    """`skd train` in a fork of this process, which has done its imports."""
+def sessions(runs: list[Run], session_len: int) -> list[list[Run]]:
+    """Runs that may share an engine, together, in the order of their first ones; a seed changes no engine."""
+    alike: dict[str, list[Run]] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for run in runs:
+        kind = (run.cell, run.method)
+        if kind not in keys:
+            keys[kind] = json.dumps(asdict(spec_of(load_run(run.recipe, run.overrides))), sort_keys=True, default=str)
+        alike.setdefault(keys[kind], []).append(run)
+    cut = [group[at : at + session_len] for group in alike.values() for at in range(0, len(group), session_len)]
+    return sorted(cut, key=lambda group: runs.index(group[0]))
 
-    run: Run
+
+@dataclass
+class Session:
+    runs: list[Run]  # not yet finished, in their order
+    log: Path
     cores: set[int]
     process: multiprocessing.Process
-    started: float
 
     @classmethod
-    def start(cls, run: Run, folder: Path, cores: set[int]) -> Going:
-        command = ["train", str(run.recipe), *run.overrides, f"skd.run_dir={folder / run.name}"]
-        process = multiprocessing.get_context("fork").Process(
-            target=_command, args=(command, folder / f"{run.name}.log", cores)
-        )
+    def start(cls, runs: list[Run], folder: Path, cores: set[int]) -> Session:
+        """In a fork of this process, which has done its imports."""
+        log = folder / f"{runs[0].name}.log"
+        for run in runs:
+            (folder / run.name / SESSION).unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_session, args=(runs, folder, log, cores))
         process.start()
-        return cls(run, cores, process, time.monotonic())
+        return cls(list(runs), log, cores, process)
 
-    def end(self, folder: Path) -> bool:
-        self.process.join()
-        if self.process.exitcode == 0:
-            (folder / self.run.name / ARGUMENTS).write_text(json.dumps(arguments(self.run)))
-        return self.process.exitcode == 0
+    def finished(self, folder: Path) -> list[Run]:
+        """Those that are since the last call; what they were made with is written beside them."""
+        done = []
+        while self.runs and (folder / self.runs[0].name / SESSION).exists():
+            run = self.runs.pop(0)
+            (folder / run.name / ARGUMENTS).write_text(json.dumps(arguments(run)))
+            done.append(run)
+        return done
 
 
-def _command(arguments: list[str], log: Path, cores: set[int]) -> None:
+def _session(runs: list[Run], folder: Path, log: Path, cores: set[int]) -> None:
     end_with_the_parent()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # what this process starts inherits it
-    with log.open("w") as output:
+    with log.open("w") as output, ExitStack() as locks:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    sys.exit(main(arguments))
+        console, folders = plain_console(), []
+        for run in runs:
+            loaded = load_run(run.recipe, [*run.overrides, f"skd.run_dir={folder / run.name}"])
+            locks.enter_context(owned(loaded.folder.path, console.print))
+            loaded = after_the_earlier_run(loaded, console)
+            link_places(loaded)
+            loaded.save()
+            folders.append(str(loaded.folder.path))
+        here = str(Path(__file__).parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        sys.exit(run_module(["session", *folders], log, name=folders[0]))
 
 
 def is_done(run: Run, folder: Path) -> bool:

@@ -1,23 +1,28 @@
-"""scripts/compare: the plan, what is done, the rows and the page. The runs themselves are those of `skd train`."""
+"""scripts/compare: the plan, what is done, the rows and the page. A session of runs is started by hand (results/)."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import collect
+import differences
 import execute
 import figures
 import page
 import pytest
+import ray
+import session
 import yaml
-from interval import Interval
+from interval import Interval, detectable, holm, p_value
 from plan import ROOT as REPOSITORY
 from plan import load_plan
+from scipy.stats import ttest_rel
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import load_run
@@ -153,7 +158,7 @@ def test_page_and_figures(plan, table, tmp_path):
     """Cells without a run are shown as empty; the text above the mark stays."""
     written = tmp_path / "README.md"
     written.write_text("# Results\n\nMine.\n\n" + page.MARK + "\n\nearlier")
-    page.write_page(plan, table, written)
+    page.write_page(plan, table, [], written)
     text = written.read_text()
     assert text.startswith("# Results\n\nMine.\n\n") and "earlier" not in text
     assert text.count("\n| SKD | ") == 4 and "| teacher | 99.0 ± 0.0 % |" in text  # two overviews, a table a cell
@@ -162,6 +167,7 @@ def test_page_and_figures(plan, table, tmp_path):
     assert max(means) == means[-1] and text.count("| SKD, interpolated 0.5 | **") == 2  # the best is bold
     rows = [{"task": "arithmetic", "start": "cold", "step": s, "accepted": 0.5, "kl": 0.1} for s in (0, 1)]
     for draw, content in (
+        (figures.draw_differences, table),
         (figures.draw_comparison, table),
         (figures.draw_cost, table),
         (figures.draw_sweep, table),
@@ -178,10 +184,15 @@ def test_a_table_is_the_same_when_read_again(table, tmp_path):
     assert collect.read_csv(tmp_path / "no.csv") == []
 
 
-def test_draw_reads_what_was_measured_and_runs_nothing(table, tmp_path, monkeypatch, capsys):
+def compare_command():
     spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare" / "__main__.py")
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
+    return command
+
+
+def test_draw_reads_what_was_measured_and_runs_nothing(table, tmp_path, monkeypatch, capsys):
+    command = compare_command()
     monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("--draw runs nothing"))
     monkeypatch.setattr(sys, "argv", ["compare", "--draw", "--out", str(tmp_path / "out")])
     assert command.main() == 2 and "there is nothing to draw" in capsys.readouterr().err
@@ -189,7 +200,7 @@ def test_draw_reads_what_was_measured_and_runs_nothing(table, tmp_path, monkeypa
     collect.write_csv(tmp_path / "out" / "runs.csv", table)
     assert command.main() == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "runs.csv", "README.md", "comparison.png", "cost.png", "sweep.png",
+        "runs.csv", "README.md", "differences.png", "comparison.png", "cost.png", "sweep.png",
     }  # fmt: skip
 
 
@@ -198,3 +209,113 @@ def test_interval_is_students_t():
     interval = Interval.of([1.0, 2.0, 3.0])
     assert interval.mean == 2.0 and interval.half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
     assert Interval.of([1.0]).half is None
+
+
+def test_p_values_and_their_correction():
+    ours, theirs = [0.31, 0.25, 0.4, 0.28], [0.2, 0.22, 0.3, 0.29]
+    p = p_value([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert p == pytest.approx(ttest_rel(ours, theirs).pvalue)
+    assert p_value([0.1]) is None and p_value([0.1, 0.1]) is None
+    corrected = holm([0.01, None, 0.04, 0.03])
+    assert corrected[1] is None and [corrected[i] for i in (0, 2, 3)] == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_what_a_number_of_seeds_can_show():
+    """Ten pairs find one standard deviation (0.996) four times in five: Cohen's tables."""
+    assert detectable(2.0, 10) == pytest.approx(2 * 0.996, rel=2e-3)
+    assert detectable(1.0, 10, comparisons=8) > detectable(1.0, 10) > detectable(1.0, 20)
+    assert detectable(0.0, 10) == 0 and detectable(1.0, 1) == float("inf")
+
+
+def scored(method: str, scores: list[float], **other: float) -> list[dict]:
+    row = {"task": "arithmetic", "start": "cold", "method": method, "kl": 0.1} | other
+    return [{**row, "seed": seed, "score": score} for seed, score in enumerate(scores)]
+
+
+def test_differences_are_paired_by_seed_and_corrected(plan):
+    """`seq_kd` has a seed that the reference has not: it is left out."""
+    table = scored("skd", [0.1, 0.2, 0.3]) + scored("sft", [0.05, 0.16, 0.24]) + scored("seq_kd", [0.1, 0.3, 0.2, 0.9])
+    found = {(one.method, one.key): one for one in differences.differences(plan, table, "arithmetic/cold")}
+    assert set(found) == {(m, k) for m in ("sft", "seq_kd") for k in ("score", "kl")}
+    sft = found["sft", "score"]
+    assert sft.values == pytest.approx([-0.05, -0.04, -0.06]) and sft.is_clear
+    assert sft.p == pytest.approx(2 * p_value(sft.values))  # of two that have a spread
+    assert not found["seq_kd", "score"].is_clear and found["sft", "kl"].p is None
+    assert differences.smallest(plan, table, "arithmetic/cold", "score") > 0.05
+    assert differences.smallest(plan, table[:1], "arithmetic/cold", "score") is None
+
+
+def test_equal_cost_is_on_the_line_between_two_evaluations():
+    def curve(method: str, *points: tuple[int, float, int]) -> list[dict]:
+        return [
+            {"task": "a", "start": "b", "method": method, "seed": 1, "kl": 0.0, "step": s, "score": x, "tokens": n}
+            for s, x, n in points
+        ]
+
+    curves = curve("skd", (0, 0.0, 0), (10, 0.4, 100), (20, 0.5, 200)) + curve("sft", (20, 0.3, 150))
+    scores = {row["method"]: row["score"] for row in collect.at_equal_cost(curves, "tokens")}
+    assert scores == pytest.approx({"skd": 0.45, "sft": 0.3})
+
+
+def test_runs_of_one_engine_share_a_session(plan):
+    """A method that changes what the engine records has sessions of its own; a gate or K has not."""
+    runs = [plan.run("arithmetic/cold", method, seed) for seed in (1, 2) for method in ("skd", "k5", "on_policy")]
+    other = replace(runs[0], method="wide", overrides=(*runs[0].overrides, "skd.loss.teacher_top_k=16"))
+    found = execute.sessions([*runs, other], session_len=4)
+    assert [[run.method for run in one] for one in found] == [
+        ["skd", "k5", "on_policy", "skd"], ["k5", "on_policy"], ["wide"]
+    ]  # fmt: skip
+
+
+def test_a_failed_run_does_not_stop_those_behind_it(plan, tmp_path, monkeypatch, capsys):
+    runs = [plan.run("arithmetic/cold", method, 1) for method in ("skd", "k5", "on_policy")]
+
+    def session_until_k5(runs, folder, log, cores):
+        for run in runs:
+            if run.method == "k5":
+                sys.exit(1)
+            (folder / run.name).mkdir()
+            (folder / run.name / session.SESSION).write_text("1.5")
+
+    monkeypatch.setattr(execute, "_session", session_until_k5)
+    monkeypatch.setattr(execute, "sessions", lambda runs, session_len: [runs])
+    monkeypatch.setattr(execute, "POLL_S", 0.01)
+    assert execute.execute(runs, tmp_path, 1, 20) == [runs[1]]
+    assert [execute.is_done(run, tmp_path) for run in runs] == [True, False, True]
+    assert "k5-seed1: FAILED" in capsys.readouterr().out
+
+
+def test_a_session_has_one_engine(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(session.launch, "end_with_the_parent", lambda: None)
+    run = plan.run("arithmetic/cold", "skd", 1)
+    for name, extra in (("a", []), ("b", ["skd.rollout.draft_len=3"])):
+        few = ["skd.task.eval_prompts=8", f"skd.run_dir={tmp_path / name}"]
+        load_run(run.recipe, [*run.overrides, *few, *extra]).save()
+    with pytest.raises(RuntimeError, match=r"not the engine of .*/a: .*/b; run them in another session"):
+        session.main([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_an_actor_in_this_process_is_asked_as_a_remote_one(monkeypatch):
+    class Counter:
+        def __init__(self, start: int) -> None:
+            self.value = start
+
+        def add(self, number: int) -> int:
+            self.value += number
+            return self.value
+
+    monkeypatch.setattr(ray, "put", lambda value: ("reference", value))
+    counter = session.InThisProcess(Counter).remote(3)
+    assert counter.add.remote(2) == ("reference", 5)
+
+
+def test_the_plan_command_runs_nothing(table, tmp_path, monkeypatch, capsys):
+    command = compare_command()
+    monkeypatch.setattr(command, "execute", lambda *_: pytest.fail("--plan runs nothing"))
+    collect.write_csv(tmp_path / "runs.csv", table)
+    monkeypatch.setattr(sys, "argv", ["compare", "--plan", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    assert command.main() == 0
+    told = capsys.readouterr().out
+    assert re.search(r"(\d+) runs, \1 of them to be run", told)
+    assert "arithmetic/cold: 3 seeds find differences to skd of " in told
+    assert "translation/cold: no pilot with two seeds" in told

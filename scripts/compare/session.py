@@ -1,0 +1,138 @@
+"""Several runs, one after another, in one Ray with one engine and one policy process: `python -m session RUN_DIR...`
+
+Each run is OpenRLHF's own script with SKD's parts, as in `skd train` (skd_plugin/host/launch.py). What a later run
+finds there already is processes, and nothing in them: it reads its student anew, makes its own optimizer, schedule,
+trainer and prompts, and sends its student into the engine before anything is measured or sampled. The engine keeps no
+state of a run but the draft model's weights: every request carries its own rule and its own random stream.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from skd_plugin import cpu, trust
+from skd_plugin.config.host_options import HOST_MODULE, host_defaults
+from skd_plugin.config.run import Run
+from skd_plugin.engine.arguments import EngineSpec, engine_for
+from skd_plugin.host import launch, on_cpu
+from skd_plugin.run_folder import RunFolder
+
+SESSION = "session.json"  # in a run folder: seconds since the session began or since the run before it ended
+
+
+def spec_of(run: Run) -> EngineSpec:
+    options = {**host_defaults(), **run.host}
+    return engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+
+
+def main(folders: list[str]) -> None:
+    """Raises RuntimeError: the runs need different engines, or one of them has failed."""
+    launch.end_with_the_parent()
+    started = time.monotonic()
+    runs = [Run.load(RunFolder(Path(folder))) for folder in folders]
+    first, *later = runs
+    if differ := [run.skd.run_dir for run in later if spec_of(run) != spec_of(first) or run.cpu != first.cpu]:
+        raise RuntimeError(f"not the engine of {first.skd.run_dir}: {', '.join(differ)}; run them in another session")
+    trust.allow(remote_code=first.skd.trust_remote_code, pickle_weights=first.skd.pickle_weights)
+    os.environ["PATH"] = launch.own_programs_first(os.environ.get("PATH", ""))
+    if first.cpu:
+        os.environ.update(cpu.ENV)
+        on_cpu.install()
+    launch.close_ray()
+    import ray
+
+    from skd_plugin.host.bind import ray_options
+
+    ray.init(**ray_options(first, own_ray=True))
+    parts = Parts()
+    for run in runs:
+        status = run.folder.status
+        status.stage("starting the trainer")
+        parts.bind(run)
+        sys.argv = [HOST_MODULE, *run.host_argv()]
+        try:
+            runpy.run_module(HOST_MODULE, run_name="__main__")
+        except BaseException as error:
+            status.stage("failed", error=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            raise
+        if status.read()["stage"] != "saving":
+            raise RuntimeError("OpenRLHF came to its end without SKD's trainer")
+        (run.folder.path / SESSION).write_text(f"{time.monotonic() - started:.2f}")
+        status.stage("done")
+        started = time.monotonic()
+    ray.shutdown()
+
+
+class Parts:
+    """What OpenRLHF's script names, with those processes kept that the first run has started."""
+
+    def __init__(self) -> None:
+        import openrlhf.trainer.ray as host_ray
+        import openrlhf.trainer.ray.launcher as launcher
+        import openrlhf.utils as host_utils
+
+        self._host_ray, self._launcher, self._host_utils = host_ray, launcher, host_utils
+        self._get_strategy = host_utils.get_strategy  # `bind` wraps it: once a run, not once more
+        self._create_engines, self._actor_group = host_ray.create_vllm_engines, launcher.RayActorGroup
+        self._engines: Any = None
+        self._policy: Any = None
+
+    def bind(self, run: Run) -> None:
+        import openrlhf.trainer.ppo_trainer as ppo_trainer
+
+        from skd_plugin.host.bind import bind
+        from skd_plugin.seams import rebind
+
+        rebind(self._host_utils, "get_strategy", self._get_strategy)
+        bind(run)
+        rebind(ppo_trainer, "PPOTrainer", InThisProcess(_trainer_class()))
+        rebind(self._host_ray, "create_vllm_engines", self._engines_of)
+        rebind(self._launcher, "RayActorGroup", self._group_of)
+
+    def _engines_of(self, *args: Any, **kwargs: Any) -> Any:
+        if self._engines is None:
+            self._engines = self._create_engines(*args, **kwargs)
+        return self._engines
+
+    def _group_of(self, *args: Any, **kwargs: Any) -> Any:
+        """A run of a comparison has a policy, and neither critic nor reward model."""
+        if self._policy is None:
+            self._policy = self._actor_group(*args, **kwargs)
+        return self._policy
+
+
+def _trainer_class() -> type:
+    from skd_plugin.host.controller import SKDTrainer
+
+    class SessionTrainer(SKDTrainer):
+        def fit(self, global_step: int = 0) -> None:
+            self.broadcast_to_vllm()  # the engine has the student of the run before
+            super().fit(global_step)
+
+    return SessionTrainer
+
+
+class InThisProcess:
+    """Stands where OpenRLHF has a class of Ray's: `.remote()` makes and asks the object here, at once."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        import ray
+
+        if isinstance(self._made, type):
+            return InThisProcess(self._made(*args, **kwargs))
+        return ray.put(self._made(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> InThisProcess:
+        return InThisProcess(getattr(self._made, name))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
