@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ SESSION = "session.json"  # in a run folder: seconds since the session began or 
 
 
 def spec_of(run: Run) -> EngineSpec:
+    """What the run's engine is made of, but for vLLM's own seed: each response has a random stream of its own."""
     options = {**host_defaults(), **run.host}
-    return engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+    spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+    return replace(spec, openrlhf={name: value for name, value in spec.openrlhf.items() if name != "seed"})
 
 
 def main(folders: list[str]) -> None:

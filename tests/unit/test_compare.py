@@ -287,12 +287,12 @@ def test_a_failed_run_does_not_stop_those_behind_it(plan, tmp_path, monkeypatch,
 
 def test_a_session_has_one_engine(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(session.launch, "end_with_the_parent", lambda: None)
-    run = plan.run("arithmetic/cold", "skd", 1)
-    for name, extra in (("a", []), ("b", ["skd.rollout.draft_len=3"])):
+    for name, seed, extra in (("a", 1, []), ("b", 2, ["skd.rollout.draft_len=3"]), ("c", 3, [])):
+        run = plan.run("arithmetic/cold", "skd", seed)
         few = ["skd.task.eval_prompts=8", f"skd.run_dir={tmp_path / name}"]
         load_run(run.recipe, [*run.overrides, *few, *extra]).save()
-    with pytest.raises(RuntimeError, match=r"not the engine of .*/a: .*/b; run them in another session"):
-        session.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(RuntimeError, match=r"not the engine of .*/a: [^,]*/b; run them in another session"):
+        session.main([str(tmp_path / name) for name in "abc"])  # another seed is no other engine
 
 
 def test_an_actor_in_this_process_is_asked_as_a_remote_one(monkeypatch):
