@@ -25,7 +25,8 @@ DEFAULTS: dict[str, Any] = {
     "ckpt.max_num": 2,
 }
 CPU_DEFAULTS: dict[str, Any] = {
-    "actor.num_gpus_per_node": 1,
+    # OpenRLHF's 8 each are as many as there are (cpu.LOGICAL_GPUS), so that two models would wait for each other.
+    **{f"{model}.num_gpus_per_node": 1 for model in ("actor", "critic", "ref", "reward")},
     "ds.zero_stage": 0,
     "ds.attn_implementation": "sdpa",
     "vllm.sync_backend": "gloo",

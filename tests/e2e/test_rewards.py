@@ -84,7 +84,6 @@ def test_reward_model_critic_and_reference(tmp_path: Path) -> None:
         "openrlhf.algo.kl.init_coef=0.01",
         f"openrlhf.reward.model_name_or_path={STUDENT}",
         f"openrlhf.critic.model_name_or_path={STUDENT}",
-        *(f"openrlhf.{group}.num_gpus_per_node=1" for group in ("ref", "reward", "critic")),
     )
     assert len(steps(tmp_path)) == 3
     for record in steps(tmp_path):
