@@ -62,7 +62,7 @@ def kind_of_loss(run: RunRecord) -> str | None:
     words = [str(kind)]
     if replaced := run.option("skd.loss.replaced_kind"):
         words.append(f"({replaced} on replaced tokens)")
-    if run.option("skd.loss.regions"):
+    if run.text("skd.loss.regions") not in (None, "[]"):  # a list is text by now
         words.append("(others in regions)")
     if (tau := run.option("skd.loss.temperature")) not in (None, 1, 1.0):
         words.append(f"at temperature {tau}")
@@ -74,6 +74,13 @@ def kind_of_loss(run: RunRecord) -> str | None:
 def _coefficient(run: RunRecord, name: str) -> Any:
     """A number, or the word for one that follows a schedule (which is a section with options of its own)."""
     return "scheduled" if any(key.startswith(f"{name}.") for key in run.config) else run.option(name)
+
+
+def teachers_prompt(run: RunRecord) -> str:
+    """What the teacher reads beside the student's prompt, part by part; empty where it reads that alone."""
+    prefix = "skd.teacher.prompt."
+    parts = {name.removeprefix(prefix): run.text(name) for name in run.config if name.startswith(prefix)}
+    return "; ".join(f"{part}: {text}" for part, text in parts.items() if text is not None and part != "max_len")
 
 
 def state(run: RunRecord) -> str:

@@ -22,8 +22,9 @@ STEPS = 45
 
 def responses() -> list[dict]:
     """One with everything in it, then 45 of rising step and KL, the odd ones with a replacement."""
+    prompts = {"prompt": "the first prompt\n:", "teacher_prompt": "a rule\nthe first prompt and more\n:"}
     special = [
-        trace([TOM, HAS, FOUR, SEVEN], {2: COINS}, step=0, kl=[9.0] * 4, prompt="the first prompt"),
+        trace([TOM, HAS, FOUR, SEVEN], {2: COINS}, step=0, kl=[9.0] * 4, **prompts),
         trace([NEWLINE, THE], step=0, source="ua", kl=[8.0, 8.0], draft_rank=[-1, 1], prompt=HOSTILE),
     ]
     rest = [
@@ -85,6 +86,13 @@ def test_text_of_a_run_does_not_run(opened):
     assert opened.run("window.hacked") is None and opened.problems == []
 
 
+def test_what_the_teacher_reads_and_the_student_does_not(opened):
+    """The student's prompt may stand in the middle of the teacher's, with the end of a chat's turn behind both."""
+    (both,) = [text for text in texts(opened, ".prompt") if text.startswith("The teacher reads")]
+    assert both == "The teacher reads: a rule\nthe first prompt and more\n:"
+    assert texts(opened, ".prompt .own") == ["a rule\n", " and more"]
+
+
 def test_tokens_have_their_exact_text_and_the_class_of_their_origin(opened):
     first = "document.querySelector('.trace .tokens')"
     spans = opened.run(f"[...{first}.querySelectorAll('.token')].map((e) => [e.textContent, e.className])")
@@ -127,7 +135,9 @@ def test_keys_walk_over_the_tokens(opened):
 def test_search_and_its_marks(opened):
     change(opened, "search", "FIRST prompt", "input")
     opened.wait("document.querySelectorAll('.trace').length === 1")
-    assert texts(opened, "mark") == ["first prompt"]
+    assert texts(opened, "mark") == ["first prompt", "first prompt"]
+    change(opened, "search", "a rule", "input")
+    opened.wait("document.querySelectorAll('mark').length === 1")
     change(opened, "search", "has 4", "input")
     opened.wait("document.querySelectorAll('.found').length === 2")
     assert texts(opened, ".found") == [" has", " 4"]

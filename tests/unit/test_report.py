@@ -670,17 +670,31 @@ def test_every_method_has_a_gate_or_words_for_having_none(tmp_path, method):
 
 def test_loss_in_words(tmp_path):
     two_terms = {"loss": {"kind": "jsd"}, "objective": {"kd_coef": 0.5, "rl_coef": 1.0}}
-    scheduled = {"objective": {"kd_coef": 1.0, "rl_coef": {"kind": "linear", "to": 1.0}}}
+    scheduled = {
+        "loss": {"kind": "forward_kl", "regions": []},
+        "objective": {"kd_coef": 1.0, "rl_coef": {"kind": "linear", "to": 1.0}},
+    }
+    regions = {"loss": {"kind": "forward_kl", "regions": [{"where": "handed", "kind": "jsd"}]}}
     runs = [
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b", skd=two_terms),
         write_run(tmp_path / "c", skd=scheduled),
+        write_run(tmp_path / "d", skd=regions),
     ]
     assert [tables.loss(run) for run in read_runs(runs)] == [
         "forward_kl",
         "0.5 jsd + 1.0 policy loss",
         "1.0 forward_kl + scheduled policy loss",
+        "forward_kl (others in regions)",
     ]
+
+
+def test_what_the_teacher_alone_reads(tmp_path):
+    own = {"teacher": {"prompt": {"system": "Be brief.", "template": "{input} <b>", "column": None, "max_len": 90}}}
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", skd=own)]
+    assert [tables.teachers_prompt(run) for run in read_runs(runs)] == ["", "system: Be brief.; template: {input} <b>"]
+    assert "The teacher alone reads" not in report(tmp_path, runs[0]).text
+    assert "The teacher alone reads" in report(tmp_path, runs[1]).text
 
 
 def test_settings_that_differ_without_the_run_folder_and_without_secrets(tmp_path):

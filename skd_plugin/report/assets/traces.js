@@ -72,7 +72,7 @@
     for (let i = 0; i < count; i++) {
       if (run >= 0 && trace.run[i] !== run) continue;
       if (trace.step[i] < from || trace.step[i] > to) continue;
-      if (hits && !hits[trace.prompt[i]] && !hits[trace.response[i]]) continue;
+      if (hits && !hits[trace.prompt[i]] && !hits[trace.response[i]] && !hits[trace.teacherPrompt[i]]) continue;
       found.push(i);
     }
     const key = trace[byId("sort").value];
@@ -114,7 +114,11 @@
     const own = header.strings[trace.teacherPrompt[index]];
     if (own) {
       teachers.append(element("b", {}, "The teacher reads: "));
-      teachers.append(own);
+      apart(header.strings[trace.prompt[index]], own).forEach(([text, shared]) => {
+        const part = element("span", { className: shared ? "" : "own" });
+        mark(part, text);
+        teachers.append(part);
+      });
     }
     const response = element("div", {
       className: "tokens",
@@ -136,6 +140,17 @@
       made.append(all);
     }
     return made;
+  }
+
+  // The teacher's prompt in parts: [text, whether the student reads it, too]. A chat's end is the same in both; before it
+  // the student's prompt may stand as a whole.
+  function apart(students, teachers) {
+    let same = 0;
+    while (same < Math.min(students.length, teachers.length) && students.at(-1 - same) === teachers.at(-1 - same)) same++;
+    const [mine, theirs] = [students, teachers].map((text) => text.slice(0, text.length - same));
+    const at = mine ? theirs.indexOf(mine) : 0;
+    const parts = at < 0 ? [[theirs, false]] : [[theirs.slice(0, at), false], [mine, true], [theirs.slice(at + mine.length), false]];
+    return [...parts, [teachers.slice(teachers.length - same), true]].filter(([text]) => text);
   }
 
   function mark(parent, text) {
