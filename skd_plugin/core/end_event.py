@@ -1,9 +1,9 @@
 """Tokens that end a turn, as one event: the first of them stands for all.
 
 A base student ends with one token, its instruct teacher with another. Each is next to impossible to the other model,
-so that what the student proposes as its end would be rejected, and the loss would teach it never to end. Here their
-probabilities are added up on both sides, before anything looks at a distribution: the first token has the sum, and
-the others cannot come.
+so that what the student proposes as its end would be rejected, and the loss would teach it to end in another way.
+Here their probabilities are added up on both sides, before anything looks at a distribution: the first token has the
+sum, and the others cannot come.
 
 Shapes: X leading dimensions, V vocabulary, E tokens that end a turn.
 """
