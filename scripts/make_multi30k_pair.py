@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from make_task_models import padded
+from sacrebleu.metrics import BLEU
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,10 +29,10 @@ from skd_plugin.tasks.multi30k import Multi30k
 TEMPLATE = "{en}\n"  # recipes/multi30k.yaml has the same: a small model needs no instruction
 VOCABULARY = 4096
 CONTEXT = 256
-TEACHER = dict(hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=5)
-STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2)
+TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6)
+STUDENT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3)
 # shape, seed, passes over the data
-KINDS = {"teacher": (TEACHER, 1, 8.0), "student": (STUDENT, 2, 2.0), "cold": (STUDENT, 2, 0.5)}
+KINDS = {"teacher": (TEACHER, 1, 12.0), "student": (STUDENT, 2, 2.0), "cold": (STUDENT, 2, 0.5)}
 TOKENS = 4096  # in a batch, both languages together
 BATCHES_OF_A_LENGTH = 50  # examples of that many batches are sorted by length before they are cut
 LEARNING_RATE, DECAY, DROPOUT, WARM_UP = 3e-3, 0.05, 0.1, 50
@@ -145,8 +146,11 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: M
         output = model.eval().generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
         texts += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     model.train()
-    figures = task.metrics(texts, [e.label for e in examples])
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
+    references = [e.label for e in examples]
+    bleu = BLEU()
+    bleu.corpus_score([text.strip() for text in texts], [references])
+    figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in task.metrics(texts, references).items())
+    return f"{figures} ({bleu.get_signature()})"
 
 
 def train(name: str, task: Multi30k, out: Path, tokenizer: PreTrainedTokenizerFast, passes: float) -> None:

@@ -12,12 +12,12 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plan import Run
-from session import SESSION, spec_of
+from session import SESSION, engine_of
 
 from skd_plugin.config.recipe import load_recipe
 from skd_plugin.host.launch import end_with_the_parent
@@ -29,6 +29,7 @@ from skd_plugin.run.supervisor import after_the_earlier_run
 from skd_plugin.terminal import plain_console
 
 POLL_S = 0.5
+TOO_OFTEN = 2  # sessions without a finished run: then it is not the run that is to blame
 ARGUMENTS = "compare.json"  # in a run folder: what the run was made with
 
 
@@ -46,7 +47,7 @@ def execute(runs: list[Run], folder: Path, jobs: int, session_len: int) -> list[
     going: list[Session] = []
     failed: list[Run] = []
     seconds: list[float] = []
-    left = len(todo)
+    left, in_vain = len(todo), 0
     while waiting or going:
         while waiting and free:
             going.append(Session.start(waiting.popleft(), folder, free.pop(0)))
@@ -61,12 +62,17 @@ def execute(runs: list[Run], folder: Path, jobs: int, session_len: int) -> list[
             if not alive:
                 going.remove(session)
                 free.append(session.cores)
+                in_vain = 0 if session.done else in_vain + 1
                 if session.runs:
                     broken, *others = session.runs
                     failed.append(broken)
                     left -= 1
                     console.print(f"{broken.name}: FAILED, see {session.log}")
                     waiting.extendleft([others] if others else [])
+                if in_vain == TOO_OFTEN and waiting:
+                    console.print(f"{in_vain} sessions in a row came to nothing, so no further one is started")
+                    failed += [run for group in waiting for run in group]
+                    waiting.clear()
     return failed
 
 
@@ -77,7 +83,7 @@ def sessions(runs: list[Run], session_len: int) -> list[list[Run]]:
     for run in runs:
         kind = (run.cell, run.method)
         if kind not in keys:
-            keys[kind] = json.dumps(asdict(spec_of(load_run(run.recipe, run.overrides))), sort_keys=True, default=str)
+            keys[kind] = json.dumps(engine_of(load_run(run.recipe, run.overrides)), sort_keys=True, default=str)
         alike.setdefault(keys[kind], []).append(run)
     cut = [group[at : at + session_len] for group in alike.values() for at in range(0, len(group), session_len)]
     return sorted(cut, key=lambda group: runs.index(group[0]))
@@ -89,6 +95,7 @@ class Session:
     log: Path
     cores: set[int]
     process: multiprocessing.Process
+    done: int = 0
 
     @classmethod
     def start(cls, runs: list[Run], folder: Path, cores: set[int]) -> Session:
@@ -107,6 +114,7 @@ class Session:
             run = self.runs.pop(0)
             (folder / run.name / ARGUMENTS).write_text(json.dumps(arguments(run)))
             done.append(run)
+        self.done += len(done)
         return done
 
 

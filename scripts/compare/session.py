@@ -12,25 +12,36 @@ import os
 import runpy
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from skd_plugin import cpu, trust
 from skd_plugin.config.host_options import HOST_MODULE, host_defaults
 from skd_plugin.config.run import Run
-from skd_plugin.engine.arguments import EngineSpec, engine_for
+from skd_plugin.engine.arguments import engine_for
 from skd_plugin.host import launch, on_cpu
 from skd_plugin.run_folder import RunFolder
 
 SESSION = "session.json"  # in a run folder: seconds since the session began or since the run before it ended
 
+# OpenRLHF's options of what the runs of a session share, beside those of the engine.
+SHARED = (
+    "vllm.num_engines",
+    "actor.num_nodes",
+    "actor.num_gpus_per_node",
+    "reward.remote_url",
+    "train.agent_func_path",
+)
 
-def spec_of(run: Run) -> EngineSpec:
+
+def engine_of(run: Run) -> dict[str, Any]:
     """What the run's engine is made of, but for vLLM's own seed: each response has a random stream of its own."""
     options = {**host_defaults(), **run.host}
     spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
-    return replace(spec, openrlhf={name: value for name, value in spec.openrlhf.items() if name != "seed"})
+    own = {name: value for name, value in spec.openrlhf.items() if name != "seed"}
+    shared = {name: options[name] for name in SHARED}
+    return {**asdict(replace(spec, openrlhf=own)), **shared, "reward_timeout_s": run.skd.objective.reward_timeout_s}
 
 
 def main(folders: list[str]) -> None:
@@ -39,8 +50,10 @@ def main(folders: list[str]) -> None:
     started = time.monotonic()
     runs = [Run.load(RunFolder(Path(folder))) for folder in folders]
     first, *later = runs
-    if differ := [run.skd.run_dir for run in later if spec_of(run) != spec_of(first) or run.cpu != first.cpu]:
+    if differ := [run.skd.run_dir for run in later if engine_of(run) != engine_of(first)]:
         raise RuntimeError(f"not the engine of {first.skd.run_dir}: {', '.join(differ)}; run them in another session")
+    if later and any(run.skd.teacher.follow or run.host.get("train.async_enable") for run in runs):
+        raise RuntimeError("a teacher that moves and an asynchronous run take an engine for themselves: --session 1")
     trust.allow(remote_code=first.skd.trust_remote_code, pickle_weights=first.skd.pickle_weights)
     os.environ["PATH"] = launch.own_programs_first(os.environ.get("PATH", ""))
     if first.cpu:
@@ -102,10 +115,12 @@ class Parts:
             self._engines = self._create_engines(*args, **kwargs)
         return self._engines
 
-    def _group_of(self, *args: Any, **kwargs: Any) -> Any:
-        """A run of a comparison has a policy, and neither critic nor reward model."""
+    def _group_of(self, nodes: int, gpus: int, actor: Any, **kwargs: Any) -> Any:
+        """The policy's processes are kept; those of a critic or a frozen model are of one run."""
+        if actor.__ray_metadata__.class_name != "SKDPolicy":
+            return self._actor_group(nodes, gpus, actor, **kwargs)
         if self._policy is None:
-            self._policy = self._actor_group(*args, **kwargs)
+            self._policy = self._actor_group(nodes, gpus, actor, **kwargs)
         return self._policy
 
 

@@ -184,6 +184,16 @@ def test_a_table_is_the_same_when_read_again(table, tmp_path):
     assert collect.read_csv(tmp_path / "no.csv") == []
 
 
+@pytest.mark.parametrize("name", ["few-prompts.yaml", "captions.yaml"])
+def test_plans_with_seeds_enough(name):
+    """One loss for the methods whose text is compared; the same seeds, so the same prompts, for all of them."""
+    plan = load_plan(PLAN.with_name(name))
+    assert len(plan.seeds) >= 5 and len(plan.runs()) == len(plan.seeds) * len(plan.comparison.methods) * len(
+        plan.comparison.cells
+    )
+    assert all(run.recipe.exists() for run in plan.runs())
+
+
 def compare_command():
     spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare" / "__main__.py")
     command = importlib.util.module_from_spec(spec)
@@ -285,6 +295,16 @@ def test_a_failed_run_does_not_stop_those_behind_it(plan, tmp_path, monkeypatch,
     assert "k5-seed1: FAILED" in capsys.readouterr().out
 
 
+def test_what_fails_every_time_is_not_tried_for_every_run(plan, tmp_path, monkeypatch, capsys):
+    runs = [plan.run("arithmetic/cold", "skd", seed) for seed in range(5)]
+    monkeypatch.setattr(execute, "_session", lambda *_: sys.exit(1))
+    monkeypatch.setattr(execute, "sessions", lambda runs, session_len: [runs])
+    monkeypatch.setattr(execute, "POLL_S", 0.01)
+    assert execute.execute(runs, tmp_path, 1, 20) == runs
+    told = capsys.readouterr().out
+    assert told.count("FAILED") == 2 and "2 sessions in a row came to nothing" in told
+
+
 def test_a_session_has_one_engine(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(session.launch, "end_with_the_parent", lambda: None)
     for name, seed, extra in (("a", 1, []), ("b", 2, ["skd.rollout.draft_len=3"]), ("c", 3, [])):
@@ -293,6 +313,18 @@ def test_a_session_has_one_engine(plan, tmp_path, monkeypatch):
         load_run(run.recipe, [*run.overrides, *few, *extra]).save()
     with pytest.raises(RuntimeError, match=r"not the engine of .*/a: [^,]*/b; run them in another session"):
         session.main([str(tmp_path / name) for name in "abc"])  # another seed is no other engine
+    for name in "ac":
+        load_run(
+            run.recipe,
+            [
+                *run.overrides,
+                "skd.task.eval_prompts=8",
+                "openrlhf.train.async_enable=true",
+                f"skd.run_dir={tmp_path / name}",
+            ],
+        ).save()
+    with pytest.raises(RuntimeError, match="take an engine for themselves: --session 1"):
+        session.main([str(tmp_path / name) for name in "ac"])
 
 
 def test_an_actor_in_this_process_is_asked_as_a_remote_one(monkeypatch):
