@@ -140,7 +140,7 @@ class Plan:
 def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
     models = read_models(load_recipe(recipe, overrides))
     skd, options = models.skd, models.options
-    teacher = _size(skd.teacher.model_name_or_path, "teacher")
+    teacher = _size(skd.the_teacher.model_name_or_path, "teacher")
     student = _size(options["actor.model_name_or_path"], "student", LoraOptions.of(options))
     return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
 

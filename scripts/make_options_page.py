@@ -43,7 +43,7 @@ is as in OpenRLHF's own runs where nothing else is said; *refused* is an error t
 
 # Heading -> prefix of the options below it, and the page that explains them.
 SECTIONS: dict[str, tuple[str, str]] = {
-    "Teacher": ("skd.teacher.", ""),
+    "Teacher": ("skd.teacher", "Several in one run: [several_teachers.md](several_teachers.md)."),
     "Rollout: where the text comes from": (
         "skd.rollout.",
         "Distributions, sources and examples: [rollout.md](rollout.md).",

@@ -99,6 +99,7 @@ def batches(
     return [
         padded(task.examples("train", count, seed=rng.getrandbits(32)), tokenizer)
         for task, count in zip(tasks, shares, strict=True)
+        if count
     ]
 
 
@@ -174,6 +175,7 @@ def train(
     if first is not None:
         take_over(model, tokenizer, first)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    learned = [task for task, count in zip(tasks, shares, strict=True) if count]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
     unfinished = out / f"{name}.unfinished.pt"
@@ -189,13 +191,13 @@ def train(
             print(f"{name} step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % MEASURE_EVERY == 0 and step < steps:
             keep(unfinished, step, model, optimizer, schedule, rng)
-            report(name, f"step {step}", model, tokenizer, tasks)
+            report(name, f"step {step}", model, tokenizer, learned)
     unfinished.unlink(missing_ok=True)
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
-    report(name, "after rounding to bfloat16", model.float(), tokenizer, tasks)
+    report(name, "after rounding to bfloat16", model.float(), tokenizer, learned)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in SHAPES:
         parser.add_argument(f"--{name}-steps", type=int, default=STEPS[name], help="default: %(default)s")
     parser.add_argument(
-        "--shares", type=int, nargs="+", help=f"examples of each task in a batch; default: {BATCH_SIZE}"
+        "--shares",
+        type=int,
+        nargs="+",
+        help=f"examples of each task in a batch, {BATCH_SIZE} in all by default; of 0 only the words are known",
     )
     parser.add_argument("--teacher-from", type=Path, metavar="MODEL", help="begin with the weights of this teacher")
     args = parser.parse_args(argv)

@@ -81,7 +81,7 @@ def _rollout(argv: list[str]) -> int:
 
     parser = _own_parser(
         "rollout",
-        "RECIPE.yaml [key=value ...] --prompts FILE --out FILE [--samples N] [--raw]",
+        "RECIPE.yaml [key=value ...] --prompts FILE --out FILE [--samples N] [--raw] [--teacher NAME]",
         "Sample interleaved responses and write their traces; no training.",
     )
     parser.add_argument(
@@ -96,9 +96,11 @@ def _rollout(argv: list[str]) -> int:
         help="texts go in as they are, without the recipe's chat or input_template",
     )
     parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
+    parser.add_argument("--teacher", help="of several teachers (skd.teachers), the one that all prompts have")
     parser.add_argument("--out", required=True, help="trace file to write, one JSON line a response")
     own, rest = parser.parse_known_args(argv)
-    return run_rollout(*_recipe_and_overrides(rest), own.prompts, own.samples, own.out, raw=own.raw)
+    given = _recipe_and_overrides(rest)
+    return run_rollout(*given, own.prompts, own.samples, own.out, raw=own.raw, teacher=own.teacher)
 
 
 def _check(argv: list[str]) -> int:

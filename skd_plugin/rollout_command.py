@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptError, PromptForm
 from skd_plugin.host.teacher_prompts import COLUMN, TeacherForm, teacher_prompt, teachers_lengths
@@ -33,9 +34,19 @@ class Prompt(NamedTuple):
     teacher_ids: list[int] | None = None
 
 
-def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: int, out: str, *, raw: bool) -> int:
+def run_rollout(
+    recipe: str,
+    overrides: Iterable[str],
+    prompts: str,
+    samples: int,
+    out: str,
+    *,
+    raw: bool,
+    teacher: str | None = None,
+) -> int:
     """
     Args:
+        teacher: of several (skd.teachers), the one that all prompts have.
         prompts: a dataset like data.prompt_dataset, or lines with a "prompt" or "prompt_ids".
         raw: texts go in as they are; else as `skd train` would make prompts of them.
     """
@@ -51,7 +62,7 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
 
     if samples < 1:
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
-    models = load_models(recipe, overrides)
+    models = _with_teacher(load_models(recipe, overrides), teacher)
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
     given = read_prompts(prompts, models, raw=raw)
     forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
@@ -86,6 +97,18 @@ def run_rollout(recipe: str, overrides: Iterable[str], prompts: str, samples: in
             file.write(json.dumps({**trace, **texts, **own, "prompt_form": prompt.form}) + "\n")
     say(f"{len(finished)} responses are in {path}")
     return 0
+
+
+def _with_teacher(models: Models, name: str | None) -> Models:
+    """Raises RecipeError: of several teachers none is named, or one that is not there."""
+    several = models.skd.teachers
+    if name is None and not several:
+        return models
+    if name is None or name not in several:
+        found = f"--teacher {name} is none of the recipe's" if name is not None else "--teacher is missing"
+        choice = f"its teachers are {', '.join(several)}" if several else "it has one teacher, which needs no name"
+        raise RecipeError(f"{found}: {choice}. All prompts of the file get this one")
+    return models.of_teacher(name)
 
 
 def read_prompts(names: str, models: Models, *, raw: bool) -> list[Prompt]:
@@ -125,7 +148,8 @@ def _form(source: Source, options: Mapping[str, Any], models: Models, *, raw: bo
         return form
     own = models.skd.teacher_prompts[0]  # these rows are not those that the tasks have made
     chat = form.chat is not None
-    return replace(form, teacher=TeacherForm.of(own, models.skd, key, form.teacher.tokenizer, chat=chat))
+    teacher = TeacherForm.of(own, models.skd, key, form.teacher.tokenizer, chat=chat)
+    return replace(form, teachers={ONLY: teacher})
 
 
 def _prompt(row: Mapping[str, Any], form: PromptForm, label: str | None, models: Models, where: str) -> Prompt:

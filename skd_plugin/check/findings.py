@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.words import count
 
 Level = Literal["ok", "warning", "failed", "not run"]
@@ -23,6 +24,10 @@ class Finding:
     found: str
     level: Level = "ok"
     remedy: str = ""  # what to do; of warnings and failures
+
+    def of_teacher(self, name: str) -> Finding:
+        """Of one of several."""
+        return self if name == ONLY else replace(self, name=f"{self.name} ({name})")
 
 
 def exit_status(findings: Iterable[Finding]) -> int:

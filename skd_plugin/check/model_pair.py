@@ -35,17 +35,12 @@ def load_model(name: str, role: str) -> Model:
     return Model(load_model_config(name, role), load_tokenizer(name, role), generation_end_ids(name))
 
 
-def load_pair(teacher: str | None, student: str | None) -> tuple[Model | None, Model | None, list[Finding]]:
-    """Both models, and a finding for each that does not load."""
-    loaded: list[Model | None] = []
-    findings = []
-    for role, model in (("teacher", teacher), ("student", student)):
-        try:
-            loaded.append(load_model(model, role) if model else None)
-        except RecipeError as error:
-            loaded.append(None)
-            findings.append(Finding(role, "does not load", "failed", first_line(error)))
-    return loaded[0], loaded[1], findings
+def try_to_load(name: str | None, role: str) -> tuple[Model | None, list[Finding]]:
+    """The model, if the recipe names one, and a finding where it does not load."""
+    try:
+        return (load_model(name, role) if name else None), []
+    except RecipeError as error:
+        return None, [Finding(role, "does not load", "failed", first_line(error))]
 
 
 def check_models(

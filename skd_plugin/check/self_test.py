@@ -59,7 +59,7 @@ def make_trial(model: str, skd: SKDConfig, options: HostOptions, prompts: list[l
 
 def make_pair(trial: Trial, skd: SKDConfig, student: str) -> Trial:
     """The same with each model of the recipe in its own place, and all engine options."""
-    teacher, options = skd.teacher.model_name_or_path, dict(skd.vllm)
+    teacher, options = skd.the_teacher.model_name_or_path, dict(skd.vllm)
     return replace(trial, spec=replace(trial.spec, teacher=teacher, student=student, options=options))
 
 

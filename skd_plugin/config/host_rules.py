@@ -105,7 +105,14 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
             "openrlhf.train.enable_ema is on, but at openrlhf.ds.zero_stage = 3 DeepSpeed throws away what OpenRLHF "
             "adds to its running mean: the saved model would be the one of the start. Set zero_stage to 2 or less"
         )
-    if skd.teacher.follow is not None:
+    if options["vllm.num_engines"] < len(skd.teachers):
+        raise RecipeError(
+            f"there are {len(skd.teachers)} teachers (skd.teachers: {', '.join(skd.teachers)}), but "
+            f"openrlhf.vllm.num_engines is {options['vllm.num_engines']}: an engine has one teacher beside the "
+            f"student. Set it to {len(skd.teachers)} or more, or train by one teacher after the other, each time the "
+            "student of the run before (skd.teacher)"
+        )
+    if skd.teacher is not None and skd.teacher.follow is not None:
         _check_follow(options, skd)
     _check_batches(options)
     _check_ring(options, skd)
@@ -174,7 +181,7 @@ def _check_follow(options: HostOptions, skd: SKDConfig) -> None:
     student = options["actor.model_name_or_path"]
     refused = {
         f"skd.teacher.model_name_or_path is another model than the student's, {student}": (
-            skd.teacher.model_name_or_path != student
+            skd.the_teacher.model_name_or_path != student
         ),
         "skd.loss.vocabulary is full, whose output head of the teacher stands still": skd.loss.vocabulary == "full",
         "openrlhf.ds.lora.rank is above 0, and a mean of adapters is no mean of models": bool(options["ds.lora.rank"]),

@@ -20,6 +20,7 @@ class PromptRow(TypedDict):
     label: str  # of tasks.label.Label.to_json
     datasource: str  # the task's name
     teacher_prompt: NotRequired[str]  # as the teacher reads it, where it has prompts of its own
+    teacher: NotRequired[str]  # its name, where there are several
 
 
 DATA_DIGEST = "data_sha256"  # key of config.yaml, beside the options
@@ -52,6 +53,7 @@ class Run:
     def flat_options(self) -> dict[str, Any]:
         """Every option of the run by its full dotted name."""
         ours = flatten(self.skd.model_dump(), "skd.")
+        ours["skd.teachers"] = list(self.skd.teachers)  # traces say which by its place
         return {**ours, **{f"openrlhf.{key}": value for key, value in self.host.items()}}
 
     def save(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -12,7 +12,7 @@ from skd_plugin.config.objective import ObjectiveConfig
 from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.config.section import Section, refuse_idle
 from skd_plugin.config.task import TaskConfig, refuse_column
-from skd_plugin.config.teacher import StudentConfig, TeacherConfig, TeacherPromptConfig
+from skd_plugin.config.teacher import ONLY, StudentConfig, TeacherConfig, TeacherPromptConfig
 from skd_plugin.core.gates import GATES
 from skd_plugin.core.losses import LOSSES
 from skd_plugin.core.methods import METHODS
@@ -24,8 +24,19 @@ class EvalConfig(Section):
     at_start: bool = Field(True, description="evaluate the student before the first step")
 
 
+TEACHER_NAME = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes a part of the names of metrics
+
+
 class SKDConfig(Section):
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[TEACHER_NAME, TeacherConfig] = Field(
+        {},
+        description="several teachers, in place of skd.teacher: by name, each with its options; an engine has one of "
+        "them (docs/several_teachers.md)",
+    )
+    teacher_column: str | None = Field(
+        None, description="of several teachers: the column of a dataset that names a row's; a task names its own"
+    )
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
@@ -53,13 +64,44 @@ class SKDConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where this machine has it")
     vllm: dict[str, Any] = Field({}, description="further engine arguments of vLLM, as its EngineArgs names them")
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Those of the run by name, in the recipe's order; a single one is called `ONLY`."""
+        return self.teachers or {ONLY: self.the_teacher}
+
+    @property
+    def the_teacher(self) -> TeacherConfig:
+        """Of a recipe with one, or of what `of_teacher` made of one with several."""
+        assert self.teacher is not None, "this recipe has several teachers"
+        return self.teacher
+
+    @property
+    def any_teacher(self) -> TeacherConfig:
+        """One of them, for what is the same with all (`check_alike` in prepare/teachers.py)."""
+        return next(iter(self.all_teachers.values()))
+
+    def of_teacher(self, name: str) -> SKDConfig:
+        """The recipe as it were with this teacher alone, and the tasks that it has."""
+        if not self.teachers:
+            return self
+        tasks = [task.model_copy(update={"teacher": None}) for task in self.all_tasks if task.teacher == name]
+        alone = {"teacher": self.teachers[name].model_copy(update={"engines": None}), "teachers": {}}
+        return self.model_copy(update=alone | {"teacher_column": None, "task": None, "tasks": tuple(tasks)})
+
+    def teachers_of_engines(self, number: int) -> list[str]:
+        """The teacher that each of the run's engines has; of several, as they have been shared out."""
+        if not self.teachers:
+            return [ONLY] * number
+        return [name for name, teacher in self.teachers.items() for _ in range(teacher.engines or 0)]
+
     def teacher_prompt(self, task: TaskConfig | None = None) -> TeacherPromptConfig | None:
         """The teacher's own, of a task or of a dataset; None: it reads the student's."""
         if task is not None and task.teacher_prompt is not None:
             return task.teacher_prompt
-        if self.teacher.prompt is None and self.teacher.chat_template_kwargs:
+        teacher = self.the_teacher
+        if teacher.prompt is None and teacher.chat_template_kwargs:
             return TeacherPromptConfig()
-        return self.teacher.prompt
+        return teacher.prompt
 
     @property
     def joins_ends(self) -> bool:
@@ -69,7 +111,8 @@ class SKDConfig(Section):
     @property
     def teacher_prompts(self) -> list[TeacherPromptConfig]:
         """All forms of them."""
-        forms = [self.teacher_prompt(task) for task in self.all_tasks or (None,)]
+        parts = map(self.of_teacher, self.all_teachers)
+        forms = [part.teacher_prompt(task) for part in parts for task in part.all_tasks or (None,)]
         return [form for form in forms if form is not None]
 
     @property
@@ -83,11 +126,42 @@ class SKDConfig(Section):
         return self.tasks or ((self.task,) if self.task else ())
 
     @model_validator(mode="after")
+    def _one_teacher_or_several(self) -> SKDConfig:
+        if self.teacher is None and not self.teachers:
+            raise ValueError("the teacher is missing: give skd.teacher, or several by name in skd.teachers")
+        if self.teacher is not None and self.teachers:
+            raise ValueError("skd.teacher and skd.teachers are both given; leave one out (teacher: null for a base's)")
+        named = [task for task in self.all_tasks if task.teacher is not None]
+        if self.teacher is not None:
+            refuse_idle(self, {"teacher_column": False}, "there is one teacher (skd.teacher)")
+            refuse_idle(self.teacher, {"engines": False}, "the only teacher is in every engine")
+            if named:
+                raise ValueError(f"task {named[0].name} names a teacher, but there is one (skd.teacher); leave it out")
+            return self
+        refuse_idle(self, {"teacher_column": not self.all_tasks}, "the tasks name their teachers")
+        if not self.all_tasks and self.teacher_column is None:
+            raise ValueError("teachers are several, so teacher_column must name the dataset's column of their names")
+        for task in self.all_tasks:
+            if task.teacher not in self.teachers:
+                has = "names no teacher" if task.teacher is None else f"has a teacher '{task.teacher}'"
+                raise ValueError(f"task {task.name} {has}; teacher is one of {', '.join(self.teachers)}")
+        for name, teacher in self.teachers.items():
+            if self.all_tasks and name not in [task.teacher for task in self.all_tasks]:
+                raise ValueError(f"no task has teacher '{name}', so its engine would wait; leave it out")
+            if teacher.follow is not None:
+                raise ValueError(
+                    f"teachers.{name}.follow: of several teachers none can move, for the student's weights would be "
+                    "sent into every engine's; only a single one does (skd.teacher)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_task_or_several(self) -> SKDConfig:
         if self.task and self.tasks:
             raise ValueError("skd.task and skd.tasks are both given; move the one into the list of the others")
-        if self.all_tasks and self.teacher.prompt is not None:
-            refuse_column(self.teacher.prompt, "a task")
+        for teacher in self.all_teachers.values():
+            if self.all_tasks and teacher.prompt is not None:
+                refuse_column(teacher.prompt, "a task")
         effects = {"mix_temperature": len(self.tasks) > 1}
         refuse_idle(self, effects, "it is for several tasks (skd.tasks)")
         for config in self.all_tasks:

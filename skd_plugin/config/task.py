@@ -36,6 +36,7 @@ class TaskConfig(Section):
         None, ge=1, description="longest response of one task among several; default: skd.rollout.max_new_tokens"
     )
     seed: int = Field(0, description="of the choice of prompts")
+    teacher: str | None = Field(None, description="of several teachers (skd.teachers), the name of the one it has")
     teacher_prompt: TeacherPromptConfig | None = Field(None, description="of this task; default: skd.teacher.prompt")
 
     @model_validator(mode="after")

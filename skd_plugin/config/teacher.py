@@ -55,6 +55,14 @@ class FollowConfig(Section):
     every: int = Field(1, ge=1, description="steps between two moves")
 
 
+ONLY = ""  # the name of a teacher that is the only one
+
+
+def teacher_words(name: str) -> str:
+    """What a person calls it."""
+    return f"teacher '{name}'" if name != ONLY else "teacher"
+
+
 class TeacherConfig(Section):
     model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
     prompt: TeacherPromptConfig | None = Field(
@@ -75,4 +83,10 @@ class TeacherConfig(Section):
         True,
         description="the first responses are read by transformers' teacher too, on the controller's CPU, and a run "
         "whose engine has another one ends; seconds, for a teacher of 70 B minutes and its weights in memory",
+    )
+    engines: int | None = Field(
+        None,
+        ge=1,
+        description="of one among several (skd.teachers): how many of openrlhf.vllm.num_engines have it; default: by "
+        "its share of the prompts",
     )

@@ -102,9 +102,37 @@ def against_teacher(
         head_VJ: of as many tokens as the student has.
         ends_E: as in `chunked_scores`.
     """
+    return against_teachers(hidden_NJ, [head_VJ], None, loss, ends_E)
+
+
+def against_teachers(
+    hidden_NJ: torch.Tensor,
+    heads: Sequence[torch.Tensor],
+    teacher_N: torch.Tensor | None,
+    loss: PairLoss,
+    ends_E: torch.Tensor | None = None,
+) -> ChunkLoss:
+    """The same of several teachers, each token with its own.
+
+    Args:
+        hidden_NJ: J is the widest teacher's width; of another one, what is behind its own width is not read.
+        heads: of each teacher, [V, its width].
+        teacher_N: places in `heads`; of one it is not read.
+    """
+
+    def log_p(rows: slice) -> torch.Tensor:
+        if len(heads) == 1 or teacher_N is None:
+            return _log_softmax(hidden_NJ[rows], heads[0])
+        hidden_CJ = hidden_NJ[rows]
+        found_CV = hidden_CJ.new_empty(len(hidden_CJ), len(heads[0]), dtype=torch.float32)
+        for place, head_VJ in enumerate(heads):
+            own = (teacher_N[rows] == place).nonzero().squeeze(1)
+            if len(own):
+                found_CV[own] = _log_softmax(hidden_CJ[own, : head_VJ.shape[1]], head_VJ)
+        return found_CV
 
     def of_chunk(rows: slice, log_q_CV: torch.Tensor) -> torch.Tensor:
-        log_p_CV = _log_softmax(hidden_NJ[rows], head_VJ)
+        log_p_CV = log_p(rows)
         return loss(rows, log_p_CV if ends_E is None else join_ends_(log_p_CV, ends_E), log_q_CV)
 
     return of_chunk

@@ -5,11 +5,12 @@ Shapes: R response tokens, K teacher entries kept a token, J width of the teache
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Self
 
 import torch
+from torch.nn.functional import pad
 
 OVERLAP = 10  # first tokens of each model that are compared with each other; all of a smaller vocabulary
 NOTHING = -1  # no token: an unused place of a block, or nothing was rejected
@@ -101,12 +102,26 @@ class Trace(Drawn):
     teacher_hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     # int32 [R], updates of its weights that the student had had when it proposed; 0, if not given
     student_version: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    # uint8 [R], which of the run's teachers this is about, by its place in the recipe; 0, if not given
+    teacher: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def __post_init__(self) -> None:
         if len(self.student_version) != len(self):
             self.student_version = torch.zeros(len(self), dtype=torch.int32)
+        if len(self.teacher) != len(self):
+            self.teacher = torch.zeros(len(self), dtype=torch.uint8)
         if not self.teacher_hidden.shape[1]:
             self.teacher_hidden = torch.empty(len(self), 0)
+
+    @classmethod
+    def join(cls, parts: list[Trace]) -> Trace:
+        """Hidden states of teachers of different widths get zeros behind them, up to that of the widest."""
+        width = max((part.teacher_hidden.shape[1] for part in parts), default=0)
+        return super().join([part._widened(width) if len(part) else part for part in parts])
+
+    def _widened(self, width: int) -> Trace:
+        missing = width - self.teacher_hidden.shape[1]
+        return self if not missing else replace(self, teacher_hidden=pad(self.teacher_hidden, (0, missing)))
 
     @classmethod
     def empty(cls, num_teacher_entries: int) -> Trace:

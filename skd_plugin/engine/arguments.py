@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from skd_plugin.config.context import context_needed, engine_len
 from skd_plugin.config.schema import SKDConfig
@@ -138,16 +138,18 @@ class EngineDescription(TypedDict):
     vocab_size: int  # ids that both models have
     teacher_vocab_size: int
     student_vocab_size: int
+    teacher_place: NotRequired[int]  # which of the recipe's it is; of an engine of a run
 
 
 def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu: bool) -> EngineSpec:
     """The engine that trains by a recipe. Who needs less of it takes `dataclasses.replace`.
 
     Args:
+        skd: with one teacher (`SKDConfig.of_teacher`).
         options: all of OpenRLHF's, by their dotted names.
     """
     return EngineSpec(
-        teacher=skd.teacher.model_name_or_path,
+        teacher=skd.the_teacher.model_name_or_path,
         student=student,
         draft_len=skd.rollout.draft_len,
         max_len=engine_len(options, skd.longest_teacher_prompt),

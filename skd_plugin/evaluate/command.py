@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from skd_plugin.adapters import whole
+from skd_plugin.config.teacher import ONLY, teacher_words
 from skd_plugin.engine.arguments import engine_for
 from skd_plugin.evaluate.job import Answers, Job, read_answers
-from skd_plugin.evaluate.plan import BESIDE_THE_TEACHER, HeldOut, Plan, Student
+from skd_plugin.evaluate.plan import HeldOut, Plan, Student
 from skd_plugin.evaluate.result import summarise
 from skd_plugin.evaluate.result_table import WIDTH, tables
 from skd_plugin.run.process import run_quietly
@@ -57,21 +58,32 @@ def run_eval(plan: Plan, where: str, out: str) -> int:
 
 def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[Answers]:
     """What the engines of one student answered to each prompt."""
-    student = plan.students[number]
-    job = job_of(plan, student, plan.held_out[number])
-    model = whole(student.model, folder / f"student-{number + 1}", job.spec.dtype)
-    job = replace(job, spec=replace(job.spec, student=model))
+    student, prompts = plan.students[number], plan.held_out[number]
+    first = next(iter(plan.models.skd.all_teachers))
+    dtype = job_of(plan, student, prompts, first).spec.dtype
+    model = whole(student.model, folder / f"student-{number + 1}", dtype)
     title = f"student {number + 1} of {len(plan.students)}, {student.name}"
-    answers: list[Answers] = [{} for _ in job.prompts]
-    for kind, measures in (("alone", ("scores",)), ("beside", BESIDE_THE_TEACHER)):
-        if set(plan.measures) & set(measures):
-            found = _run(kind, job, folder, console, title)
-            answers = [{**known, **new} for known, new in zip(answers, found, strict=True)]
+    answers: list[Answers] = [{} for _ in prompts]
+
+    def ask(kind: str, teacher: str, places: Sequence[int]) -> None:
+        job = job_of(plan, student, [prompts[place] for place in places], teacher)
+        job = replace(job, spec=replace(job.spec, student=model))
+        who = "alone" if kind == "alone" else f"beside its {teacher_words(teacher)}"
+        for place, found in zip(places, _run(kind, job, folder, console, title, who), strict=True):
+            answers[place] = {**answers[place], **found}
+
+    if "scores" in plan.measures:
+        ask("alone", first, range(len(prompts)))
+    for name in plan.teachers:
+        places = [place for place, prompt in enumerate(prompts) if prompt.teacher == name]
+        if places:
+            ask("beside", name, places)
     return answers
 
 
-def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut]) -> Job:
-    models = plan.models
+def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut], teacher: str = ONLY) -> Job:
+    """`teacher`: its name."""
+    models = plan.models.of_teacher(teacher)
     spec = engine_for(models.skd, models.engine_options, student=student.model, cpu=models.cpu)
     # Where there is no teacher, a student stands in its place.
     joins_ends = spec.joins_ends and spec.teacher not in [other.model for other in plan.students]
@@ -94,7 +106,7 @@ def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut]) -> Job:
     )
 
 
-def _run(kind: str, job: Job, folder: Path, console: Console, title: str) -> list[Answers]:
+def _run(kind: str, job: Job, folder: Path, console: Console, title: str, who: str) -> list[Answers]:
     job.write(folder)
     Status(folder).stage("starting")  # that of the engine before is over
     log, started = folder / "engine.log", time.monotonic()
@@ -107,6 +119,5 @@ def _run(kind: str, job: Job, folder: Path, console: Console, title: str) -> lis
         error = run_quietly(["skd_plugin.evaluate.engine_process", kind, str(folder)], log, look)
     if error is not None:
         raise EvalError(f"{title}: {error}. The whole story is in {log}")
-    who = "alone" if kind == "alone" else "beside its teacher"
     console.print(f"{title}, {who}: {duration(time.monotonic() - started)}", soft_wrap=True)
     return read_answers(folder)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from skd_plugin.config.recipe import load_recipe, override
 from skd_plugin.config.run import Run
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.job import Prompt
 from skd_plugin.host.prompts import PromptForm
 from skd_plugin.host.teacher_prompts import teacher_prompt
 from skd_plugin.prepare.load_run import Models, complete_models, read_prompts
 from skd_plugin.prepare.prompts import check_dataset, check_lengths, make_prompts
+from skd_plugin.prepare.rows import check_column
 from skd_plugin.prepare.task_prompts import held_out
+from skd_plugin.prepare.teachers import named
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.base import HELD_OUT
 from skd_plugin.tasks.label import Label
@@ -39,6 +42,7 @@ class HeldOut:
     prompt: Prompt
     label: Label
     task: str  # its name in the results
+    teacher: str = ONLY  # its teacher's name
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class Sampling:
 @dataclass(frozen=True)
 class Plan:
     models: Models
-    teacher: str | None  # None where no measure needs one
+    teachers: dict[str, str]  # models by name; empty where no measure needs one
     students: tuple[Student, ...]
     held_out: tuple[tuple[HeldOut, ...], ...]  # the prompts as each student reads them
     measures: tuple[str, ...]
     sampling: Sampling
     notes: tuple[str, ...]  # what is left out, and why
+
+    @property
+    def teacher(self) -> str | dict[str, str] | None:
+        """The model; of several, by name; None where no measure needs one."""
+        return (self.teachers.get(ONLY) or self.teachers) or None
 
 
 def make_plan(
@@ -91,11 +100,18 @@ def make_plan(
             "the run's metrics.jsonl, or give a recipe without the agent"
         )
     chosen, notes = _choose(measures, models, has_teacher)
-    teacher = models.skd.teacher.model_name_or_path if set(chosen) & set(BESIDE_THE_TEACHER) else None
-    prompts = tuple(_held_out(models, teacher, student) for student in found)
+    beside = bool(set(chosen) & set(BESIDE_THE_TEACHER))
+    names = models.skd.all_teachers
+    teachers = {name: one.model_name_or_path for name, one in names.items()} if beside else {}
+    prompts = tuple(
+        tuple(prompt for name in names for prompt in _held_out(models, name, student, beside=beside))
+        for student in found
+    )
+    if not all(prompts):
+        raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
     if "distance" in chosen and any(held_out.prompt.reference is None for held_out in prompts[0]):
         notes += ("distance along references: not every held-out prompt has one",)
-    return Plan(models, teacher, found, prompts, chosen, sampling, notes)
+    return Plan(models, teachers, found, prompts, chosen, sampling, notes)
 
 
 def student_of(name: str) -> Student:
@@ -125,7 +141,7 @@ def _content(where: str, overrides: Sequence[str]) -> dict[str, Any]:
 def _models(content: dict[str, Any], named: list[Student]) -> tuple[Models, bool]:
     """Whether there is a teacher, too; where there is none, a student stands in its place and nothing looks at it."""
     skd = content.get("skd") or {}
-    has_teacher = bool(skd.get("teacher"))
+    has_teacher = bool(skd.get("teacher") or skd.get("teachers"))
     if not has_teacher:
         host = (content.get("openrlhf") or {}).get("actor") or {}
         name = named[0].model if named else host.get("model_name_or_path", "none")
@@ -172,12 +188,20 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
     return chosen, tuple(f"{name}: {lacking[name]}" for name in wanted if name in lacking)
 
 
-def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[HeldOut, ...]:
-    tokenizer = models.tokenizer_of(teacher or student.model, student.model)
+def _held_out(recipe: Models, name: str, student: Student, *, beside: bool) -> tuple[HeldOut, ...]:
+    """Of the teacher of this name. `beside`: as it reads them, too."""
+    models = recipe.of_teacher(name)
+    with named(name):
+        tokenizer = models.tokenizer_of(
+            models.skd.the_teacher.model_name_or_path if beside else student.model, student.model
+        )
     options = models.row_options
-    form = PromptForm.of(options, tokenizer, models.skd, paired=teacher is not None)
-    label = options["data.label_key"]
-    rows = _rows(models, form, tokenizer)
+    form = PromptForm.of(options, tokenizer, models.skd, paired=beside)
+    label, column = options["data.label_key"], recipe.skd.teacher_column
+    rows = _rows(models, form, tokenizer, column)
+    rows = [row for row in rows if column is None or row[column] == name]
+    if not rows:
+        return ()
     prompts = make_prompts(rows, form)
     check_lengths(prompts, form, tokenizer, models.longest_prompt)
     ids = tokenizer(list(map(str, prompts)), add_special_tokens=False).input_ids
@@ -186,7 +210,10 @@ def _held_out(models: Models, teacher: str | None, student: Student) -> tuple[He
         texts = [teacher_prompt(prompt) or str(prompt) for prompt in prompts]
         own = form.teacher.tokenizer(texts, add_special_tokens=False).input_ids
     return tuple(
-        _prompt(prompt, teachers, Label.parse(row.get(label)), str(row.get("datasource") or HELD_OUT), models)
+        replace(
+            _prompt(prompt, teachers, Label.parse(row.get(label)), str(row.get("datasource") or HELD_OUT), models),
+            teacher=name,
+        )
         for prompt, teachers, row in zip(ids, own, rows, strict=True)
     )
 
@@ -197,16 +224,18 @@ def _prompt(ids: list[int], teacher_ids: list[int] | None, label: Label, task: s
     return HeldOut(Prompt(ids, limit, label.sampling.top_k, label.reference, teacher_ids), label, task)
 
 
-def _rows(models: Models, form: PromptForm, tokenizer: Any) -> Sequence[Mapping[str, Any]]:
-    """Of the held-out prompts: those of the tasks, or of a dataset of the user's own."""
+def _rows(models: Models, form: PromptForm, tokenizer: Any, column: str | None) -> Sequence[Mapping[str, Any]]:
+    """Of the held-out prompts: those of the tasks, or of a dataset of the user's own, whose `column` names teachers
+    where there are several.
+    """
     if models.skd.all_tasks:
-        rows = held_out(models.skd, form, tokenizer, models.given_limit)
-        if not rows:
-            raise RecipeError("there are no held-out prompts: set skd.task.eval_prompts above 0")
-        return rows
+        return held_out(models.skd, form, tokenizer, models.given_limit)
     options = models.options
     if not options["eval.dataset"]:
         raise RecipeError("there are no held-out prompts: give the recipe a skd.task, or openrlhf.eval.dataset")
     dataset = read_prompts("eval.dataset", options)
+    if column is not None:
+        check_column(dataset.whole, column, "skd.teacher_column")
+        form = replace(form, teachers={ONLY: None})  # not every row is this teacher's
     check_dataset(dataset, form, options["data.label_key"], tokenizer, models.longest_prompt)
     return list(dataset.whole.rows)

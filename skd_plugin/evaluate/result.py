@@ -43,7 +43,7 @@ class Difference:
 @dataclass(frozen=True)
 class Result:
     recipe: str
-    teacher: str | None
+    teacher: str | dict[str, str] | None  # of several, by name
     settings: Settings
     students: list[StudentResult]
     differences: list[Difference]  # of every further student from the first one

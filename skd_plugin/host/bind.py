@@ -49,7 +49,7 @@ def bind(run: Run) -> None:
         return get_strategy(args)
 
     rebind(host_utils, "get_strategy", strategy_with_skd)
-    rebind(vllm_engine, "RolloutRayActor", ray.remote(_rollout_class(run)))  # create_vllm_engines names it
+    rebind(vllm_engine, "RolloutRayActor", RolloutActors(run))  # create_vllm_engines names it
     rebind(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(SKDPolicy))
     rebind(ppo_critic, "CriticModelActor", ray.remote(num_gpus=1)(SKDCritic))
     rebind(ppo_trainer, "PPOTrainer", ray.remote(SKDTrainer))
@@ -77,16 +77,33 @@ def _frozen(host_actor: Any, *, has_logits: bool = False) -> type:
     return Frozen
 
 
-def _rollout_class(run: Run) -> type[SKDRollout]:
-    """SKDRollout with the recipe in it: `create_vllm_engines` creates the actor with OpenRLHF's arguments only."""
-    options = {**host_defaults(), **run.host}
-    spec = engine_for(run.skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
-    spec = replace(spec, teacher_moves=run.skd.teacher.follow is not None)
-    reward_timeout_s = run.skd.objective.reward_timeout_s
+class RolloutActors:
+    """In the place of OpenRLHF's actor class, whose `options` its `create_vllm_engines` asks for once an engine, in
+    their order: each engine's class has its own teacher in it.
+    """
+
+    def __init__(self, run: Run) -> None:
+        number = {**host_defaults(), **run.host}["vllm.num_engines"]
+        self._classes = iter([rollout_class(run, name) for name in run.skd.teachers_of_engines(number)])
+
+    def options(self, **options: Any) -> Any:
+        return ray.remote(next(self._classes)).options(**options)
+
+
+def rollout_class(run: Run, teacher: str) -> type[SKDRollout]:
+    """SKDRollout with the recipe in it: `create_vllm_engines` creates the actor with OpenRLHF's arguments only.
+
+    Args:
+        teacher: its name.
+    """
+    options, skd = {**host_defaults(), **run.host}, run.skd.of_teacher(teacher)
+    spec = engine_for(skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
+    spec = replace(spec, teacher_moves=skd.the_teacher.follow is not None)
+    reward_timeout_s, place = run.skd.objective.reward_timeout_s, list(run.skd.all_teachers).index(teacher)
 
     class ConfiguredRollout(SKDRollout):
         async def __init__(self, *args: Any, **kwargs: Any) -> None:
-            await super().__init__(*args, spec=spec, reward_timeout_s=reward_timeout_s, **kwargs)
+            await super().__init__(*args, spec=spec, reward_timeout_s=reward_timeout_s, teacher=place, **kwargs)
 
     return ConfiguredRollout
 

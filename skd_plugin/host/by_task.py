@@ -1,4 +1,4 @@
-"""Metrics of each task of a run, by the `datasource` that the dataset gives every prompt."""
+"""Metrics of each task of a run, by the `datasource` that the dataset gives every prompt, and of each teacher."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def grouped(items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
     for item, name in zip(items, names, strict=True):
         groups[name].append(item)
     return groups
+
+
+def of_teacher(name: str) -> str:
+    """What stands in place of a task's name in the metrics of one of several teachers."""
+    return f"teacher_{name}"
 
 
 def rollout_by_task(figures: Sequence[Figures], names: Sequence[str]) -> dict[str, float]:

@@ -1,21 +1,22 @@
 """How the student's training forward gives the token losses of a batch.
 
 Against the teacher's top-K entries in the traces, or against its whole distribution, from its hidden state of every
-response token, which comes with its trace, and its output head, from its checkpoint.
+response token, which comes with its trace, and its output head, from its checkpoint. Of several teachers the trace
+says which one it was.
 
 Shapes: N response tokens of the batch, V vocabulary, J width of the teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from openrlhf.models import aggregate_loss
 
-from skd_plugin.core.chunked import HeadLoss, against_teacher, chunked_scores
+from skd_plugin.core.chunked import HeadLoss, against_teachers, chunked_scores
 from skd_plugin.core.losses import TokenLoss
 from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import Trace
@@ -98,7 +99,7 @@ class FullVocabularyDistillation:
 
     def __init__(
         self,
-        head_VJ: torch.Tensor,
+        heads: Mapping[str, torch.Tensor],
         token_loss: TokenLoss,
         foresight: Foresight,
         *,
@@ -108,44 +109,51 @@ class FullVocabularyDistillation:
     ) -> None:
         """
         Args:
-            head_VJ: the teacher's output head.
+            heads: the output head [V, J] of each teacher, what a person calls it -> its head, in the recipe's order.
             token_loss: of `make_token_loss` with `whole_vocabulary_loss`.
             chunk: tokens whose logits are in memory at once.
             vocab: tokens that both models have.
             end_ids: of `joined_ends`.
         """
-        self._head_VJ = head_VJ[:vocab]
-        self._ends_E = end_tensor(end_ids, head_VJ.device)
+        self._heads = {name: head_VJ[:vocab] for name, head_VJ in heads.items()}
+        self._ends_E = end_tensor(end_ids, next(iter(heads.values())).device)
         self._token_loss = token_loss
         self._foresight = foresight
         self._chunk = chunk
 
     def forward_arguments(self, batch: MicroBatch) -> dict[str, HeadLoss]:
-        """Raises RuntimeError: this head is not the engine's teacher's."""
-        targets = Targets.of(batch.tokens, self._head_VJ.device)
-        hidden_NJ = batch.tokens.teacher_hidden.to(self._head_VJ)
-        if len(batch.tokens):
-            self._check(hidden_NJ[:CHECKED_TOKENS], batch.tokens.slice(0, CHECKED_TOKENS))
+        """Raises RuntimeError: a head is not that of the engine's teacher."""
+        heads = list(self._heads.values())
+        targets = Targets.of(batch.tokens, heads[0].device)
+        hidden_NJ = batch.tokens.teacher_hidden.to(heads[0])
+        for place, (name, head_VJ) in enumerate(self._heads.items()):
+            first_N = (batch.tokens.teacher == place).nonzero().squeeze(1)[:CHECKED_TOKENS]
+            if len(first_N):
+                self._check(name, head_VJ, hidden_NJ, batch.tokens, first_N)
 
         def loss(rows: slice, log_p_CV: torch.Tensor, log_q_CV: torch.Tensor) -> torch.Tensor:
             return self._token_loss(log_q_CV, replace(targets.select(rows), teacher_logp_NK=log_p_CV))
 
-        of_chunk = against_teacher(hidden_NJ, self._head_VJ, loss, self._ends_E)
+        teacher_N = batch.tokens.teacher.to(heads[0].device)
+        of_chunk = against_teachers(hidden_NJ, heads, teacher_N, loss, self._ends_E)
         return {"head_loss": HeadLoss(of_chunk, self._foresight.gradient(batch))}
 
     def token_losses(self, batch: MicroBatch, output: Any) -> torch.Tensor:
         return output["token_losses"]
 
     @torch.no_grad()
-    def _check(self, hidden_NJ: torch.Tensor, tokens: Trace) -> None:
-        tokens_N = tokens.response_ids.to(hidden_NJ.device, torch.int64)
-        found_N = chunked_scores(
-            hidden_NJ, self._head_VJ, tokens_N=tokens_N, chunk=self._chunk, ends_E=self._ends_E
+    def _check(
+        self, name: str, head_VJ: torch.Tensor, hidden_NJ: torch.Tensor, tokens: Trace, rows: torch.Tensor
+    ) -> None:
+        hidden_CJ = hidden_NJ[rows, : head_VJ.shape[1]]
+        tokens_C = tokens.response_ids[rows].to(hidden_NJ.device, torch.int64)
+        found_C = chunked_scores(
+            hidden_CJ, head_VJ, tokens_N=tokens_C, chunk=self._chunk, ends_E=self._ends_E
         ).log_prob
-        gap = (found_N.cpu() - tokens.teacher_logp).abs().mean().item()
+        gap = (found_C.cpu() - tokens.teacher_logp[rows]).abs().mean().item()
         if not gap <= HEAD_TOLERANCE:
             raise RuntimeError(
-                f"the teacher's output head, applied to its hidden states, gives log-probabilities that are {gap:.3g} "
-                f"nats from those of the engine (mean of {len(tokens)} tokens; at most {HEAD_TOLERANCE} is rounding)."
-                " This teacher's logits are more than a product with its head: use skd.loss.vocabulary=top_k"
+                f"the output head of the {name}, applied to its hidden states, gives log-probabilities that are "
+                f"{gap:.3g} nats from those of the engine (mean of {len(rows)} tokens; at most {HEAD_TOLERANCE} is "
+                "rounding). This teacher's logits are more than a product with its head: use skd.loss.vocabulary=top_k"
             )

@@ -13,7 +13,7 @@ from skd_plugin.models import joined_ends
 
 def end_ids_of(args: Any) -> tuple[int, ...]:
     """Those of a run, by OpenRLHF's options with ours in `skd`."""
-    teacher, student = args.skd.teacher.model_name_or_path, args.actor.model_name_or_path
+    teacher, student = args.skd.any_teacher.model_name_or_path, args.actor.model_name_or_path
     return joined_ends(teacher, student) if args.skd.joins_ends else ()
 
 

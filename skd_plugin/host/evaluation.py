@@ -99,7 +99,7 @@ class HeldOut:
             measured: dict[str, float] = {}
             if group[0].rewards is not None:
                 rewards = torch.cat([sample.rewards for sample in group]).float().tolist()
-                responses = [self._generator.text(_response_ids(sample)) for sample in group]
+                responses = [self._generator.text(_response_ids(sample), sample.prompts[0]) for sample in group]
                 labels = [sample.labels[0] for sample in group]
                 measured |= by_task.scores(rewards, responses, labels, by_checker=self._by_checker)
             if with_kl:

@@ -13,6 +13,7 @@ import torch
 from skd_plugin import trust
 from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.teacher import teacher_words
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu, shards
@@ -43,9 +44,9 @@ class SKDActorTrainer(host.ActorPPOTrainer):
     def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(strategy, actor, *args, **kwargs)
         skd = self.args.skd
-        vocab = common_vocab_size(skd.teacher.model_name_or_path, self.args.actor.model_name_or_path)
+        vocab = common_vocab_size(skd.any_teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
-        follow = skd.teacher.follow
+        follow = skd.teacher.follow if skd.teacher is not None else None
         self.moving_teacher = MovingTeacher(self.actor.model.module, follow) if follow else None
         self._trained = self.teacher_resumed = False  # since the weights were last sent
         self.step = 0  # the training step that is running or was the last, counted from 1
@@ -118,7 +119,10 @@ def _distillation(actor: Any, skd: SKDConfig, vocab: int, foresight: Foresight |
         return ChunkedTopKDistillation(make_token_loss(settings), foresight)
     dtype = next(actor.model.parameters()).dtype
     return FullVocabularyDistillation(
-        load_output_head(skd.teacher.model_name_or_path, dtype, torch.cuda.current_device()),
+        {
+            teacher_words(name): load_output_head(teacher.model_name_or_path, dtype, torch.cuda.current_device())
+            for name, teacher in skd.all_teachers.items()
+        },
         make_token_loss(settings, against=whole_vocabulary_loss),
         foresight,
         chunk=skd.loss.chunk,
@@ -134,7 +138,7 @@ class SKDPolicy(HostPolicy):
         skd = strategy.args.skd
         # A compiled model would not call the forward that takes the head's place.
         chunk = None if strategy.args.ds.deepcompile else skd.loss.chunk
-        vocab = common_vocab_size(skd.teacher.model_name_or_path, pretrain)
+        vocab = common_vocab_size(skd.any_teacher.model_name_or_path, pretrain)
         rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab, end_ids=end_ids_of(strategy.args)))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)

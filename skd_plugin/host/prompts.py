@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.errors import RecipeError
-from skd_plugin.host.teacher_prompts import MissingValue, PairedPrompt, TeacherForm, check_switches
+from skd_plugin.host.teacher_prompts import NAME_COLUMN, MissingValue, PairedPrompt, TeacherForm, check_switches
 from skd_plugin.models import load_tokenizer
 from skd_plugin.seams import rebind
 
@@ -30,7 +31,9 @@ class PromptForm:
     key: str  # the column
     template: str | None = None  # with a {} for the text
     chat: Callable[..., Any] | None = None  # a tokenizer's apply_chat_template
-    teacher: TeacherForm | None = None  # how the teacher's own prompts are made; None: it reads the same
+    teachers: Mapping[str, TeacherForm | None] = field(default_factory=lambda: {ONLY: None})
+    """How the prompts of each teacher's own are made, by its name; None: it reads the same."""
+    name_key: str | None = None  # the column that names a row's teacher; None: there is one
     whose: str = "student"
 
     @classmethod
@@ -66,7 +69,13 @@ class PromptForm:
             )
         check_switches(switches, tokenizer, "skd.student")
         chat = partial(tokenizer.apply_chat_template, **switches) if options["data.apply_chat_template"] else None
-        return cls(key, template or None, chat, _teachers(options, skd) if paired else None)
+        form = cls(key, template or None, chat)
+        return replace(form, teachers=_teachers(options, skd), name_key=_name_key(skd)) if paired else form
+
+    @property
+    def teacher(self) -> TeacherForm | None:
+        """Of the only teacher."""
+        return self.teachers[ONLY]
 
     @property
     def words(self) -> str:
@@ -77,24 +86,38 @@ class PromptForm:
     @property
     def columns(self) -> list[str]:
         """That are read of a dataset."""
-        return list(dict.fromkeys([self.key, *(self.teacher.columns if self.teacher else ())]))
+        own = [column for form in self.teachers.values() if form is not None for column in form.columns]
+        return list(dict.fromkeys([self.key, *own, *([self.name_key] if self.name_key else [])]))
 
     def prompt(self, row: Mapping[str, Any]) -> str:
-        """Of the student; a `PairedPrompt` where the teacher has its own.
+        """Of the student; a `PairedPrompt` where the teacher has its own, or is one of several.
 
         Raises:
             PromptError: the row makes none.
         """
         student = self._of_text(row)
-        if self.teacher is None:
-            return student
+        name = self.teacher_of(row)
+        teacher = self.teachers[name]
+        if teacher is None:
+            return PairedPrompt(student, None, name) if name != ONLY else student
         try:
-            content = self.teacher.content(row, student)
+            content = teacher.content(row, student)
         except MissingValue as error:
             raise PromptError(str(error)) from error
-        key = self.teacher.config.column or self.key
-        form = PromptForm(key, None, self.teacher.chat, whose="teacher")
-        return PairedPrompt(student, form._of_text({key: content}))
+        key = teacher.config.column or self.key
+        form = PromptForm(key, None, teacher.chat, whose="teacher")
+        return PairedPrompt(student, form._of_text({key: content}), name)
+
+    def teacher_of(self, row: Mapping[str, Any]) -> str:
+        """Raises PromptError for a row that names no teacher of the recipe."""
+        if self.name_key is None:
+            return ONLY
+        name = row.get(self.name_key)
+        if not isinstance(name, str) or name not in self.teachers:
+            raise PromptError(
+                f"'{self.name_key}' is {_shown(name)}, but must name a teacher: {' or '.join(self.teachers)}"
+            )
+        return name
 
     def _of_text(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
@@ -133,15 +156,26 @@ class PromptForm:
         return ""
 
 
-def _teachers(options: Mapping[str, Any], skd: SKDConfig) -> TeacherForm | None:
+def _teachers(options: Mapping[str, Any], skd: SKDConfig) -> dict[str, TeacherForm | None]:
+    return {name: _teachers_form(options, skd.of_teacher(name)) for name in skd.all_teachers}
+
+
+def _teachers_form(options: Mapping[str, Any], skd: SKDConfig) -> TeacherForm | None:
+    """`skd`: of one teacher."""
     own = skd.teacher_prompts
     if not own:
         return None
-    tokenizer = load_tokenizer(skd.teacher.model_name_or_path, "teacher")
+    tokenizer = load_tokenizer(skd.the_teacher.model_name_or_path, "teacher")
     if skd.all_tasks:
         return TeacherForm.ready(skd, tokenizer)
     chat = options["data.apply_chat_template"]
     return TeacherForm.of(own[0], skd, options["data.input_key"], tokenizer, chat=chat)
+
+
+def _name_key(skd: SKDConfig) -> str | None:
+    if not skd.teachers:
+        return None
+    return NAME_COLUMN if skd.all_tasks else skd.teacher_column
 
 
 def _check_template(template: str) -> None:

@@ -6,13 +6,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
+import torch
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
@@ -25,7 +26,7 @@ from skd_plugin.engine.request import finish_request, prepare_request
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.asked import AskedPrompt, AskedSample, SampledBy
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
-from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_prompt, teachers_ids
+from skd_plugin.host.teacher_prompts import teacher_prompt, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
@@ -40,9 +41,15 @@ HostRollout = plain_class(RolloutRayActor)
 
 class SKDRollout(HostRollout):
     async def __init__(
-        self, *args: Any, spec: EngineSpec, reward_timeout_s: float, remote_rm_url: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        spec: EngineSpec,
+        reward_timeout_s: float,
+        teacher: int = 0,
+        remote_rm_url: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """`args` and `kwargs` are what OpenRLHF's `create_vllm_engines` gives."""
+        """`args` and `kwargs` are what OpenRLHF's `create_vllm_engines` gives; `teacher`: which of the run's it is."""
         for unread in ("logprobs_mode", "max_logprobs"):  # the traces say more
             kwargs.pop(unread, None)
         trust.close_transformers()
@@ -64,14 +71,15 @@ class SKDRollout(HostRollout):
                 executor, reward_timeout_s, kwargs.get("agent_func_path") or ", ".join(sources)
             )
         self.executor = _TracingExecutor(executor)
-        self.teacher_top_k = spec.teacher_top_k
+        self.teacher_top_k, self._teacher = spec.teacher_top_k, teacher
         self._draft_len, self._end_ids = spec.draft_len, spec.end_ids
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._student_version = 0
 
     async def describe_skd(self) -> EngineDescription:
-        return (await call_worker(self.llm, "describe_skd"))[0]
+        description = (await call_worker(self.llm, "describe_skd"))[0]
+        return {**description, "teacher_place": self._teacher}
 
     async def receive_student(
         self, bucket: Bucket, ipc_handles: dict[str, Any] | None = None, into_teacher: bool = False
@@ -113,7 +121,7 @@ class SKDRollout(HostRollout):
         seed: int,
         reference: str | None = None,
         own: Sampling = AS_THE_RUN,
-        pair: PairedPrompt | None = None,
+        prompt: str = "",
     ) -> Any:
         """One response.
 
@@ -121,14 +129,13 @@ class SKDRollout(HostRollout):
             seed: of its own random stream.
             reference: takes its place where the rule chooses so.
             own: what the prompt's task has in place of the rule's.
-            pair: of prompts, where the teacher reads its own.
+            prompt: the sample's; of a `PairedPrompt` the teacher reads its own.
         """
         if multi_modal_data:
             raise ValueError(f"a prompt has an image: {IMAGES}")
         limit = min(sampling_params.max_tokens, own.max_new_tokens or sampling_params.max_tokens)
-        teacher_ids = None
-        if pair is not None:
-            teacher_ids = teachers_ids(pair, prompt_token_ids, self._tokenizer, self._teacher_tokenizer)
+        teacher_ids = teachers_ids(prompt, prompt_token_ids, self._tokenizer, self._teacher_tokenizer)
+        if teacher_ids is not None:
             limit = min(limit, self._max_len - len(teacher_ids))  # where the student's sequence would have more room
             if limit < 1:
                 raise ValueError(
@@ -154,6 +161,7 @@ class SKDRollout(HostRollout):
             self._traces.abandon(request.params.trace_id)
             raise
         trace = await self._traces.take(request.params.trace_id)
+        trace = replace(trace, teacher=torch.full_like(trace.source, self._teacher))
         sample = finish_request(request, output.outputs[0], trace, self._tokenizer)
         output.outputs[0].token_ids, output.outputs[0].text = sample.trace.response_ids.tolist(), sample.text
         if sampling_params.logprobs is not None:  # OpenRLHF's multi-turn executor reads them
@@ -339,7 +347,7 @@ class _TurnRecorder:
             "seed": self._under_way.seed(sample, prompt_token_ids),
             "reference": label.reference,
             "own": label.sampling,
-            "pair": sample.prompt if isinstance(sample.prompt, PairedPrompt) else None,
+            "prompt": sample.prompt,
         }
         output = await self._engine.generate(prompt_token_ids, *args, **known, **kwargs)
         self._under_way.turns[_Turn(list(prompt_token_ids), output.skd_trace, asked)] = None

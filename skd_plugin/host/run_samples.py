@@ -17,7 +17,7 @@ from skd_plugin.core.prompt_weights import PromptWeights
 from skd_plugin.engine.sampling_rule import RulePlan
 from skd_plugin.host import by_task
 from skd_plugin.host.samples import SKDSamplesGenerator
-from skd_plugin.host.teacher_prompts import teacher_prompt
+from skd_plugin.host.teacher_prompts import teacher_of, teacher_prompt
 from skd_plugin.host.trace_store import PROMPT_WEIGHT, fetch, stored_trace
 from skd_plugin.run_folder import RunFolder
 
@@ -106,6 +106,9 @@ class RunSamples(SKDSamplesGenerator):
         metrics["skd/truncated_frac"] = sum(bool(sample.truncated) for sample in samples) / len(samples)
         if self._several_tasks:
             metrics |= by_task.rollout_by_task(figures, [self.task_of(sample) for sample in samples])
+        if self.args.skd.teachers:
+            names = [by_task.of_teacher(teacher_of(sample.prompts[0])) for sample in samples]
+            metrics |= by_task.rollout_by_task(figures, names)
         return metrics
 
     def _record(self, samples: list[Experience]) -> None:
@@ -122,7 +125,8 @@ class RunSamples(SKDSamplesGenerator):
                     "step": self.step,
                     **trace.to_json(prompt_ids, "length" if bool(sample.truncated) else "stop"),
                     "prompt": sample.prompts[0],
-                    "response": self.text(trace.response_ids.tolist()),
+                    "response": self.text(trace.response_ids.tolist(), sample.prompts[0]),
                     **({} if own is None else {"teacher_prompt": own}),
+                    **({"teacher": teacher_of(sample.prompts[0])} if self.args.skd.teachers else {}),
                 }
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +15,34 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
+from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.asked import Asking, SampledBy
 from skd_plugin.host.batch import per_token
-from skd_plugin.host.teacher_prompts import PairedPrompt, TeacherForm, teachers_lengths
+from skd_plugin.host.teacher_prompts import TeacherForm, teacher_of, teacher_prompt, teachers_lengths
 from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
+
+
+class _Teacher(NamedTuple):
+    """What the controller knows of one of the teachers."""
+
+    tokenizer: Any
+    end_ids: frozenset[int]  # at which its engines end a response
+    engines: list[Any]
+
+    @classmethod
+    def of(cls, skd: SKDConfig, student: Any, engines: list[Any]) -> _Teacher:
+        """
+        Args:
+            skd: of this teacher alone.
+            student: its tokenizer.
+        """
+        model = skd.the_teacher.model_name_or_path
+        tokenizer = load_tokenizer(model, "teacher")
+        return cls(tokenizer, engine_end_ids(model, tokenizer, student), engines)
 
 
 class SKDSamplesGenerator(SamplesGenerator):
@@ -42,15 +63,24 @@ class SKDSamplesGenerator(SamplesGenerator):
         return self.plan.at(self.step)
 
     @cached_property
-    def teacher_tokenizer(self) -> Any:
-        return load_tokenizer(self.args.skd.teacher.model_name_or_path, "teacher")
+    def _teachers(self) -> dict[str, _Teacher]:
+        """By name."""
+        skd, number = self.args.skd, len(self.vllm_engines)
+        names = skd.teachers_of_engines(number)
+        if len(names) != number:
+            raise RuntimeError(f"there are {number} engines, but teachers for {len(names)}: {', '.join(names)}")
+        return {
+            name: _Teacher.of(
+                skd.of_teacher(name),
+                self.tokenizer,
+                [engine for engine, own in zip(self.vllm_engines, names, strict=True) if own == name],
+            )
+            for name in skd.all_teachers
+        }
 
-    @cached_property
-    def _end_ids(self) -> frozenset[int]:
-        return engine_end_ids(self.args.skd.teacher.model_name_or_path, self.teacher_tokenizer, self.tokenizer)
-
-    def text(self, response_ids: list[int]) -> str:
-        return response_text(self.tokenizer, response_ids, self._end_ids)
+    def text(self, response_ids: list[int], prompt: str) -> str:
+        """Of a response to this prompt."""
+        return response_text(self.tokenizer, response_ids, self._teachers[teacher_of(prompt)].end_ids)
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         asking = Asking(SampledBy(self.rule, derive_seed(self.seed, self.step)))
@@ -90,12 +120,34 @@ class SKDSamplesGenerator(SamplesGenerator):
                 batch_vllm_engine_call(self.vllm_engines, "sleep")
 
     def _dispatch_prompts_to_vllm(
-        self, prompts: list[str], labels: list[str], *, asking: Asking, **kwargs: Any
+        self, prompts: list[str], labels: list[str], *, images: list[Any], asking: Asking, **kwargs: Any
     ) -> list[Any]:
-        """OpenRLHF's, which hands on to the engines what it is given as prompts."""
+        """OpenRLHF's, which hands on to the engines what it is given as prompts: those of each teacher to the engines
+        that have it. Results are in the prompts' order.
+        """
         for prompt in prompts:
             self._check_length(prompt, kwargs["max_len"], kwargs["max_new_tokens"] or 1)
-        return super()._dispatch_prompts_to_vllm(asking.prompts(prompts), labels, **kwargs)
+        asked = asking.prompts(prompts)
+        refs: list[Any] = [None] * len(prompts)
+        for places, engines in self._dispatched(prompts):
+            part = copy(self)
+            part.vllm_engines = engines
+            sent = super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
+                [asked[i] for i in places],
+                [labels[i] for i in places],
+                images=[images[i] for i in places],
+                **kwargs,
+            )
+            for place, ref in zip(places, sent, strict=True):
+                refs[place] = ref
+        return refs
+
+    def _dispatched(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], list[Any]]]:
+        """Places of the prompts of each teacher, with its engines."""
+        for name, teacher in self._teachers.items():
+            places = [place for place, prompt in enumerate(prompts) if teacher_of(prompt) == name]
+            if places:
+                yield places, teacher.engines
 
     def _check_length(self, prompt: str, max_len: int, room: int) -> None:
         """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start."""
@@ -106,8 +158,9 @@ class SKDSamplesGenerator(SamplesGenerator):
                 f"which {room} are kept for the response. Leave it out of the dataset, or raise data.max_len. The "
                 f"prompt begins with {prompt[:80]!r}"
             )
-        if isinstance(prompt, PairedPrompt):
-            form = TeacherForm.ready(self.args.skd, self.teacher_tokenizer)
+        if teacher_prompt(prompt) is not None:
+            name = teacher_of(prompt)
+            form = TeacherForm.ready(self.args.skd.of_teacher(name), self._teachers[name].tokenizer)
             wrong = next(teachers_lengths([prompt], [length], form, max_len - room))
             if wrong is not None:
                 raise ValueError(f"{wrong}. The student's begins with {prompt[:80]!r}")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.config.teacher import TeacherPromptConfig
+from skd_plugin.config.teacher import ONLY, TeacherPromptConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.tasks.label import Label
 
 THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"))  # marks of templates, around a block
 COLUMN = "teacher_prompt"  # of the rows that tasks make
+NAME_COLUMN = "teacher"  # of the same rows, where there are several teachers
 EXAMPLE = '{"input": "...", "output": "..."}'
 
 
@@ -28,24 +29,30 @@ class Turns(NamedTuple):
 
 
 class PairedPrompt(str):
-    """The student's prompt with the teacher's beside it. To OpenRLHF it is the text that it is, and so it arrives,
-    with its pair, in the engines and in their samples.
+    """The student's prompt with what is known of its teacher. To OpenRLHF it is the text that it is, and so it
+    arrives, with its pair, in the engines and in their samples.
     """
 
-    teacher: str
+    teacher: str | None  # what the teacher reads in its place; None: the same
+    name: str  # of its teacher, where there are several
 
-    def __new__(cls, student: str, teacher: str) -> PairedPrompt:
+    def __new__(cls, student: str, teacher: str | None, name: str = ONLY) -> PairedPrompt:
         made = super().__new__(cls, student)
-        made.teacher = teacher
+        made.teacher, made.name = teacher, name
         return made
 
     def __reduce__(self) -> Any:
-        return PairedPrompt, (str(self), self.teacher)
+        return PairedPrompt, (str(self), self.teacher, self.name)
 
 
 def teacher_prompt(prompt: str) -> str | None:
     """The teacher's own beside a prompt; None: it reads the student's."""
     return prompt.teacher if isinstance(prompt, PairedPrompt) else None
+
+
+def teacher_of(prompt: str) -> str:
+    """The name of a prompt's teacher, a key of `SKDConfig.all_teachers`."""
+    return prompt.name if isinstance(prompt, PairedPrompt) else ONLY
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,14 @@ class TeacherForm:
     def of(cls, config: TeacherPromptConfig, skd: SKDConfig, key: str, tokenizer: Any, *, chat: bool) -> TeacherForm:
         """
         Args:
+            skd: of this teacher alone.
             tokenizer: the teacher's.
             chat: prompts are made by chat templates (openrlhf.data.apply_chat_template).
 
         Raises:
             RecipeError: it is none that makes a prompt of every row.
         """
-        switches = skd.teacher.chat_template_kwargs
+        switches = skd.the_teacher.chat_template_kwargs
         if chat and not tokenizer.chat_template:
             raise RecipeError(
                 "skd.teacher.prompt is made by the teacher's chat template (openrlhf.data.apply_chat_template), but "
@@ -227,7 +235,7 @@ def teachers_lengths(
         longest: tokens of a prompt, where the teacher's has no limit of its own.
     """
     most = form.longest or longest
-    texts = [prompt.teacher if isinstance(prompt, PairedPrompt) else str(prompt) for prompt in prompts]
+    texts = [teacher_prompt(prompt) or str(prompt) for prompt in prompts]
     for length, text, ids in zip(
         lengths, texts, form.tokenizer(texts, add_special_tokens=False).input_ids, strict=True
     ):
@@ -246,9 +254,9 @@ def teachers_lengths(
             yield None
 
 
-def teachers_ids(prompt: PairedPrompt, ids: Sequence[int], student: Any, teacher: Any) -> list[int]:
+def teachers_ids(prompt: str, ids: Sequence[int], student: Any, teacher: Any) -> list[int] | None:
     """What the teacher reads where the student reads `ids`: its own prompt, and what follows the student's (in an
-    agent's later turns responses and feedback).
+    agent's later turns responses and feedback). None: the same.
 
     Args:
         student, teacher: their tokenizers.
@@ -256,10 +264,13 @@ def teachers_ids(prompt: PairedPrompt, ids: Sequence[int], student: Any, teacher
     Raises:
         ValueError: the ids do not begin with the student's prompt.
     """
+    of_teacher = teacher_prompt(prompt)
+    if of_teacher is None:
+        return None
     own = student(str(prompt), add_special_tokens=False).input_ids
     if list(ids[: len(own)]) != own:
         raise ValueError(
             "the teacher's own prompt (skd.teacher.prompt) takes the place of the student's; but the agent asks for a "
             f"response to a text that does not begin with that: {student.decode(list(ids))[:80]!r}"
         )
-    return [*teacher(prompt.teacher, add_special_tokens=False).input_ids, *ids[len(own) :]]
+    return [*teacher(of_teacher, add_special_tokens=False).input_ids, *ids[len(own) :]]

@@ -12,14 +12,16 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
+from skd_plugin.host import by_task
 from skd_plugin.host.end_event import end_ids_of
 from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.run_samples import Sampled
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
 from skd_plugin.host.teacher_check import compare_teachers
-from skd_plugin.host.teacher_prompts import PairedPrompt, teachers_ids
+from skd_plugin.host.teacher_prompts import teacher_of, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import RunFolder
@@ -70,7 +72,8 @@ class TrainingSide:
             self.tokenizer,
         )
         self.hold_loggers()
-        self._teacher_gap: float | None = None  # of its log-probs, see compare_teachers; None before the first step
+        # Teachers whose log-probs are still to be looked at, see compare_teachers
+        self._uncompared = [name for name, teacher in self.skd.all_teachers.items() if teacher.compare]
 
     def hold_loggers(self: Any) -> None:
         """OpenRLHF's fit closes them, and the last evaluation comes after it."""
@@ -84,23 +87,27 @@ class TrainingSide:
         engines = ray.get([engine.describe_skd.remote() for engine in self.vllm_engines])
         policies = ray.get(self.actor_model_group.async_run_method("describe_skd"))
         expected = expected_parts(self.skd, end_ids_of(self.args))
-        for kind, found in [("engine", d) for d in engines] + [("policy", d) for d in policies]:
-            for part, wanted in expected[kind].items():
+        names = self.skd.teachers_of_engines(len(engines))
+        of_engines = [
+            ("engine", said, {**expected["engine"], "teacher_place": list(self.skd.all_teachers).index(name)})
+            for name, said in zip(names, engines, strict=True)
+        ]
+        for kind, found, parts in of_engines + [("policy", said, expected["policy"]) for said in policies]:
+            for part, wanted in parts.items():
                 if found.get(part) != wanted:
                     raise RuntimeError(
                         f"the {part} of one {kind} actor is {found.get(part)}, expected {wanted}: SKD is not active "
                         "there. Another plugin or a newer OpenRLHF replaced it; run pytest tests/contract."
                     )
-        self._engine: EngineDescription = engines[0]
-        print(f"SKD is active: {self._engine}")
+        self._engines: dict[str, EngineDescription] = dict(zip(names, engines, strict=True))
+        for engine in self._engines.values():
+            print(f"SKD is active: {engine}")
 
     def train_step(self: Any, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
         """OpenRLHF's step; its status also carries what is measured of it here, on its way to the loggers."""
         started = time.monotonic()
         metrics = dict(self.sampled.metrics)
-        moved = self.skd.teacher.follow is not None and global_step > 0
-        if self._teacher_gap is None and self.skd.teacher.compare and not moved:
-            self._teacher_gap = metrics["skd/teacher_gap"] = self._compare_teachers(rollout_samples)
+        metrics |= self._compare_teachers(rollout_samples, global_step)
         coefficients = self._begin_step(global_step)
         status, step = super().train_step(rollout_samples, global_step)
         # Popped, because OpenRLHF keeps the samples until it has the next ones, and Ray what they refer to.
@@ -109,13 +116,26 @@ class TrainingSide:
         metrics["time/train"] = time.monotonic() - started
         return {**status, STEP_METRICS: metrics}, step
 
-    def _compare_teachers(self: Any, samples: list[Experience]) -> float:
-        engine = self._engine
+    def _compare_teachers(self: Any, samples: list[Experience], global_step: int) -> dict[str, float]:
+        """Looks at each teacher in the first step that has responses of it, but at none that has moved."""
+        gaps: dict[str, float] = {}
+        for name in list(self._uncompared):
+            own = [sample for sample in samples if teacher_of(sample.prompts[0]) == name]
+            if not own:
+                continue
+            self._uncompared.remove(name)
+            if self.skd.all_teachers[name].follow is None or not global_step:
+                key = "skd/teacher_gap" if name == ONLY else f"skd/teacher_gap/{by_task.of_teacher(name)}"
+                gaps[key] = self._compare_teacher(name, own)
+        return gaps
+
+    def _compare_teacher(self: Any, name: str, samples: list[Experience]) -> float:
+        engine = self._engines[name]
         tokenizer = load_tokenizer(engine["teacher"], "teacher")
 
         def read(sample: Experience, ids: list[int]) -> list[int]:
-            pair = sample.prompts[0]
-            return teachers_ids(pair, ids, self.tokenizer, tokenizer) if isinstance(pair, PairedPrompt) else ids
+            own = teachers_ids(sample.prompts[0], ids, self.tokenizer, tokenizer)
+            return ids if own is None else own
 
         return compare_teachers(samples, engine, read, quantised=engine["quantization"] is not None)
 

@@ -6,9 +6,11 @@ Everything that can be wrong in a recipe is found here, before Ray, vLLM or Deep
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from skd_plugin.prepare.model_checks import (
 from skd_plugin.prepare.prompts import check_dataset, check_references, check_thinking, make_prompts
 from skd_plugin.prepare.rows import Dataset, check_column, content_digest, mixed, read_dataset, task_digest, values
 from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
+from skd_plugin.prepare.teachers import check_alike, check_each_has_prompts, named, share_out
 from skd_plugin.prepare.user_code import check_user_code
 from skd_plugin.run_folder import RunFolder
 from skd_plugin.tasks.label import Label
@@ -83,7 +86,7 @@ class Models:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that are one end event; see `joined_ends`."""
-        return joined_ends(self.skd.teacher.model_name_or_path, self.student) if self.skd.joins_ends else ()
+        return joined_ends(self.skd.any_teacher.model_name_or_path, self.student) if self.skd.joins_ends else ()
 
     @property
     def notices(self) -> list[str]:
@@ -126,6 +129,10 @@ class Models:
         room = self.max_len - len(ids)
         return room if teacher_ids is None else min(room, self.engine_len - len(teacher_ids))
 
+    def of_teacher(self, name: str) -> Models:
+        """The recipe as it were with this one of several teachers alone."""
+        return replace(self, skd=self.skd.of_teacher(name))
+
     def tokenizer_of(self, teacher: str, student: str) -> Any:
         """The student's, after both models have been found to fit each other and the recipe.
 
@@ -146,7 +153,12 @@ class Models:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self.tokenizer_of(self.skd.teacher.model_name_or_path, self.student)
+        """The student's, after every teacher has been found to fit it."""
+        for name, teacher in self.skd.all_teachers.items():
+            with named(name):
+                tokenizer = self.of_teacher(name).tokenizer_of(teacher.model_name_or_path, self.student)
+        check_alike(self.skd, self.student)
+        return tokenizer
 
 
 def read_models(content: dict[str, Any]) -> Models:
@@ -232,7 +244,9 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         check_ring(models.student, complete["ds.ring_attn_size"], cpu=models.cpu)
     check_saving(models.student, "student")
     if skd.loss.vocabulary == "full":
-        check_output_head(skd.teacher.model_name_or_path, "teacher")
+        for name, teacher in skd.all_teachers.items():
+            with named(name):
+                check_output_head(teacher.model_name_or_path, "teacher")
         check_output_head(models.student, "student")
     form = PromptForm.of(complete, models.tokenizer, skd)
     if skd.all_tasks:
@@ -243,8 +257,13 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         rows, there_are = train.whole.rows, train.there_are
     host_rules.check_number(there_are, complete)
     number = min(len(rows), complete["data.max_samples"])
+    if form.name_key is not None:
+        names = (row["teacher"] for row in rows) if skd.all_tasks else values(rows, form.name_key)
+        counts = Counter(islice(names, number))
+        check_each_has_prompts(skd, counts, whole=number == there_are)
+        skd = share_out(skd, counts, complete["vllm.num_engines"])
     prompts = make_prompts((rows[index] for index in range(min(PROMPTS_KEPT, number))), form)
-    check_thinking(prompts, allowed=skd.teacher.own_thinking)
+    check_thinking(prompts, [name for name, teacher in skd.all_teachers.items() if teacher.own_thinking])
     return Run(skd, host, models.cpu, data, number, prompts, digest, models.notices)
 
 
@@ -281,7 +300,8 @@ def _users_data(models: Models, options: HostOptions, form: PromptForm) -> tuple
         check_dataset(dataset, form, label, models.tokenizer, models.longest_prompt)
     if models.skd.rollout.needs_references:
         _check_references(train, options["data.label_key"])
-    examples = repr(form.teacher.examples) if form.teacher is not None and form.teacher.examples else ""
+    own = [teacher.examples for teacher in form.teachers.values() if teacher is not None and teacher.examples]
+    examples = "".join(map(repr, own))
     return train, content_digest(datasets, [*form.columns, *([label] if label else []), "datasource"], examples)
 
 

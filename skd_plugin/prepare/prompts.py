@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from skd_plugin.errors import RecipeError
 from skd_plugin.host.prompts import PromptError, PromptForm
-from skd_plugin.host.teacher_prompts import is_thinking, teacher_prompt, teachers_lengths
+from skd_plugin.host.teacher_prompts import is_thinking, teacher_of, teacher_prompt, teachers_lengths
 from skd_plugin.prepare.rows import ROWS_AT_ONCE, Dataset, Source, check_column, column, is_text, mixed, values
 
 # Prompts of a dataset that are made and measured: all, or of a larger one some from everywhere in it, and the longest
@@ -50,19 +50,26 @@ def check_lengths(
                     f"{where(index)} has {length} tokens, but 2 to {longest} fit (openrlhf.data.max_len minus "
                     f"skd.rollout.max_new_tokens): {prompts[index][:60]!r}..."
                 )
-        if form.teacher is not None:
-            fit = teachers_lengths(part, lengths, form.teacher, longest)
-            found = next(((index, wrong) for index, wrong in enumerate(fit, start=start) if wrong), None)
-            if found is not None:
-                raise RecipeError(f"{where(found[0])}: {found[1]}")
+        for name, teacher in form.teachers.items():
+            if teacher is None:
+                continue
+            own = [index for index, prompt in enumerate(part) if teacher_of(prompt) == name]
+            fit = teachers_lengths([part[i] for i in own], [lengths[i] for i in own], teacher, longest)
+            for index, wrong in zip(own, fit, strict=True):
+                if wrong is not None:
+                    raise RecipeError(f"{where(start + index)}: {wrong}")
 
 
-def check_thinking(prompts: Iterable[str], *, allowed: bool) -> None:
-    """Raises RecipeError for the first pair of prompts of which one ends inside a thinking block, unless `allowed`."""
+def check_thinking(prompts: Iterable[str], allowed: Collection[str]) -> None:
+    """Raises RecipeError for the first pair of prompts of which one ends inside a thinking block.
+
+    Args:
+        allowed: names of teachers whose prompts may.
+    """
     for prompt in prompts:
         texts = {"student": prompt, "teacher": teacher_prompt(prompt) or prompt}
         thinking = [role for role, text in texts.items() if is_thinking(text)]
-        if len(thinking) == 1 and not allowed:
+        if len(thinking) == 1 and teacher_of(prompt) not in allowed:
             raise RecipeError(
                 f"the {thinking[0]}'s prompt alone ends inside a thinking block (...{texts[thinking[0]][-30:]!r}), so "
                 "that the two models would go on with different things. Set "
@@ -79,6 +86,7 @@ def check_dataset(dataset: Dataset, form: PromptForm, label: str | None, tokeniz
         longest: tokens of a prompt.
     """
     for source in dataset.sources:
+        _check_teachers(source, form)
         _check_prompts(source, form, tokenizer, longest)
     if label:
         check_column(dataset.whole, label, "openrlhf.data.label_key")
@@ -97,6 +105,18 @@ def _check_prompts(source: Source, form: PromptForm, tokenizer: Any, longest: in
 
     prompts = make_prompts(source.rows.select_columns(form.columns).select(chosen), form, where)
     check_lengths(prompts, form, tokenizer, longest, where)
+
+
+def _check_teachers(source: Source, form: PromptForm) -> None:
+    """Of all rows: each names one of several."""
+    if form.name_key is None:
+        return
+    check_column(source, form.name_key, "skd.teacher_column")
+    for index, name in enumerate(values(source.rows, form.name_key)):
+        try:
+            form.teacher_of({form.name_key: name})
+        except PromptError as error:
+            raise RecipeError(f"{source.where(index)}: {error} (skd.teacher_column)") from error
 
 
 def _check_values(source: Source, form: PromptForm) -> None:

@@ -14,6 +14,7 @@ from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import PromptRow
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.task import TaskConfig
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.errors import RecipeError, unknown_key
 from skd_plugin.host.prompts import PromptError, PromptForm
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_prompt
@@ -118,12 +119,15 @@ def _row_maker(
     skd: SKDConfig, config: TaskConfig, task: Task, form: PromptForm, tokenizer: Any, given: int | None
 ) -> Callable[[Example], PromptRow]:
     """How an example of a task becomes a row; the teacher's prompt is in it as the teacher reads it."""
+    name = config.teacher or ONLY
     key, sampling = _key(config), _sampling(skd, config, given)
     own = _teacher_form(skd, config, form)
 
     def row(example: Example) -> PromptRow:
         label = Label(example.reference, key, example.label, tokenizer.eos_token, sampling).to_json()
         made: PromptRow = {"input": example.prompt, "label": label, "datasource": task.name}
+        if name != ONLY:
+            made["teacher"] = name
         if own is not None:
             try:
                 prompt = own.prompt(made)
@@ -136,12 +140,15 @@ def _row_maker(
 
 
 def _teacher_form(skd: SKDConfig, config: TaskConfig, form: PromptForm) -> PromptForm | None:
-    """With the teacher's prompts of this task; None where no task has one."""
-    if form.teacher is None:
+    """With the teacher's prompts of this task; None where its teacher has none of its own."""
+    name = config.teacher or ONLY
+    ready = form.teachers[name]
+    if ready is None:
         return None
+    skd = skd.of_teacher(name)
     own, key, chat = skd.teacher_prompt(config), TASK_COLUMNS["data.input_key"], form.chat is not None
-    teacher = TeacherForm.of(own, skd, key, form.teacher.tokenizer, chat=chat) if own is not None else None
-    return replace(form, teacher=teacher)
+    teacher = TeacherForm.of(own, skd, key, ready.tokenizer, chat=chat) if own is not None else None
+    return replace(form, teachers={ONLY: teacher}, name_key=None)
 
 
 def _key(config: TaskConfig) -> str:

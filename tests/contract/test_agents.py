@@ -268,8 +268,8 @@ def test_every_turn_has_the_log_probabilities_of_who_drew_it(monkeypatch: pytest
     monkeypatch.setattr(rollout_actor.HostRollout, "generate", sample)
     engine = object.__new__(SKDRollout)
     engine._tokenizer, engine._trace_ids, engine.teacher_top_k = Tokenizer(), iter(range(9)), 1
-    engine._end_ids = ()
-    engine._traces = SimpleNamespace(take=take)
+    engine._traces, engine._end_ids = SimpleNamespace(take=take), ()
+    engine._teacher, engine._teacher_tokenizer = 0, None
 
     def response(**params: Any) -> dict[str, Any]:
         call = _TracingExecutor(MultiTurnAgentExecutor(Twice)).execute(

@@ -457,7 +457,7 @@ class _Engine:
         self._texts = list(texts)
         self.prompts: list[list[int]] = []
         self.references: list[str | None] = []
-        self.pairs: list[Any] = []
+        self.paired: list[str] = []
 
     async def generate(
         self,
@@ -466,10 +466,10 @@ class _Engine:
         multi_modal_data: Any = None,
         *,
         reference: str | None,
-        pair: Any,
+        prompt: str,
         **_: Any,
     ) -> Any:
-        self.pairs.append(pair)
+        self.paired.append(prompt)
         self.prompts.append(list(prompt_token_ids))
         self.references.append(reference)
         text = self._texts.pop(0)
@@ -513,19 +513,22 @@ def test_a_pair_of_prompts_goes_through_the_hosts_executor_and_back() -> None:
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_prompt
+    from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_of, teacher_prompt
 
-    batches = iter([(["default"], [PairedPrompt("ab", "what the teacher reads")], [""], [None])])
+    batches = iter([(["default"], [PairedPrompt("ab", "what the teacher reads", "math")], [""], [None])])
     (sent,), *_ = _collect_prompt_batch(batches, 1)
     arrived = pickle.loads(pickle.dumps(sent))
-    assert (arrived, teacher_prompt(arrived)) == ("ab", "what the teacher reads")
+    assert (arrived, teacher_prompt(arrived), teacher_of(arrived)) == ("ab", "what the teacher reads", "math")
     engine = _Engine("xyz")
     response = _execute(SingleTurnAgentExecutor(None), engine, arrived)
     ours = "revisit PairedPrompt in skd_plugin/host/teacher_prompts.py"
-    assert engine.pairs == [arrived] and teacher_prompt(engine.pairs[0]) == "what the teacher reads", ours
-    assert teacher_prompt(response["prompt"]) == "what the teacher reads", ours
+    assert engine.paired == [arrived] and teacher_prompt(engine.paired[0]) == "what the teacher reads", ours
+    assert (teacher_prompt(response["prompt"]), teacher_of(response["prompt"])) == (
+        "what the teacher reads",
+        "math",
+    ), ours
     _execute(SingleTurnAgentExecutor(None), engine := _Engine("xyz"), "ab")
-    assert engine.pairs == [None], ours
+    assert [teacher_prompt(prompt) for prompt in engine.paired] == [None], ours
 
 
 def test_single_turn_executor_keeps_the_engines_ids() -> None:
@@ -699,6 +702,93 @@ def test_samples_a_prompt_follow_the_call_and_not_the_recipe() -> None:
     """Evaluation asks for its own number of samples by this keyword (host/evaluation.py)."""
     source = inspect.getsource(find(f"{SAMPLES}._dispatch_prompts_to_vllm"))
     assert 'generate_kwargs.get("n_samples_per_prompt"' in source, "revisit skd_plugin/host/evaluation.py"
+
+
+# --- several teachers (host/samples.py, host/bind.py) ---
+
+TEACHERS = {"math": 1, "words": 2}  # with their engines
+
+
+def skd_of_teachers() -> Any:
+    from skd_plugin.config.schema import parse_skd
+    from tests.recipes import PAIR
+
+    model = {"model_name_or_path": str(PAIR / "teacher")}
+    teachers = {name: {**model, "engines": number} for name, number in TEACHERS.items()}
+    return parse_skd({"teachers": teachers, "teacher_column": "by"})
+
+
+def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the host's own dispatch, which spreads those of each teacher by the load of its engines."""
+    from openrlhf.trainer.ppo_utils import samples_generator
+
+    from skd_plugin.host.asked import AskedPrompt, Asking, SampledBy
+    from skd_plugin.host.samples import SKDSamplesGenerator
+    from skd_plugin.host.teacher_prompts import PairedPrompt
+    from skd_plugin.models import load_tokenizer
+    from tests.recipes import PAIR
+    from tests.rules import make_rule
+
+    sent: list[tuple[int, str, str]] = []
+
+    def engine(number: int, load: int) -> Any:
+        def respond(*, prompt: AskedPrompt, label: str, **_: Any) -> str:
+            sent.append((number, str(prompt.prompt), label))
+            return f"of {prompt.prompt}"
+
+        pending = SimpleNamespace(remote=lambda: load)
+        return SimpleNamespace(get_num_unfinished_requests=pending, generate_responses=SimpleNamespace(remote=respond))
+
+    monkeypatch.setattr(samples_generator.ray, "get", lambda refs: refs)
+    args = SimpleNamespace(
+        skd=skd_of_teachers(),
+        algo=SimpleNamespace(advantage=SimpleNamespace(is_correction_level="off")),
+        rollout=SimpleNamespace(n_samples_per_prompt=1),
+    )
+    tokenizer = load_tokenizer(str(PAIR / "student"), "student")
+    engines = [engine(0, load=9), engine(1, load=1), engine(2, load=0)]
+    generator = SKDSamplesGenerator(SimpleNamespace(args=args), None, None, tokenizer, engines, plan=None, seed=0)
+    names = ["words", "math", "words", "math", "words"]
+    texts = [f"tom has {number} coins ." for number in range(5)]
+    prompts = [PairedPrompt(text, None, name) for text, name in zip(texts, names, strict=True)]
+    labels = [f"label {number}" for number in range(5)]
+    asking = Asking(SampledBy(make_rule(top_k=1), 0))
+    kwargs = {"max_len": 64, "max_new_tokens": 8, "n_samples_per_prompt": 1, "asking": asking}
+    refs = generator._dispatch_prompts_to_vllm(prompts, labels, images=[None] * 5, **kwargs)
+    ours = "revisit _dispatch_prompts_to_vllm in skd_plugin/host/samples.py"
+    assert refs == [f"of {text}" for text in texts], ours
+    by_engine = {number: [text for own, text, _ in sent if own == number] for number in range(3)}
+    assert by_engine[0] == [texts[1], texts[3]], ours
+    assert len(by_engine[1]) == 1 and len(by_engine[2]) == 2, f"not by load: {by_engine}; {ours}"
+    assert {text: label for _, text, label in sent} == dict(zip(texts, labels, strict=True)), ours
+    assert generator.vllm_engines == engines, ours
+    generator.vllm_engines = engines[:2]
+    del generator._teachers
+    with pytest.raises(RuntimeError, match="there are 2 engines, but teachers for 3"):
+        generator._dispatch_prompts_to_vllm(prompts, labels, images=[None] * 5, **kwargs)
+
+
+def test_engines_are_made_in_the_order_of_their_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks the class that stands in its module for `options` once an engine."""
+    import openrlhf.trainer.ray.vllm_engine as vllm_engine
+
+    from skd_plugin.config.run import Run
+    from skd_plugin.host import bind
+
+    run = Run(skd_of_teachers(), {"vllm.num_engines": 3}, cpu=True)
+    made: list[str] = []
+    monkeypatch.setattr(bind, "rollout_class", lambda run, name: name)
+    actor = SimpleNamespace(remote=lambda **_: len(made))
+
+    def remote(name: str) -> Any:
+        made.append(name)
+        return SimpleNamespace(options=lambda **_: actor)
+
+    monkeypatch.setattr(bind.ray, "remote", remote)
+    monkeypatch.setattr(vllm_engine, "RolloutRayActor", bind.RolloutActors(run))
+    place = SimpleNamespace()
+    engines = vllm_engine.create_vllm_engines(3, 1, "student", 1, False, True, True, 64, place)
+    assert made == ["math", "words", "words"] and engines == [1, 2, 3], "revisit RolloutActors in host/bind.py"
 
 
 # --- the loss (host/objective.py) ---

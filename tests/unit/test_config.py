@@ -226,7 +226,7 @@ def test_sequence_level_distillation_has_one_loss() -> None:
 
 
 def test_teacher_is_required() -> None:
-    with pytest.raises(RecipeError, match=r"skd\.teacher: field required$"):
+    with pytest.raises(RecipeError, match=r"^skd: the teacher is missing: give skd\.teacher, or several"):
         parse_skd({})
 
 
@@ -247,7 +247,7 @@ def test_every_option_of_ours_has_a_flag_and_its_default() -> None:
         {"name": "arithmetic", "teacher_prompt": {}},
     )
     config = SKDConfig(teacher=teacher, task=task, rollout=rollout)
-    mappings = ("skd.vllm", "skd.teacher.chat_template_kwargs", "skd.student.chat_template_kwargs")  # empty ones
+    mappings = ("skd.vllm", "skd.teachers", "skd.teacher.chat_template_kwargs", "skd.student.chat_template_kwargs")
     real = flatten(config.model_dump(), "skd.") | {name: {} for name in mappings}
     docs = field_docs()
     assert set(docs) == set(real)

@@ -14,7 +14,7 @@ from skd_plugin.run_folder import RunFolder
 
 SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
 ENGINE = {"sampler": "SKDSampler", "drafter": "SKDDrafter", "loss_temperature": 2.0}
-ENGINE |= {"teacher_top_k": 8, "student_top_k": 0, "end_ids": [2, 7]}
+ENGINE |= {"teacher_top_k": 8, "student_top_k": 0, "end_ids": [2, 7], "teacher_place": 0}
 POLICY = {"trainer": "SKDActorTrainer", "loss": "Objective", "batches": "OptimizerStepBatches", "end_ids": [2, 7]}
 
 
@@ -55,6 +55,7 @@ def test_parts_in_place(check, capsys: pytest.CaptureFixture[str]) -> None:
         ("teacher_top_k", 64),
         ("student_top_k", 4),
         ("end_ids", []),
+        ("teacher_place", 1),
     ],
 )
 def test_an_engine_with_another_part_stops_the_run(check, part: str, found) -> None:

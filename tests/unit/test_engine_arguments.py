@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.engine.arguments import CPU_CACHE_BYTES, EngineSpec
 from tests.specs import make_spec
 
@@ -48,7 +49,7 @@ def trained(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[d
 
     from skd_plugin.config.host_options import hierarchize, host_parser
     from skd_plugin.host import rollout_actor
-    from skd_plugin.host.bind import _rollout_class
+    from skd_plugin.host.bind import rollout_class
     from skd_plugin.prepare.load_run import load_run
 
     run = load_run(RECIPE, overrides)
@@ -80,7 +81,7 @@ def trained(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[d
     monkeypatch.setattr(rollout_actor.HostRollout, "__init__", start)
     monkeypatch.setattr(rollout_actor, "set_up_skd", lambda: None)
     for keywords in handed:
-        engine = object.__new__(_rollout_class(run))
+        engine = object.__new__(rollout_class(run, ONLY))
         with pytest.raises(Started):
             asyncio.run(engine.__init__(**keywords))
         of_the_actor = ("num_gpus", "bundle_indices", "agent_func_path", "mm_pad_token_ids", "full_determinism")

@@ -134,7 +134,7 @@ def make_objective(modules, head: torch.Tensor, kind: str, way: str | None, by_t
     if way == "top_k":
         distillation = parts.ChunkedTopKDistillation(token_loss, foresight)
     if way == "full":
-        distillation = parts.FullVocabularyDistillation(head, token_loss, foresight, chunk=3, vocab=VOCAB)
+        distillation = parts.FullVocabularyDistillation({"teacher": head}, token_loss, foresight, chunk=3, vocab=VOCAB)
     objective = modules.objective.Objective(distillation, None, by_token)
     objective.begin_step(modules.objective.Coefficients(kd=1.0, rl=0.0))
     return objective
