@@ -76,13 +76,18 @@ def same_run(folder: Path, undisturbed: Path) -> None:
 def test_a_killed_run_goes_on_and_engines_sleep_while_it_trains(tmp_path, finished_run):
     """Trainer and engine share one GPU and take turns on it; its figures are those without sleep.
 
-    Killed is the command that the user started, which cannot clean up: its processes must notice. Other processes of a
-    run are in test_faults.py.
+    Killed is the engine: one error, which says how to go on, and that is what is then done. Other processes of a run
+    are in test_faults.py and test_train.py.
     """
     folder, env = tmp_path / "run", sleep_double.install(tmp_path / "plugin")
     process = start(folder, *LONGER, *ASLEEP, env=env)
     wait_for_checkpoint(folder, process)
-    assert kill_one(folder, process, random.Random(0), "skd_plugin.cli")
+    engine = next(p for p in processes_with(folder) if "EngineCore" in command_line(p))
+    engine.kill()
+    output, _ = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 1 and not processes_with(folder), output
+    assert "The run failed:" in output and "host.log" in output
+    assert f"The same command goes on from the checkpoint of step {checkpoint(folder)}" in output
     assert "going on from its checkpoint of step" in finish(folder, *LONGER, *ASLEEP, env=env)
     same_run(folder, finished_run[0])
     naps = RunFolder(folder).log.read_text().count(f"{sleep_double.SLEPT} 1")

@@ -24,8 +24,9 @@ from tests.e2e.running import (
     steps,
     traces,
     wait_for_step,
+    wait_until_gone,
 )
-from tests.waiting import GUARD_S
+from tests.waiting import GUARD_S, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -107,3 +108,12 @@ def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
     assert process.returncode == 130, output
     assert "Stopped" in output
     assert not processes_with(tmp_path)
+
+
+def test_a_killed_skd_takes_its_processes_with_it(tmp_path):
+    """kill -9 of the command that the user started: it cannot clean up, so the host must notice, at whatever it is."""
+    process = start(tmp_path, *UNMEASURED)
+    wait_for(lambda: any(p.name().startswith("gcs_server") for p in processes_with(tmp_path)), "Ray of the run")
+    process.kill()
+    process.communicate()
+    wait_until_gone(tmp_path)
