@@ -20,6 +20,7 @@ from skd_plugin.evaluate.job import Answers, Job, read_answers
 from skd_plugin.evaluate.plan import HeldOut, Plan, Student
 from skd_plugin.evaluate.result import summarise
 from skd_plugin.evaluate.result_table import WIDTH, tables
+from skd_plugin.models import joined_ends_words, load_tokenizer
 from skd_plugin.run.process import run_quietly
 from skd_plugin.run_folder import Status, out_file, replace_text
 from skd_plugin.terminal import plain_console, waiting
@@ -68,6 +69,9 @@ def _answers(plan: Plan, number: int, folder: Path, console: Console) -> list[An
     def ask(kind: str, teacher: str, places: Sequence[int]) -> None:
         job = job_of(plan, student, [prompts[place] for place in places], teacher)
         job = replace(job, spec=replace(job.spec, student=model))
+        if kind == "beside" and job.spec.end_ids:
+            words = joined_ends_words(load_tokenizer(model, "student"), job.spec.end_ids)
+            console.print(f"{title}: {words}", markup=False)
         who = "alone" if kind == "alone" else f"beside its {teacher_words(teacher)}"
         for place, found in zip(places, _run(kind, job, folder, console, title, who), strict=True):
             answers[place] = {**answers[place], **found}
@@ -85,8 +89,6 @@ def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut], teacher: st
     """`teacher`: its name."""
     models = plan.models.of_teacher(teacher)
     spec = engine_for(models.skd, models.engine_options, student=student.model, cpu=models.cpu)
-    # Where there is no teacher, a student stands in its place.
-    joins_ends = spec.joins_ends and spec.teacher not in [other.model for other in plan.students]
     return Job(
         # Of the teacher's distribution only what every trace has is looked at.
         spec=replace(
@@ -95,7 +97,7 @@ def job_of(plan: Plan, student: Student, prompts: Sequence[HeldOut], teacher: st
             student_top_k=0,
             loss_temperature=1.0,
             teacher_hidden=False,
-            joins_ends=joins_ends,
+            joins_ends=spec.joins_ends and bool(plan.teachers),  # else a student stands in the teacher's place
         ),
         measures=list(plan.measures),
         prompts=[held_out.prompt for held_out in prompts],
