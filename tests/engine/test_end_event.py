@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from skd_plugin.check import self_test_process
 from skd_plugin.core.trace import Source
 from tests.conftest import EOS, TEACHERS_END, VOCAB
 from tests.engine.test_distribution import PROMPTS, assert_samples_follow, generate_mixed
 from tests.rules import make_rule
+from tests.specs import make_spec
 
 pytestmark = pytest.mark.engine
 
@@ -107,6 +109,16 @@ def test_a_reference_with_the_teachers_end(two_ended) -> None:
     found = two_ended.generate(PROMPTS[:2], rule, 8, texts=["abeab", "abc"])
     assert [s.trace.response_ids.tolist() for s in found] == [[3, 4, EOS], [3, 4, 5, EOS]]
     assert all(s.finish == "stop" and (s.trace.student_logp > -50).all() for s in found)
+
+
+def test_transformers_reads_the_pair_as_the_engine_does(two_ended, two_ends) -> None:
+    """What `skd check` compares before a run."""
+    models = {role: str(two_ends / role) for role in ("teacher", "student")}
+    trial = self_test_process.Trial(make_spec(**models, joins_ends=True), PROMPTS, max_new_tokens=12)
+    drawn = self_test_process.sample(two_ended, trial)
+    assert any(trace.response_ids[-1] == EOS for trace in drawn.traces), "or the ends are not in it"
+    measured = self_test_process.compare(trial, drawn, "float32")
+    assert measured.max_teacher_gap < 1e-4 and measured.max_draft_gap < 1e-4
 
 
 def test_an_engine_says_what_it_joins(engine, two_ended) -> None:
