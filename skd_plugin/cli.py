@@ -70,10 +70,14 @@ def _train(argv: list[str]) -> int:
         parser.usage = "%(prog)s [--flag value ...]"
         print(parser.format_help())
         return 0
+    from skd_plugin.config.host_options import host_defaults
     from skd_plugin.prepare.load_run import load_run
+    from skd_plugin.prepare.servers import ask_servers
     from skd_plugin.run.supervisor import supervise
 
-    return supervise(load_run(*_recipe_and_overrides(argv)))
+    run = load_run(*_recipe_and_overrides(argv))
+    ask_servers(run.skd, {**host_defaults(), **run.host})
+    return supervise(run)
 
 
 def _rollout(argv: list[str]) -> int:

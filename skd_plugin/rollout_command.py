@@ -56,14 +56,17 @@ def run_rollout(
     set_up_offline()
     from skd_plugin.adapters import whole
     from skd_plugin.engine.arguments import engine_for
-    from skd_plugin.engine.offline import SKDEngine
+    from skd_plugin.engine.offline import SKDEngine, StudentEngine
     from skd_plugin.engine.sampling_rule import SamplingRule
     from skd_plugin.prepare.load_run import load_models
+    from skd_plugin.prepare.servers import ask_servers
+    from skd_plugin.served.teacher import Server
 
     if samples < 1:
         raise RecipeError(f"--samples is {samples}; at least one response a prompt is needed")
     models = _with_teacher(load_models(recipe, overrides), teacher)
     skd, max_len, max_new_tokens = models.skd, models.max_len, models.max_new_tokens
+    ask_servers(skd, models.engine_options)
     given = read_prompts(prompts, models, raw=raw)
     forms = " and ".join(dict.fromkeys(prompt.form for prompt in given))
     say(f"{len(given)} prompts of {prompts}, made by this form: {forms}")
@@ -78,7 +81,9 @@ def run_rollout(
     spec = engine_for(skd, models.engine_options, student=models.student, cpu=models.cpu)
     with TemporaryDirectory(prefix="skd-rollout-") as folder:
         student = whole(spec.student, Path(folder), spec.dtype)
-        engine = SKDEngine(replace(spec, student=student, teacher_hidden=False))
+        spec = replace(spec, student=student, teacher_hidden=False)
+        server = Server.of(skd.the_teacher, spec.teacher_top_k) if skd.is_served else None
+        engine = SKDEngine(spec) if server is None else StudentEngine(spec, server)
     finished = engine.generate(
         [prompt.ids for prompt in repeated],
         rule,

@@ -15,6 +15,7 @@ from skd_plugin.check.memory_budget import check_memory, fits_twice, teacher_rou
 from skd_plugin.check.model_pair import Model, check_models, try_to_load
 from skd_plugin.check.rollout_words import check_rule
 from skd_plugin.check.self_test import NUM_PROMPTS, make_pair, make_trial, run_pair_test, run_self_test
+from skd_plugin.check.servers import check_servers
 from skd_plugin.check.steps import check_steps
 from skd_plugin.check.subject import Subject, read_subject
 from skd_plugin.config.host_options import HostOptions
@@ -80,6 +81,9 @@ def _of_pair(
     if subject.run is None or teacher is None or student is None or not prompts:
         if self_test:
             yield Finding("self-test", "there is no run to test", "not run")
+    elif subject.run.skd.is_served:
+        progress("asking the teacher's servers")
+        yield from check_servers(subject.run.skd, subject.options, self_test=self_test)
     elif self_test:
         ids = student.tokenizer([str(prompt) for prompt in prompts[:NUM_PROMPTS]], add_special_tokens=False).input_ids
         yield from _self_test(subject.run, subject.options, teacher, ids, folder, progress)

@@ -44,6 +44,8 @@ def make_budget(
     teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: HostOptions, *, cpu: bool, device: int | None
 ) -> Budget:
     """`device`: bytes of one device; None where it is not known, and then the engine has no budget."""
+    if skd.is_served:
+        teacher = replace(teacher, parameters=0, embeddings=0, layers=0, hidden=0, intermediate=0, rounded_bits=None)
     trainers = gpus_needed(options)[0]
     responses = options["rollout.batch_size"] * options["rollout.n_samples_per_prompt"]
     requests = -(-responses // options["vllm.num_engines"])
@@ -58,7 +60,7 @@ def make_budget(
         bytes_per_number=bytes_per_number,
         tensor_parallel=options["vllm.tensor_parallel_size"],
         max_len=engine_len(options, skd.longest_teacher_prompt),
-        draft_len=skd.rollout.draft_len,
+        draft_len=skd.draft_len,
         concurrent=min(requests, skd.vllm.get("max_num_seqs", requests)),
         batched_tokens=skd.vllm.get("max_num_batched_tokens", CPU_BATCHED_TOKENS if cpu else BATCHED_TOKENS),
     )
@@ -111,6 +113,8 @@ def check_memory(
     rounding = teacher_rounding(teacher, skd)
     counted = "" if bits_of(teacher) or rounding in WHILE_LOADING else ", but counted in full"
     rounded = f" (rounded: {rounding}{counted})" if rounding else ""
+    if skd.is_served:
+        rounded = " (elsewhere, and not counted below)"
     parameters = Finding(
         "parameters", f"teacher {_count(sizes[0].parameters)}{rounded}, student {_students(sizes[1])}"
     )

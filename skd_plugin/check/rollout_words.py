@@ -13,11 +13,13 @@ from skd_plugin.words import count
 
 def check_rule(skd: SKDConfig) -> Finding:
     rollout = skd.rollout
-    return Finding("sampling", f"{_gate(rollout)}; {_temperatures(rollout)}")
+    return Finding("sampling", f"{_gate(rollout, served=skd.is_served)}; {_temperatures(rollout)}")
 
 
-def _gate(rollout: RolloutConfig) -> str:
+def _gate(rollout: RolloutConfig, *, served: bool) -> str:
     proposes = f"the student proposes {count(rollout.draft_len, 'token')} a block"
+    if served:
+        proposes = "the student writes alone, and the teacher reads it elsewhere"
     rule = GATES[rollout.gate_name].words.format(
         top_k=_value(rollout.top_k), threshold=_value(rollout.threshold or 0.0)
     )

@@ -11,6 +11,7 @@ from skd_plugin.config.movable import VALUE_FORMS
 from skd_plugin.config.objective import ObjectiveConfig
 from skd_plugin.config.rollout import RolloutConfig
 from skd_plugin.config.section import Section, refuse_idle
+from skd_plugin.config.served import refuse_unserved
 from skd_plugin.config.task import TaskConfig, refuse_column
 from skd_plugin.config.teacher import ONLY, StudentConfig, TeacherConfig, TeacherPromptConfig
 from skd_plugin.core.gates import GATES
@@ -107,6 +108,16 @@ class SKDConfig(Section):
     def joins_ends(self) -> bool:
         """Whether tokens that end a turn are one, where the two models have others."""
         return self.end_tokens == "auto"
+
+    @property
+    def draft_len(self) -> int:
+        """Tokens that the student proposes in a block; 0 where the teacher is elsewhere, and it writes on alone."""
+        return 0 if self.is_served else self.rollout.draft_len
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is elsewhere (skd.teacher.url), and the student alone in the engine."""
+        return self.teacher is not None and bool(self.teacher.urls)
 
     @property
     def teacher_prompts(self) -> list[TeacherPromptConfig]:
@@ -212,6 +223,18 @@ class SKDConfig(Section):
             raise ValueError(
                 f"gate '{rollout.gate}' replaces from {gate.replaced_from}, not from p; use replaced_tokens: exclude"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_elsewhere(self) -> SKDConfig:
+        served = [name for name, teacher in self.teachers.items() if teacher.urls]
+        if served:
+            raise ValueError(
+                f"teachers.{served[0]}.url: a teacher that is elsewhere is the only one of a run (skd.teacher.url); "
+                "several are in engines"
+            )
+        if self.teacher is not None and self.teacher.urls:
+            refuse_unserved(self.teacher, self.rollout, self.loss, self.vllm)
         return self
 
     @model_validator(mode="after")

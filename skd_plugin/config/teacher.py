@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -63,8 +64,32 @@ def teacher_words(name: str) -> str:
     return f"teacher '{name}'" if name != ONLY else "teacher"
 
 
+class ServerConfig(Section):
+    """How the servers of `skd.teacher.url` are asked (served/)."""
+
+    model: str | None = Field(
+        None, description="the teacher's name there (--served-model-name); default: skd.teacher.model_name_or_path"
+    )
+    key_env: str | None = Field(
+        None, description="name of the environment variable that holds the key, which is written nowhere"
+    )
+    timeout_s: float = Field(120.0, gt=0, description="of one request; it is then sent again")
+    patience_s: float = Field(
+        600.0, gt=0, description="how long a request is repeated before the run ends; a server may be away for so long"
+    )
+    in_flight: int = Field(16, ge=1, description="requests that one server has at once of each engine")
+
+
 class TeacherConfig(Section):
-    model_name_or_path: str = Field(description="the teacher: a folder or a Hugging Face name")
+    model_name_or_path: str = Field(
+        description="the teacher: a folder or a Hugging Face name. With url only its configuration and tokenizer"
+    )
+    url: str | tuple[str, ...] | None = Field(
+        None,
+        description="the teacher is elsewhere and reads finished texts: the address of its server (vllm serve), or a "
+        "list of them; docs/served_teacher.md",
+    )
+    server: ServerConfig = ServerConfig()
     prompt: TeacherPromptConfig | None = Field(
         None, description="a prompt of the teacher's own, by its own chat template; default: it reads the student's"
     )
@@ -90,3 +115,40 @@ class TeacherConfig(Section):
         description="of one among several (skd.teachers): how many of openrlhf.vllm.num_engines have it; default: by "
         "its share of the prompts",
     )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the servers; empty where the teacher is in the engine."""
+        return (self.url,) if isinstance(self.url, str) else self.url or ()
+
+    @field_validator("url")
+    @classmethod
+    def _addresses(cls, url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if url is None:
+            return None
+        if not url:
+            raise ValueError("an empty list; name a server, or leave url out for a teacher in the engine")
+        return _address(url) if isinstance(url, str) else tuple(_address(one) for one in url)
+
+    @model_validator(mode="after")
+    def _server_is_asked(self) -> TeacherConfig:
+        if not self.urls and self.server != ServerConfig():
+            raise ValueError("server says how the servers of url are asked, but there is no url")
+        return self
+
+
+def _address(url: str) -> str:
+    """Without what follows the port but a path; /v1 is added where it is asked.
+
+    Raises:
+        ValueError: it is none, or has something secret in it, which would stand in config.yaml.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"'{url}' is no address; write it as http://HOST:PORT")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "the address of a server holds a name, a password or a query, and would be written down; give the key in "
+            "an environment variable (skd.teacher.server.key_env)"
+        )
+    return url.rstrip("/").removesuffix("/v1")

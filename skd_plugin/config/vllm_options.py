@@ -23,6 +23,9 @@ RESERVED = {
     "async_scheduling": "off: the sampler must see each step's tokens before the next",
 }
 
+# What rounds the weights of an engine's model. Its draft model has settings of its own, which stay unset.
+OF_TEACHER = ("quantization", "quantization_config")
+
 # Ways to spread one engine over more processes: the value at which nothing is spread, and why no other is taken.
 # OpenRLHF places, and counts in the group of the weight sync, engines x its own tensor_parallel_size.
 UNPLACED = "OpenRLHF would place no GPUs for it, and the weights of the student would not reach it"

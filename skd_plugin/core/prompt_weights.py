@@ -46,13 +46,14 @@ class PromptWeighting(NamedTuple):
     score: Score | None  # None: every prompt counts the same
     need: Callable[[float], float]  # of a score -> r in [0, 1]
     words: str  # which prompts count more, for people
+    of_whole: bool = False  # it takes the teacher's whole distribution while sampling
 
 
 PROMPT_WEIGHTINGS: dict[str, PromptWeighting] = {
     "none": PromptWeighting(None, proportional, "all prompts count the same"),
     "acceptance": PromptWeighting(acceptance, undecided, "those of which the gate keeps about half"),
     "reward": PromptWeighting(reward, undecided, "those that succeed about half of the time"),
-    "divergence": PromptWeighting(divergence, proportional, "those at which the models differ"),
+    "divergence": PromptWeighting(divergence, proportional, "those at which the models differ", of_whole=True),
 }
 
 
@@ -66,7 +67,7 @@ class PromptWeights:
             floor: in [0, 1), the least weight of a prompt relative to the most.
             memory: in [0, 1), share of its earlier score that a prompt keeps when it is met again.
         """
-        self._score, self._need, _ = PROMPT_WEIGHTINGS[by]
+        self._score, self._need = PROMPT_WEIGHTINGS[by][:2]
         self._floor, self._memory = floor, memory
         self._scores: dict[str, float] = {}
 

@@ -96,6 +96,7 @@ class Region:
     words: str  # which tokens are in it, for people; {threshold} is filled in
     contains: Callable[..., torch.Tensor]  # (targets, its threshold if it has one) -> bool [N]
     has_threshold: bool = False
+    of_whole: bool = False  # it takes the teacher's whole distribution while sampling
 
     def test(self, threshold: float | None) -> RegionTest:
         return partial(self.contains, threshold=threshold) if self.has_threshold else self.contains
@@ -105,5 +106,7 @@ REGIONS: dict[str, Region] = {
     "replaced": Region("tokens that the gate replaced", replaced),
     "handed": Region("the teacher's legs, after their first tokens", handed),
     "distrusted": Region("tokens with min(p/q, 1) below {threshold}", distrusted, has_threshold=True),
-    "flat": Region("places where the teacher's entropy is above {threshold} nats", flat, has_threshold=True),
+    "flat": Region(
+        "places where the teacher's entropy is above {threshold} nats", flat, has_threshold=True, of_whole=True
+    ),
 }

@@ -61,12 +61,13 @@ def early(trace: Trace, vocab_size: int) -> torch.Tensor:
 class Weighting(NamedTuple):
     need: Callable[[Trace, int], torch.Tensor]  # (trace, tokens of the vocabulary) -> r, float32 [R]
     words: str  # which tokens count more, for people
+    of_whole: bool = False  # it takes the teacher's whole distribution while sampling
 
 
 WEIGHTINGS: dict[str, Weighting] = {
     "none": Weighting(even, "all tokens count the same"),
-    "confidence": Weighting(confidence, "those where the teacher is sure"),
-    "divergence": Weighting(divergence, "those where the models differed while sampling"),
+    "confidence": Weighting(confidence, "those where the teacher is sure", of_whole=True),
+    "divergence": Weighting(divergence, "those where the models differed while sampling", of_whole=True),
     "early": Weighting(early, "the first of a response"),
     "rank": Weighting(rank, "those whose proposal the teacher ranks low"),
 }

@@ -9,13 +9,13 @@ from typing import Any, NotRequired, TypedDict
 
 from skd_plugin.config.context import context_needed, engine_len
 from skd_plugin.config.schema import SKDConfig
-from skd_plugin.models import joined_ends
+from skd_plugin.config.vllm_options import OF_TEACHER
+from skd_plugin.models import common_vocab_size, joined_ends
 
 WORKER_CLS = "skd_plugin.engine.worker.SKDWorker"
+STUDENT_WORKER_CLS = "skd_plugin.engine.student_alone.StudentWorker"
 SCHEDULER_CLS = "skd_plugin.engine.scheduler.SKDScheduler"
 CPU_CACHE_BYTES = 1 << 30  # key-value cache of an engine on a CPU
-# Of skd.vllm, what rounds the weights of an engine's model. Its draft model has settings of its own, which stay unset.
-OF_TEACHER = ("quantization", "quantization_config")
 WHOLE_PROMPTS = 8192  # tokens of prompts that a student alone reads at once
 
 
@@ -38,6 +38,8 @@ class EngineSpec:
     options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
     teacher_moves: bool = False  # whether it may get new weights
     joins_ends: bool = False  # whether the tokens that end a turn are one, where the two models have others
+    # Tokens of the longest sequence of an engine with the student alone, whose teacher is elsewhere; None: it has both
+    alone_len: int | None = None
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -51,7 +53,11 @@ class EngineSpec:
             openrlhf: those with which OpenRLHF starts this one engine, e.g. with a seed of its own; they win over the
                 recipe's (`self.openrlhf`).
         """
-        skd = {
+        skd = self._student_alone() if self.alone_len is not None else self._pair()
+        return {**self._of_openrlhf(openrlhf or {}), **skd, **self._of_device(), **self.options}
+
+    def _pair(self) -> dict[str, Any]:
+        return {
             "model": self.teacher,
             "speculative_config": {
                 "method": "draft_model",
@@ -75,7 +81,17 @@ class EngineSpec:
             "disable_hybrid_kv_cache_manager": True,
             "max_model_len": context_needed(self.max_len, self.draft_len),
         }
-        return {**self._of_openrlhf(openrlhf or {}), **skd, **self._of_device(), **self.options}
+
+    def _student_alone(self) -> dict[str, Any]:
+        assert self.alone_len is not None
+        return {
+            "model": self.student,
+            "worker_cls": STUDENT_WORKER_CLS,
+            "scheduler_cls": SCHEDULER_CLS,
+            "additional_config": {"skd_vocab_size": common_vocab_size(self.teacher, self.student)},
+            "async_scheduling": False,
+            "max_model_len": context_needed(self.alone_len, 0),
+        }
 
     @property
     def dtype(self) -> str:
@@ -125,8 +141,8 @@ class EngineDescription(TypedDict):
     """What a running engine says of itself."""
 
     sampler: str  # name of the class
-    drafter: str  # name of the class
-    teacher: str
+    drafter: str  # name of the class; "none" where the teacher is elsewhere
+    teacher: str  # the engine's model, which is the student where the teacher is elsewhere
     student: str
     draft_len: int
     teacher_top_k: int
@@ -151,7 +167,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
     return EngineSpec(
         teacher=skd.the_teacher.model_name_or_path,
         student=student,
-        draft_len=skd.rollout.draft_len,
+        draft_len=skd.draft_len,
         max_len=engine_len(options, skd.longest_teacher_prompt),
         teacher_top_k=skd.loss.teacher_top_k,
         student_top_k=skd.loss.student_top_k,
@@ -168,4 +184,5 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
             "trust_remote_code": skd.trust_remote_code,
         },
         options=dict(skd.vllm),
+        alone_len=options["data.max_len"] if skd.is_served else None,
     )

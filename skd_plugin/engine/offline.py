@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
-from skd_plugin.engine.request import Sample, finish_request, prepare_request
+from skd_plugin.engine.request import Sample, ending_at, finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_offline, set_up_skd
-from skd_plugin.models import end_tokens, engine_end_ids, load_tokenizer, response_text
+from skd_plugin.models import common_vocab_size, end_tokens, engine_end_ids, load_tokenizer, response_text
+from skd_plugin.served.teacher import ServedTeacher, Server
 
 
 class SKDEngine:
@@ -95,6 +97,40 @@ class SKDEngine:
         """New weights of the student, by their Hugging Face names."""
         self._llm.collective_rpc("load_student", args=(weights,))
         self._llm.reset_prefix_cache()
+
+
+class StudentEngine(SKDEngine):
+    """One vLLM engine with the student alone (`EngineSpec.alone_len`), whose texts a teacher elsewhere reads."""
+
+    def __init__(self, spec: EngineSpec, server: Server) -> None:
+        super().__init__(spec)
+        self._server, self._vocab_size = server, common_vocab_size(spec.teacher, spec.student)
+        teacher_tokenizer = load_tokenizer(spec.teacher, "teacher")
+        self._end_ids = engine_end_ids(spec.teacher, teacher_tokenizer, self._tokenizer)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *args: Any,
+        teacher_prompts: Sequence[Sequence[int]] | None = None,
+        sampling_params: Any = None,
+        **kwargs: Any,
+    ) -> list[Sample]:
+        """As of an engine with both. Raises ServerError where nobody reads what has been written."""
+        from vllm import SamplingParams
+
+        params = ending_at(sampling_params or SamplingParams(), self._end_ids)
+        samples = super().generate(prompts, *args, sampling_params=params, **kwargs)
+        return asyncio.run(self._read(samples, teacher_prompts or prompts))
+
+    async def _read(self, samples: Sequence[Sample], prompts: Sequence[Sequence[int]]) -> list[Sample]:
+        async with ServedTeacher(self._server, self._vocab_size) as teacher:
+            texts = zip(prompts, samples, strict=True)
+            traces = await asyncio.gather(*(teacher.trace_of(ids, sample.trace) for ids, sample in texts))
+        return [
+            replace(sample, teacher_ids=list(ids), trace=trace)
+            for sample, ids, trace in zip(samples, prompts, traces, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

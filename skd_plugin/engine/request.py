@@ -7,7 +7,7 @@ where the student has another one, it goes along with the request (engine/studen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -123,11 +123,13 @@ def prepare_request(
     reference: str | None,
     teacher_ids: Sequence[int] | None = None,
     end_ids: Sequence[int] = (),
+    given_ids: Sequence[int] | None = None,
 ) -> Request:
     """
     Args:
         prompt_ids: the student's.
         teacher_ids: the teacher's prompt, where it is another one.
+        given_ids: the response, where it is to be read only.
         sampling_params: vLLM's; of them stay the stop strings, further stop tokens and the form of the text.
         tokenizer: the student's.
         seed: of the request's own random stream.
@@ -142,9 +144,10 @@ def prepare_request(
     refuse_unsupported(sampling_params)
     student, teacher = list(prompt_ids), list(prompt_ids if teacher_ids is None else teacher_ids)
     _check_prompts(student, teacher)
-    forced_ids = None
+    forced_ids = None if given_ids is None else list(given_ids)
     if is_chosen(rule.reference_share, choice_seed, prompt_ids):
         forced_ids = reference_ids(reference, tokenizer, prompt_ids, end_ids)
+    if forced_ids is not None:
         max_new_tokens = min(max_new_tokens, len(forced_ids))
     params = RequestParams(
         trace_id=trace_id,
@@ -165,6 +168,13 @@ def prepare_request(
     sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *end_tokens(tokenizer)]
     sampling_params.extra_args = params.to_extra_args()
     return Request(student, teacher, params, sampling_params)
+
+
+def ending_at(sampling_params: Any, end_ids: Iterable[int]) -> Any:
+    """vLLM's, with further tokens that end a response."""
+    sampling_params = deepcopy(sampling_params)
+    sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *sorted(end_ids)]
+    return sampling_params
 
 
 def _check_prompts(student: list[int], teacher: list[int]) -> None:

@@ -302,7 +302,7 @@ def not_finite(traces: Iterable[Trace]) -> FloatingPointError | None:
     logits: raised there, the error would take it down, and nobody would read why.
     """
     for trace in traces:
-        for model, logp in (("teacher", trace.teacher_logp), ("student", trace.student_logp)):
+        for model, logp in (("student", trace.student_logp), ("teacher", trace.teacher_logp)):
             if bool(logp.isnan().any()):
                 return FloatingPointError(
                     f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: "

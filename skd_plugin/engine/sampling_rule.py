@@ -76,6 +76,11 @@ class SamplingRule:
             )
         )
 
+    @property
+    def is_teachers(self) -> bool:
+        """Whether every token is the teacher's."""
+        return self.settings.gate == "top_k" and self.settings.top_k == 0
+
     def with_top_k(self, top_k: int | None) -> SamplingRule:
         """With another K, if this rule puts tokens to one; None is its own."""
         return self._with(top_k=top_k) if top_k is not None and self._has_top_k else self

@@ -25,7 +25,27 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as VllmWorker
 
 
-class SKDWorker(VllmWorker):
+class RecordingWorker(VllmWorker):
+    """A worker that has its requests in a table of ours, which keeps their traces until they are fetched."""
+
+    _skd_requests: RequestTable
+    _skd_recorder: Recorder | None  # of the first rank; the others record nothing
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._skd_requests.forget(scheduler_output.finished_req_ids)
+        self._skd_requests.schedule(scheduler_output.scheduled_spec_decode_tokens)
+        return super().execute_model(scheduler_output)
+
+    def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
+        """Those of the first rank; the others have none."""
+        return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
+
+    def student_is(self, version: int) -> None:
+        """After its weights have been loaded: how many updates it has had."""
+        self._skd_requests.student_version = version
+
+
+class SKDWorker(RecordingWorker):
     """Installs SKD before a model is loaded, and refuses to start where the sampler could not be the one that runs."""
 
     def init_device(self) -> None:
@@ -51,21 +71,12 @@ class SKDWorker(VllmWorker):
         self._skd_hidden = options["skd_teacher_hidden"]
         self._skd_teacher_moves = options["skd_teacher_moves"]
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        self._skd_requests.forget(scheduler_output.finished_req_ids)
-        self._skd_requests.schedule(scheduler_output.scheduled_spec_decode_tokens)
-        return super().execute_model(scheduler_output)
-
     def sample_tokens(self, grammar_output: Any) -> Any:
         runner, state = self.model_runner, self.model_runner.execute_model_state
         if self._skd_hidden and state is not None:
             # The runner drops its record of the teacher's forward before it samples, so the sampler brings it along.
             runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, state.sample_hidden_states)
         return super().sample_tokens(grammar_output)
-
-    def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
-        """Those of the first rank; the others have none."""
-        return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self.model_runner.drafter.load_student(weights)
@@ -83,10 +94,6 @@ class SKDWorker(VllmWorker):
         if not self._skd_teacher_moves:
             raise RuntimeError("new weights came for a teacher that does not move; nothing was loaded")
         self.model_runner.model.load_weights(weights)
-
-    def student_is(self, version: int) -> None:
-        """After its weights have been loaded: how many updates it has had."""
-        self._skd_requests.student_version = version
 
     def describe_skd(self) -> EngineDescription:
         """What is really in place, for the start-up check."""

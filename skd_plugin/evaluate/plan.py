@@ -178,6 +178,8 @@ def _choose(measures: Sequence[str], models: Models, has_teacher: bool) -> tuple
     if unknown:
         raise RecipeError(f"--measure {unknown[0]}: there are all, {', '.join(MEASURES)}")
     lacking = {} if has_teacher else dict.fromkeys(BESIDE_THE_TEACHER, "the recipe names no skd.teacher")
+    if has_teacher and models.skd.is_served:
+        lacking = dict.fromkeys(BESIDE_THE_TEACHER, "the teacher is elsewhere (skd.teacher.url)")
     if not models.skd.all_tasks:
         lacking.setdefault("prefixes", "the recipe has no skd.task, so nothing says what a continuation is worth")
     for name in measures:

@@ -24,6 +24,7 @@ from skd_plugin.host.end_event import end_ids_of, join_ends_of
 from skd_plugin.host.policy_actor import SKDPolicy
 from skd_plugin.host.rollout_actor import SKDRollout
 from skd_plugin.seams import plain_class, rebind
+from skd_plugin.served.teacher import Server
 
 
 def bind(run: Run) -> None:
@@ -100,10 +101,12 @@ def rollout_class(run: Run, teacher: str) -> type[SKDRollout]:
     spec = engine_for(skd, options, student=options["actor.model_name_or_path"], cpu=run.cpu)
     spec = replace(spec, teacher_moves=skd.the_teacher.follow is not None)
     reward_timeout_s, place = run.skd.objective.reward_timeout_s, list(run.skd.all_teachers).index(teacher)
+    server = Server.of(skd.the_teacher, skd.loss.teacher_top_k) if skd.is_served else None
 
     class ConfiguredRollout(SKDRollout):
         async def __init__(self, *args: Any, **kwargs: Any) -> None:
-            await super().__init__(*args, spec=spec, reward_timeout_s=reward_timeout_s, teacher=place, **kwargs)
+            known = {"spec": spec, "reward_timeout_s": reward_timeout_s, "teacher": place, "server": server}
+            await super().__init__(*args, **known, **kwargs)
 
     return ConfiguredRollout
 

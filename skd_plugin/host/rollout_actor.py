@@ -22,15 +22,18 @@ from skd_plugin.config.host_rules import IMAGES, NO_REWARD
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
-from skd_plugin.engine.request import finish_request, prepare_request
+from skd_plugin.engine.request import ending_at, finish_request, prepare_request
+from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.asked import AskedPrompt, AskedSample, SampledBy
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
 from skd_plugin.host.teacher_prompts import teacher_prompt, teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
-from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
+from skd_plugin.models import common_vocab_size, engine_end_ids, load_tokenizer, response_text
 from skd_plugin.seams import plain_class
+from skd_plugin.served.probe import probe
+from skd_plugin.served.teacher import ServedTeacher, Server
 from skd_plugin.tasks import reward
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 
@@ -40,16 +43,25 @@ HostRollout = plain_class(RolloutRayActor)
 
 
 class SKDRollout(HostRollout):
+    _elsewhere: ServedTeacher | None = None  # the teacher, where it is not in the engine
+    _end_ids: tuple[int, ...] = ()  # of the spec
+
     async def __init__(
         self,
         *args: Any,
         spec: EngineSpec,
         reward_timeout_s: float,
         teacher: int = 0,
+        server: Server | None = None,
         remote_rm_url: Any = None,
         **kwargs: Any,
     ) -> None:
-        """`args` and `kwargs` are what OpenRLHF's `create_vllm_engines` gives; `teacher`: which of the run's it is."""
+        """
+        Args:
+            args, kwargs: what OpenRLHF's `create_vllm_engines` gives.
+            teacher: which of the run's it is.
+            server: of a teacher that is elsewhere.
+        """
         for unread in ("logprobs_mode", "max_logprobs"):  # the traces say more
             kwargs.pop(unread, None)
         trust.close_transformers()
@@ -58,13 +70,17 @@ class SKDRollout(HostRollout):
         of_tasks, unrewarded = sources == [reward.__file__], sources in ([], [NO_REWARD])
         kwargs["worker_extension_cls"] = WORKER_EXTENSION_CLS
         own = None if of_tasks or unrewarded else remote_rm_url
+        self._teacher_tokenizer, self._max_len = load_tokenizer(spec.teacher, "teacher"), spec.max_len
+        if server is not None:
+            vocab = common_vocab_size(spec.teacher, spec.student)
+            await asyncio.to_thread(probe, server, self._teacher_tokenizer, vocab, spec.max_len)
+            self._elsewhere = ServedTeacher(server, vocab)
         await super().__init__(*args, remote_rm_url=own, **spec.arguments(kwargs))
         self._tokenizer = load_tokenizer(spec.student, "student")
-        self._teacher_tokenizer, self._max_len = load_tokenizer(spec.teacher, "teacher"), spec.max_len
+        self._stops = engine_end_ids(spec.teacher, self._teacher_tokenizer, self._tokenizer)
         executor: AgentExecutorBase = self.executor
         if of_tasks and isinstance(executor, SingleTurnAgentExecutor):  # an agent says what its response is worth
-            end_ids = engine_end_ids(spec.teacher, self._teacher_tokenizer, self._tokenizer)
-            text_of = partial(response_text, self._tokenizer, end_ids=end_ids)
+            text_of = partial(response_text, self._tokenizer, end_ids=self._stops)
             executor = TaskRewards(executor, text_of, reward_timeout_s)
         if not unrewarded:
             executor = RewardedExecutor(
@@ -134,14 +150,18 @@ class SKDRollout(HostRollout):
         if multi_modal_data:
             raise ValueError(f"a prompt has an image: {IMAGES}")
         limit = min(sampling_params.max_tokens, own.max_new_tokens or sampling_params.max_tokens)
-        teacher_ids = teachers_ids(prompt, prompt_token_ids, self._tokenizer, self._teacher_tokenizer)
-        if teacher_ids is not None:
-            limit = min(limit, self._max_len - len(teacher_ids))  # where the student's sequence would have more room
+        own_ids = teachers_ids(prompt, prompt_token_ids, self._tokenizer, self._teacher_tokenizer)
+        read_ids = list(prompt_token_ids if own_ids is None else own_ids)  # by the teacher
+        if own_ids is not None:
+            limit = min(limit, self._max_len - len(read_ids))  # where the student's sequence would have more room
             if limit < 1:
                 raise ValueError(
-                    f"the teacher's prompt has come to {len(teacher_ids)} tokens, which leaves no room for a "
+                    f"the teacher's prompt has come to {len(read_ids)} tokens, which leaves no room for a "
                     "response; raise skd.teacher.prompt.max_len"
                 )
+        limit = by.rule.limit(limit)
+        if self._elsewhere is not None:
+            sampling_params = ending_at(sampling_params, self._stops)
         request = prepare_request(
             prompt_token_ids,
             by.rule.with_top_k(own.top_k),
@@ -150,10 +170,11 @@ class SKDRollout(HostRollout):
             trace_id=next(self._trace_ids),
             seed=seed,
             choice_seed=by.seed,
-            max_new_tokens=by.rule.limit(limit),
+            max_new_tokens=limit,
             reference=reference,
-            teacher_ids=teacher_ids,
+            teacher_ids=read_ids if self._elsewhere is None else None,
             end_ids=self._end_ids,
+            given_ids=await self._written_elsewhere(read_ids, by.rule, limit, seed),
         )
         try:
             output = await super().generate(request.read_ids, request.sampling_params)
@@ -163,12 +184,22 @@ class SKDRollout(HostRollout):
         trace = await self._traces.take(request.params.trace_id)
         trace = replace(trace, teacher=torch.full_like(trace.source, self._teacher))
         sample = finish_request(request, output.outputs[0], trace, self._tokenizer)
+        if self._elsewhere is not None:
+            sample = replace(sample, trace=await self._elsewhere.trace_of(read_ids, sample.trace))
         output.outputs[0].token_ids, output.outputs[0].text = sample.trace.response_ids.tolist(), sample.text
         if sampling_params.logprobs is not None:  # OpenRLHF's multi-turn executor reads them
             logp = zip(output.outputs[0].token_ids, sample.trace.sampled_logp.tolist(), strict=True)
             output.outputs[0].logprobs = [{token: SimpleNamespace(logprob=value)} for token, value in logp]
         output.skd_trace = sample.trace
         return output
+
+    async def _written_elsewhere(
+        self, prompt_ids: list[int], rule: SamplingRule, limit: int, seed: int
+    ) -> list[int] | None:
+        """The teacher's response, where the rule has its text alone, as in an evaluation of it."""
+        if self._elsewhere is None or not rule.is_teachers:
+            return None
+        return await self._elsewhere.write(prompt_ids, rule.settings, limit, seed, sorted(self._stops))
 
 
 async def while_alive(llm: Any, call: Awaitable[Any]) -> Any:

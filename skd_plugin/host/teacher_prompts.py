@@ -65,6 +65,7 @@ class TeacherForm:
     chat: Callable[..., Any] | None  # its apply_chat_template
     examples: Sequence[Turns] = ()
     longest: int | None = None  # tokens; None: as of the student's
+    may_be_shorter: bool = False  # than the student's: the two do not live in one engine
 
     @classmethod
     def of(cls, config: TeacherPromptConfig, skd: SKDConfig, key: str, tokenizer: Any, *, chat: bool) -> TeacherForm:
@@ -92,12 +93,13 @@ class TeacherForm:
         places(config.template)
         examples = read_examples(config.examples) if config.examples else ()
         apply = partial(tokenizer.apply_chat_template, **switches) if chat else None
-        return cls(config, key, tokenizer, apply, examples, skd.longest_teacher_prompt)
+        return cls(config, key, tokenizer, apply, examples, skd.longest_teacher_prompt, skd.is_served)
 
     @classmethod
     def ready(cls, skd: SKDConfig, tokenizer: Any) -> TeacherForm:
         """Of rows of tasks, in which the teacher's prompts are as it reads them."""
-        return cls(TeacherPromptConfig(column=COLUMN), COLUMN, tokenizer, None, (), skd.longest_teacher_prompt)
+        config, longest = TeacherPromptConfig(column=COLUMN), skd.longest_teacher_prompt
+        return cls(config, COLUMN, tokenizer, None, (), longest, skd.is_served)
 
     @property
     def columns(self) -> list[str]:
@@ -244,7 +246,7 @@ def teachers_lengths(
                 f"the teacher's prompt has {len(ids)} tokens, but {most} fit: set skd.teacher.prompt.max_len; it "
                 f"begins with {text[:60]!r}"
             )
-        elif len(ids) < length:
+        elif len(ids) < length and not form.may_be_shorter:
             yield (
                 f"the teacher's prompt has {len(ids)} tokens, the student's {length}: in the engine the student lives "
                 "in the teacher's places, so its prompt must not be the longer one. Give the teacher more to read; "

@@ -32,16 +32,17 @@ STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way
 
 def expected_parts(skd: SKDConfig, end_ids: Sequence[int]) -> dict[str, dict[str, Any]]:
     """What engines and policy actors must say of themselves (`describe_skd`). Args: end_ids: of `joined_ends`."""
+    pair = {
+        "sampler": "SKDSampler",
+        "drafter": "SKDDrafter",
+        # What the engine records and what the loss reads of it must be of one temperature and width.
+        "loss_temperature": skd.loss.temperature,
+        "teacher_top_k": skd.loss.teacher_top_k,
+        "student_top_k": skd.loss.student_top_k,
+        "end_ids": list(end_ids),
+    }
     return {
-        "engine": {
-            "sampler": "SKDSampler",
-            "drafter": "SKDDrafter",
-            # What the engine records and what the loss reads of it must be of one temperature and width.
-            "loss_temperature": skd.loss.temperature,
-            "teacher_top_k": skd.loss.teacher_top_k,
-            "student_top_k": skd.loss.student_top_k,
-            "end_ids": list(end_ids),
-        },
+        "engine": {"sampler": "StudentSampler", "drafter": "none"} if skd.is_served else pair,
         "policy": {
             "trainer": "SKDActorTrainer",
             "loss": "Objective",
@@ -73,7 +74,7 @@ class TrainingSide:
         )
         self.hold_loggers()
         # Teachers whose log-probs are still to be looked at, see compare_teachers
-        self._uncompared = [name for name, teacher in self.skd.all_teachers.items() if teacher.compare]
+        self._uncompared = [name for name, one in self.skd.all_teachers.items() if one.compare and not one.urls]
 
     def hold_loggers(self: Any) -> None:
         """OpenRLHF's fit closes them, and the last evaluation comes after it."""

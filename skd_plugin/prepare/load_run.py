@@ -48,6 +48,7 @@ from skd_plugin.prepare.model_checks import (
 )
 from skd_plugin.prepare.prompts import check_dataset, check_references, check_thinking, make_prompts
 from skd_plugin.prepare.rows import Dataset, check_column, content_digest, mixed, read_dataset, task_digest, values
+from skd_plugin.prepare.servers import refuse_joined_ends
 from skd_plugin.prepare.task_prompts import TASK_COLUMNS, draw_prompts, longest_response, task_options
 from skd_plugin.prepare.teachers import check_alike, check_each_has_prompts, named, share_out
 from skd_plugin.prepare.user_code import check_user_code
@@ -147,7 +148,8 @@ class Models:
             max_len=self.max_len,
             engine_len=self.engine_len,
             own_prompts=bool(self.skd.teacher_prompts),
-            draft_len=self.skd.rollout.draft_len,
+            draft_len=self.skd.draft_len,
+            served=self.skd.is_served,
             tensor_parallel=self.options["vllm.tensor_parallel_size"],
         )
 
@@ -175,7 +177,7 @@ def read_models(content: dict[str, Any]) -> Models:
     given = host_values(host_rules.complete(content.get("openrlhf") or {}, cpu=cpu), host_parser())
     models = Models(skd, given, host_defaults(), cpu)
     check_ranges(given)
-    check_vllm(skd.vllm, max_len=models.engine_len, draft_len=skd.rollout.draft_len)
+    check_vllm(skd.vllm, max_len=models.engine_len, draft_len=skd.draft_len)
     return models
 
 
@@ -214,6 +216,8 @@ def load_models(recipe: str | Path, overrides: Iterable[str] = ()) -> Models:
     """
     models = complete_models(load_recipe(recipe, overrides))
     _ = models.tokenizer  # made here, so that what is wrong is found here
+    if models.skd.is_served:
+        refuse_joined_ends(models.tokenizer, models.end_ids)
     return models
 
 

@@ -32,12 +32,14 @@ def check_pair(
     tensor_parallel: int,
     engine_len: int = 0,
     own_prompts: bool = False,
+    served: bool = False,
 ) -> Any:
     """Returns the student's tokenizer.
 
     Args:
         engine_len: of the engine's longest sequence, where that is more than `max_len`.
         own_prompts: of the teacher, so that the student stands at other places than the teacher.
+        served: the teacher is elsewhere, and the engine has the student alone.
 
     Raises:
         RecipeError: a token differs, K is outside 1..|V| (the ids that both models have), a context is too short, or
@@ -46,12 +48,15 @@ def check_pair(
     if teacher != student:  # a student alone stands in both places
         adapters.refuse_adapter(teacher, "teacher")
     adapters.check_folder(student, "student")
-    for role, name in (("teacher", teacher), ("student", student)):
+    for role, name in (("student", student),) if served else (("teacher", teacher), ("student", student)):
         trust.refuse_pickles(adapters.base_of(name) or name, role)
     configs = {"teacher": load_model_config(teacher, "teacher"), "student": load_model_config(student, "student")}
-    check_attention(configs, own_prompts=own_prompts)
-    check_heads(configs, tensor_parallel)
-    check_experts_beside(configs)
+    if served:
+        check_heads({"student": configs["student"]}, tensor_parallel)
+    else:
+        check_attention(configs, own_prompts=own_prompts)
+        check_heads(configs, tensor_parallel)
+        check_experts_beside(configs)
     tokenizers = {"teacher": load_tokenizer(teacher, "teacher"), "student": load_tokenizer(student, "student")}
     check_vocabularies(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {role: config.get_text_config().vocab_size for role, config in configs.items()}
@@ -68,9 +73,10 @@ def check_pair(
             raise RecipeError(f"{key} is {value}, but the vocabulary has {vocab_size} tokens; use 1..{vocab_size}")
     for role, config in configs.items():
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        needed = context_needed(max(max_len, engine_len), draft_len)
+        longest = max_len if served and role == "student" else max(max_len, engine_len)
+        needed = context_needed(longest, draft_len)
         if context is not None and needed > context:
-            if engine_len > max_len:
+            if longest > max_len:
                 raise RecipeError(
                     f"skd.teacher.prompt.max_len and the longest response need a context of {needed} tokens (2 x "
                     f"draft_len + 1 more), but the {role} has {context}; lower it by {needed - context}"

@@ -21,6 +21,9 @@ from skd_plugin.errors import RecipeError
 from skd_plugin.run_folder import replace_text
 from skd_plugin.words import root_cause
 
+# Options that change nothing of what is learned: where it is logged, and how a teacher elsewhere is asked.
+WITHOUT_EFFECT = ("openrlhf.logger.", "skd.teacher.server.")
+URL = "skd.teacher.url"
 METRIC_FILE = "metric.json"  # OpenRLHF writes it into a checkpoint when all ranks have written theirs
 GROUPS = ("_actor", "_critic")  # folders of checkpoints, by OpenRLHF's names
 
@@ -81,7 +84,9 @@ def _why_not(run: Run) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:  # whatever is in the file
         return f"its {folder.config.name} cannot be read ({root_cause(error, 100)})"
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-    changed = {key for key in changed if not key.startswith("openrlhf.logger.")} - {"openrlhf.ckpt.load_enable"}
+    changed = {key for key in changed if not key.startswith(WITHOUT_EFFECT)} - {"openrlhf.ckpt.load_enable"}
+    if before.get(URL) and now.get(URL):
+        changed.discard(URL)  # the servers of the teacher have moved
     if changed:
         reasons.append(f"its recipe was another one ({', '.join(sorted(changed))})")
     before_it = run.data_digest  # of runs that have written none

@@ -39,7 +39,9 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.gates import CONFIDENT, GATES
 from skd_plugin.core.methods import METHODS
 from skd_plugin.core.trace import NOTHING, Source, Trace
+from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import RunFolder, Status
+from tests.teacher_server import NAME, TeacherServer, serving
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = ["skd.task.train_prompts=64", "skd.task.eval_prompts=4"]
@@ -565,6 +567,33 @@ def test_a_good_recipe(check, tmp_path):
     ):
         assert text in output, text
     assert not real.exists() and not list((tmp_path / "tmp").iterdir()), "a check leaves nothing behind"
+
+
+def test_a_teacher_elsewhere(check):
+    """Its server is asked, and nothing is counted for it here."""
+    vocabulary = load_tokenizer(str(RECIPE.parent / "models" / "arithmetic" / "teacher"), "teacher")
+
+    def tokenize(text: str) -> list[int]:
+        return vocabulary(text, add_special_tokens=False).input_ids
+
+    with serving(TeacherServer(tokenize=tokenize, max_model_len=64)) as teacher:
+        given = (
+            f"skd.teacher.url={teacher.url}",
+            f"skd.teacher.server.model={NAME}",
+            "skd.rollout.method=on_policy",
+            "skd.loss.teacher_top_k=4",
+        )
+        status, output = check(*given)
+        assert status == 1 and "takes 64 tokens, but the longest text has 176" in output
+        teacher.max_model_len = 177
+        status, output = check(*given)
+    assert status == 0, output
+    for text in (
+        f"{NAME} at {teacher.url}, texts of up to 177 tokens",
+        "(elsewhere, and not counted below)",
+        "the student writes alone",
+    ):
+        assert text in output, text
 
 
 def test_a_wrong_recipe_is_checked_as_far_as_it_goes(check):

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 LOCK = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE))
-NAMES = {"yaml": "pyyaml"}  # modules that are not called as their distribution
+NAMES = {"yaml": "pyyaml", "google": "google-api-core"}  # modules that are not called as their distribution
 LOCKED = {"cpu", "smollm2", "tasks", "report", "dev"}  # the extras that requirements/cpu.in holds
 
 

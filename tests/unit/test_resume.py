@@ -165,6 +165,19 @@ def test_another_name_for_the_logger_is_the_same_run(run: Run) -> None:
     assert resume.look_at(replace(run, host={**run.host, "logger.wandb.run_name": "another"})).step == 4
 
 
+def test_a_teacher_that_is_served_elsewhere_now_is_the_same_one(run: Run) -> None:
+    """But one that has left the engine is not."""
+    checkpoint(run, 4)
+
+    def at(url: str, timeout_s: float) -> Run:
+        teacher = {"model_name_or_path": "t", "url": url, "server": {"timeout_s": timeout_s}}
+        return replace(run, skd=SKDConfig(teacher=teacher, rollout={"method": "on_policy"}, run_dir=run.skd.run_dir))
+
+    assert "skd.teacher.url" in resume.look_at(at("http://a:1", 60)).reason
+    at("http://a:1", 60).save()
+    assert resume.look_at(at("http://b:1", 30)).step == 4
+
+
 def test_a_checkpoint_that_others_may_have_written_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed unpickles it."""
     checkpoint(run, 4)

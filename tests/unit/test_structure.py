@@ -28,7 +28,8 @@ IMPORTS: dict[str, set[str]] = {
     "quantization": set(),
     "adapters": {"errors", "models", "trust", "words"},
     "config": {"core", "errors", "run_folder"},
-    "engine": {"config", "core", "cpu", "models", "seams"},
+    "served": {"config", "core", "errors", "words"},
+    "engine": {"config", "core", "cpu", "models", "seams", "served"},
     "host": {
         "adapters",
         "config",
@@ -39,6 +40,7 @@ IMPORTS: dict[str, set[str]] = {
         "models",
         "run_folder",
         "seams",
+        "served",
         "tasks",
         "trust",
     },
@@ -51,6 +53,7 @@ IMPORTS: dict[str, set[str]] = {
         "models",
         "quantization",
         "run_folder",
+        "served",
         "tasks",
         "words",
         "trust",
@@ -65,6 +68,7 @@ IMPORTS: dict[str, set[str]] = {
         "host",
         "prepare",
         "run_folder",
+        "served",
         "tasks",
         "terminal",
     },
@@ -116,6 +120,8 @@ LIBRARIES = {
     "deepspeed": {"host"},
     "ray": {"host"},
     "peft": {"adapters"},
+    "httpx": {"served"},
+    "google": {"served"},
 }
 
 

@@ -169,6 +169,12 @@ def test_what_makes_no_prompt_is_refused(recipe, prompt: dict[str, str], message
         load_run(recipe({"prompt": prompt}))
 
 
+def test_elsewhere_it_may_be_the_shorter_one(recipe) -> None:
+    """The student lives in the teacher's places only where both are in one engine."""
+    path = recipe({"prompt": {"template": "{solution}"}, "url": "http://host:1"}, rollout={"method": "on_policy"})
+    assert pairs(path)[0] == ("tom has 1 coins .", "the answer is 1")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
