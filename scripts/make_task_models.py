@@ -72,15 +72,23 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 @torch.no_grad()
-def take_over(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The weights of a model of the same shape; of embedding and head, the rows of the tokens that both know."""
+def take_over(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, *, as_unknown: bool = False
+) -> None:
+    """The weights of a model of the same shape; of embedding and head, the rows of the tokens that both know.
+
+    Args:
+        as_unknown: every other token is what `<unk>` was to that model, of which it says next to never that it comes.
+    """
     known = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    own = tokenizer.get_vocab()
-    rows = [(own[t], i) for t, i in PreTrainedTokenizerFast.from_pretrained(folder).get_vocab().items() if t in own]
+    own, before = tokenizer.get_vocab(), PreTrainedTokenizerFast.from_pretrained(folder)
+    rows = [(own[t], i) for t, i in before.get_vocab().items() if t in own]
     to, source = (torch.tensor(column) for column in zip(*rows, strict=True))
     theirs = known.state_dict()
     for name, weight in model.state_dict().items():
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if as_unknown:
+                weight[:] = theirs[name][before.unk_token_id]
             weight[to] = theirs[name][source]
         else:
             weight.copy_(theirs[name])
@@ -99,7 +107,6 @@ def batches(
     return [
         padded(task.examples("train", count, seed=rng.getrandbits(32)), tokenizer)
         for task, count in zip(tasks, shares, strict=True)
-        if count
     ]
 
 
@@ -173,9 +180,8 @@ def train(
     tokenizer = make_tokenizer(tasks)
     rng, model = random.Random(SEEDS[name]), make_model(name, tokenizer)
     if first is not None:
-        take_over(model, tokenizer, first)
+        take_over(model, tokenizer, first, as_unknown=steps == 0)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    learned = [task for task, count in zip(tasks, shares, strict=True) if count]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
     unfinished = out / f"{name}.unfinished.pt"
@@ -191,13 +197,13 @@ def train(
             print(f"{name} step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % MEASURE_EVERY == 0 and step < steps:
             keep(unfinished, step, model, optimizer, schedule, rng)
-            report(name, f"step {step}", model, tokenizer, learned)
+            report(name, f"step {step}", model, tokenizer, tasks)
     unfinished.unlink(missing_ok=True)
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
-    report(name, "after rounding to bfloat16", model.float(), tokenizer, learned)
+    report(name, "after rounding to bfloat16", model.float(), tokenizer, tasks)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -209,12 +215,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in SHAPES:
         parser.add_argument(f"--{name}-steps", type=int, default=STEPS[name], help="default: %(default)s")
     parser.add_argument(
-        "--shares",
-        type=int,
-        nargs="+",
-        help=f"examples of each task in a batch, {BATCH_SIZE} in all by default; of 0 only the words are known",
+        "--shares", type=int, nargs="+", help=f"examples of each task in a batch; default: {BATCH_SIZE}"
     )
-    parser.add_argument("--teacher-from", type=Path, metavar="MODEL", help="begin with the weights of this teacher")
+    parser.add_argument(
+        "--teacher-from",
+        type=Path,
+        metavar="MODEL",
+        help="begin with the weights of this teacher; with "
+        "--teacher-steps 0 it is this teacher, to which words that it does not know are <unk>",
+    )
     args = parser.parse_args(argv)
     shares = args.shares or even_shares(len(args.tasks), BATCH_SIZE)
     if len(shares) != len(args.tasks):

@@ -107,6 +107,11 @@ def test_a_known_task_is_taken_over(script: ModuleType, tasks: list[GeneratedTas
     own, known = (m(**t(text, return_tensors="pt")).logits[0] for m, t in ((model, large), (first, small)))
     places = [large.get_vocab()[token] for token in sorted(small.get_vocab(), key=small.get_vocab().get)]
     torch.testing.assert_close(own[:, places], known[:, : len(places)])
+    script.take_over(model, large, tmp_path, as_unknown=True)
+    own = model(**large(text, return_tensors="pt")).logits[0]
+    torch.testing.assert_close(own[:, places], known[:, : len(places)])
+    others = [place for place in range(own.shape[1]) if place not in places]
+    torch.testing.assert_close(own[:, others], own[:, [large.unk_token_id]].expand(-1, len(others)))
 
 
 def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask], monkeypatch: Any) -> None:

@@ -14,20 +14,24 @@ import torch
 
 from skd_plugin.check.findings import Finding
 from skd_plugin.check.subject import read_subject
+from skd_plugin.config.recipe import load_recipe
 from skd_plugin.config.schema import SKDConfig, parse_skd
 from skd_plugin.config.teacher import ONLY, teacher_words
 from skd_plugin.core.chunked import against_teacher, against_teachers
+from skd_plugin.core.metrics import figures_of
 from skd_plugin.core.trace import Trace
 from skd_plugin.errors import RecipeError
 from skd_plugin.evaluate.command import job_of
 from skd_plugin.evaluate.plan import make_plan
 from skd_plugin.host.teacher_prompts import PairedPrompt, teacher_of, teacher_prompt
+from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.prepare.load_run import load_models, load_run
 from skd_plugin.prepare.teachers import share_out
 from skd_plugin.rollout_command import run_rollout
-from tests.recipes import PAIR
+from tests.recipes import PAIR, RECIPES
 from tests.traces import trace_of
 from tests.unit.test_datasets import in_the_controller
+from tests.unit.test_metrics import KEPT, SWAPPED, make_trace
 
 TEACHERS = {"math": {"model_name_or_path": str(PAIR / "teacher")}, "words": {"model_name_or_path": str(PAIR / "cold")}}
 TASKS = [
@@ -272,6 +276,17 @@ def test_checks_look_at_each_pair(recipe) -> None:
     assert Finding("memory", "").of_teacher(ONLY).name == "memory"
 
 
+def test_the_recipe_with_two_teachers() -> None:
+    """Its teachers are made by a command of recipes/README.md."""
+    skd = parse_skd(load_recipe(RECIPES / "two-teachers.yaml")["skd"])
+    assert {task.name: task.teacher for task in skd.all_tasks} == {"arithmetic": "sums", "translation": "words"}
+    readme = (RECIPES / "README.md").read_text()
+    for name, task in (("sums", "arithmetic"), ("words", "translation")):
+        folder = Path(skd.teachers[name].model_name_or_path)
+        assert folder == RECIPES.parent / ".cache" / "single-task" / task / "teacher"
+    assert ".cache/single-task/$task --only teacher" in readme
+
+
 # --- traces and losses ---
 
 
@@ -299,6 +314,28 @@ def test_each_token_has_the_loss_of_its_own_teacher() -> None:
     torch.testing.assert_close(found, torch.where(teacher.bool(), alone[1], alone[0]))
     part = against_teachers(hidden, heads, teacher, loss)(slice(2, 3), log_q[2:3])
     torch.testing.assert_close(part, alone[0][2:3])
+
+
+def test_figures_of_each_teacher() -> None:
+    """Beside those of each task; a teacher without a response in the step has none."""
+    from skd_plugin.host import on_cpu
+
+    on_cpu.install()
+    from skd_plugin.host.run_samples import RunSamples
+
+    def sample(name: str, source: str, trace: Trace) -> SimpleNamespace:
+        stored = SimpleNamespace(figures=figures_of(trace, 2))
+        return SimpleNamespace(prompts=[PairedPrompt(source, None, name)], info={TRACE_KEY: [stored]}, truncated=False)
+
+    generator: Any = object.__new__(RunSamples)
+    generator.args = SimpleNamespace(skd=parse_skd({"teachers": TEACHERS, "teacher_column": "by"}))
+    generator._several_tasks, generator._sources = True, {"a": "x", "b": "y"}
+    traces = [make_trace([KEPT, SWAPPED], kl=1.0), make_trace([KEPT], kl=4.0)]
+    metrics = generator._metrics([sample("math", "a", traces[0]), sample("math", "b", traces[1])])
+    assert metrics["skd/kl/teacher_math"] == metrics["skd/kl"] == 2.0
+    assert (metrics["skd/kl/x"], metrics["skd/kl/y"]) == (1.0, 4.0)
+    assert metrics["skd/accept_rate/teacher_math"] == pytest.approx(2 / 3)
+    assert not any("teacher_words" in name for name in metrics)
 
 
 def test_every_teacher_is_compared_where_it_first_has_responses(monkeypatch: pytest.MonkeyPatch) -> None:
