@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +198,37 @@ def test_which_tokens_are_joined(pair: Path, teacher: dict, student: dict, joine
     write_ends(pair, "teacher", **teacher)
     write_ends(pair, "student", **student)
     assert ends_of(pair) == joined
+
+
+@pytest.mark.parametrize(("choice", "joined"), [("auto", True), ("apart", False)])
+def test_a_reference_model_is_joined_as_the_policy_is(
+    two_ends: Path, monkeypatch: pytest.MonkeyPatch, choice: str, joined: bool
+) -> None:
+    """OpenRLHF's frozen model, to which its policy is held by their log-probabilities of the same tokens."""
+    from skd_plugin.host import on_cpu
+
+    on_cpu.install()
+    import ray
+    from transformers import AutoModelForCausalLM
+
+    from skd_plugin.config.schema import SKDConfig
+    from skd_plugin.host import bind
+
+    student = str(two_ends / "student")
+
+    class Host:
+        def init_model_from_pretrained(self, strategy: object, path: str) -> None:
+            self.model = SimpleNamespace(model=AutoModelForCausalLM.from_pretrained(path))
+
+    for module, name in ((bind.trust, "close_transformers"), (bind.on_cpu, "adapt_trainer")):  # of the whole process
+        monkeypatch.setattr(module, name, lambda: None)
+    skd = SKDConfig(teacher={"model_name_or_path": str(two_ends / "teacher")}, end_tokens=choice)
+    args = SimpleNamespace(skd=skd, actor=SimpleNamespace(model_name_or_path=student))
+    reference = bind._frozen(ray.remote(Host), has_logits=True)()
+    reference.init_model_from_pretrained(SimpleNamespace(args=args), student)
+    ids = torch.tensor([[1, 5, 7, 9]])
+    with torch.no_grad():
+        found = reference.model.model(ids).logits
+        apart = AutoModelForCausalLM.from_pretrained(student)(ids).logits
+    wanted = join_ends(apart, torch.tensor([EOS, TEACHERS_END])) if joined else apart
+    torch.testing.assert_close(found, wanted)
