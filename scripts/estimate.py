@@ -177,7 +177,7 @@ def step_time(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> StepTim
             at_once=sequences_at_once(budget.engine),
             prompt_len=plan.prompt_len,
             response_len=response_len,
-            draft_len=plan.skd.rollout.draft_len,
+            draft_len=plan.skd.rollout.most_drafts,
             acceptance=acceptance,
             split=options["vllm.tensor_parallel_size"],
         ),

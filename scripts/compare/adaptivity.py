@@ -59,7 +59,7 @@ def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         engine.load_student([(name, weight.detach()) for name, weight in model.named_parameters()])
         samples = engine.generate(prompts, SamplingRule.of(skd.rollout), skd.rollout.max_new_tokens, seed=run.seed)
-        metrics = rollout_metrics([figures_of(sample.trace, skd.rollout.draft_len) for sample in samples])
+        metrics = rollout_metrics([figures_of(sample.trace, skd.rollout.most_drafts) for sample in samples])
         rows.append(
             {
                 "task": run.task,

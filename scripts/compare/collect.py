@@ -80,7 +80,7 @@ def _spent(steps: list[dict[str, float]], config: Config) -> dict[str, int]:
     """Tokens of responses; positions at which the teacher computed a distribution; proposals of the student. A block
     of draft_len proposals takes draft_len + 1 positions.
     """
-    draft_len = config.skd.rollout.draft_len
+    draft_len = config.skd.rollout.most_drafts
     batch = config.host["rollout.batch_size"] * config.host["rollout.n_samples_per_prompt"]
     tokens = [batch * record["skd/response_len"] for record in steps]
     drafts = [

@@ -11,7 +11,7 @@ from skd_plugin.words import count
 def asked_for(skd: SKDConfig) -> Finding:
     """Without a self-test there is no engine to ask."""
     parts = " and ".join(path.rsplit(".", 1)[-1] for path in (WORKER_CLS, SCHEDULER_CLS))
-    drafts = count(skd.rollout.draft_len, "draft")
+    drafts = count(skd.rollout.most_drafts, "draft")
     return Finding("engine", f"asked for, and not yet seen to run: {parts} in vLLM's V1 runner, {drafts} a block")
 
 

@@ -17,7 +17,8 @@ def check_rule(skd: SKDConfig) -> Finding:
 
 
 def _gate(rollout: RolloutConfig, *, served: bool) -> str:
-    proposes = f"the student proposes {count(rollout.draft_len, 'token')} a block"
+    up_to = "up to " if rollout.draft_len == "auto" else ""
+    proposes = f"the student proposes {up_to}{count(rollout.most_drafts, 'token')} a block"
     if served:
         proposes = "the student writes alone, and the teacher reads it elsewhere"
     rule = GATES[rollout.gate_name].words.format(

@@ -14,6 +14,7 @@ from skd_plugin.core.sampling import KEEP_ALL
 
 GATED = [name for name, method in METHODS.items() if method.has_gate]
 DECAYING = [name for name in GATE_OPTIONS if GATES[name].decays]
+MOST_DRAFTS = 32  # of a block
 WITHOUT_THRESHOLD = [name for name in GATE_OPTIONS if GATES[name].threshold is None]
 
 
@@ -76,7 +77,10 @@ class RolloutConfig(Section):
     )
     top_k_decay_len: int | None = Field(None, ge=1, description="response tokens over which K falls to 1")
     reference_compat: bool = Field(False, description="rank and temperatures as in SKD's released code")
-    draft_len: int = Field(5, ge=1, le=32, description="tokens the student proposes before the teacher looks (gamma)")
+    draft_len: Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | Literal["auto"] = Field(
+        5, description="tokens the student proposes before the teacher looks (gamma); auto: the engine chooses"
+    )
+    max_draft_len: int = Field(8, ge=1, le=MOST_DRAFTS, description="of draft_len auto: the most that are proposed")
     student_temperature: float = Field(1.0, ge=0, description="of the proposals; 0 is greedy")
     student_top_p: float = Field(1.0, gt=0, le=1, description="of the proposals: nucleus")
     teacher_temperature: float = Field(1.0, ge=0, description="of the replacement tokens")
@@ -88,6 +92,11 @@ class RolloutConfig(Section):
         "target_acceptance it grows where more is accepted",
     )
     seed: int = Field(0, description="same seed, same prompt: same tokens, whatever else is in the batch")
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens of the longest block."""
+        return self.max_draft_len if self.draft_len == "auto" else self.draft_len
 
     @property
     def needs_references(self) -> bool:
@@ -154,6 +163,7 @@ class RolloutConfig(Section):
         effects = {option: method.option == option for option in ("mix", "stage_share")}
         effects["confidence"] = self.gate == CONFIDENT
         refuse_idle(self, effects, f"the method is {self.method}, the gate {self.gate}")
+        refuse_idle(self, {"max_draft_len": self.draft_len == "auto"}, f"draft_len is {self.draft_len}")
         return self
 
     @model_validator(mode="after")

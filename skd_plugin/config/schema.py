@@ -111,8 +111,8 @@ class SKDConfig(Section):
 
     @property
     def draft_len(self) -> int:
-        """Tokens that the student proposes in a block; 0 where the teacher is elsewhere, and it writes on alone."""
-        return 0 if self.is_served else self.rollout.draft_len
+        """Tokens that the student proposes in a block, at most; 0 where the teacher is elsewhere, and it writes on alone."""
+        return 0 if self.is_served else self.rollout.most_drafts
 
     @property
     def is_served(self) -> bool:

@@ -48,17 +48,17 @@ class Metric:
     percent: bool = False  # it is a share, and shown in %
     better: Literal["low", "high"] | None = None
     # Of a response, and of gamma, the tokens that the student proposes in a block.
-    ratio: Callable[[Trace, int], Ratio] | None = None
+    ratio: Callable[[Trace, int | None], Ratio] | None = None
     of_nothing: float = float("nan")  # its value where the whole is 0
     # Left out of a step where it is 0, because not every run has such tokens.
     rare: bool = False
 
 
-def figures_of(trace: Trace, draft_len: int) -> Figures:
+def figures_of(trace: Trace, draft_len: int | None) -> Figures:
     """What a response adds to each metric that traces tell.
 
     Args:
-        draft_len: tokens of a block, from which the number of drafted tokens follows.
+        draft_len: tokens of a block, from which the number of drafted tokens follows; None: blocks differ.
     """
     return {name: metric.ratio(trace, draft_len) for name, metric in METRICS.items() if metric.ratio is not None}
 
@@ -89,8 +89,10 @@ def _drafted(trace: Trace) -> torch.Tensor:
     return trace.draft_rank != NOTHING
 
 
-def _draft_waste(trace: Trace, draft_len: int) -> Ratio:
+def _draft_waste(trace: Trace, draft_len: int | None) -> Ratio:
     """Drafted tokens that were thrown away: after a replacement, or after the end of the response."""
+    if draft_len is None:
+        return Ratio(math.nan, 1)  # a trace does not say how long its blocks were
     changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
     drafted = _drafted(trace)
     blocks = left = 0
@@ -104,17 +106,17 @@ def _draft_waste(trace: Trace, draft_len: int) -> Ratio:
     return Ratio(blocks * draft_len - int(drafted.sum()), blocks * draft_len)
 
 
-def _accept_rate(trace: Trace, draft_len: int) -> Ratio:
+def _accept_rate(trace: Trace, draft_len: int | None) -> Ratio:
     """Of what was put to the gate: not references, whoever drafted them, nor the teacher's legs."""
     proposed = _drafted(trace) & ~trace.is_from(Source.REFERENCE, Source.HANDED)
     return Ratio.mean(trace.source[proposed] == Source.ACCEPTED)
 
 
-def _share_from(source: Source) -> Callable[[Trace, int], Ratio]:
+def _share_from(source: Source) -> Callable[[Trace, int | None], Ratio]:
     return lambda trace, draft_len: Ratio.mean(trace.is_from(source))
 
 
-def _first_replaced_place(trace: Trace, draft_len: int) -> Ratio:
+def _first_replaced_place(trace: Trace, draft_len: int | None) -> Ratio:
     """A response without a replacement counts its length."""
     replaced = trace.is_from(Source.REPLACED, Source.RESAMPLED).nonzero()
     return Ratio(int(replaced[0]) if len(replaced) else len(trace), 1)
@@ -250,10 +252,27 @@ _ALL = [
     Metric("rl/filtered_frac", "Filtered share", "tokens that the off-policy correction left out", percent=True),
     Metric("rl/filter_pass_rate", "Prompts kept", "share that dynamic filtering kept", percent=True),
     Metric("rl/critic_loss", "Critic's loss"),
-    Metric("time/step", "Time of a step", "seconds"),
+    Metric("time/step", "Time of a step", "seconds, evaluations left out"),
     Metric("time/rollout", "Time of sampling", "seconds a step"),
-    Metric("time/train", "Time of training", "seconds a step"),
+    Metric("time/train", "Time of training", "seconds a step, with the weight sync"),
+    Metric("time/draft", "Drafting", "seconds a step: the student's proposals"),
+    Metric("time/verify", "Verifying", "seconds a step: the teacher's forwards"),
+    Metric("time/sample", "Gate and sampler", "seconds a step"),
+    Metric("time/record", "Recording", "seconds a step: what the traces say"),
+    Metric("time/schedule", "Scheduling", "seconds a step: the engine's own, with what it keeps of requests"),
+    Metric("time/requests", "Requests", "seconds a step that no engine works: tokenizers, rewards, agents, Ray"),
+    Metric("time/traces", "Trace transfer", "seconds a step"),
+    Metric("time/metrics", "Metrics", "seconds a step, with traces.jsonl"),
+    Metric("time/experience", "Experience", "seconds a step: batches, and further models' forwards with rewards"),
+    Metric("time/batches", "Micro-batches", "seconds a step"),
+    Metric("time/forward", "Training forward", "seconds a step, with the loss"),
+    Metric("time/backward", "Backward", "seconds a step"),
+    Metric("time/optimizer", "Optimizer", "seconds a step"),
     Metric("time/sync", "Time of weight sync", "seconds a step"),
+    Metric("time/ray", "Waiting for the trainers", "seconds a step beyond their own: Ray, a critic"),
+    Metric("time/save", "Logs and checkpoint", "seconds, of the step before"),
+    Metric("time/queue", "Waiting for responses", "seconds a step, of an asynchronous run"),
+    Metric("time/rest", "Rest of a step", "seconds"),
     Metric("tokens_per_s", "Throughput", "response tokens a second, training included"),
     Metric("grad_norm", "Gradient norm"),
     Metric("lr", "Learning rate"),

@@ -25,7 +25,7 @@ class EngineSpec:
 
     teacher: str
     student: str
-    draft_len: int  # tokens that the student proposes before the teacher looks (gamma)
+    draft_len: int  # tokens that the student proposes before the teacher looks (gamma), at most
     max_len: int  # tokens of the longest sequence, prompt and response, to the teacher
     teacher_top_k: int  # most probable teacher tokens returned for each response token
     student_top_k: (
@@ -37,6 +37,7 @@ class EngineSpec:
     openrlhf: dict[str, Any]  # EngineArgs that OpenRLHF makes of its own options
     options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
     teacher_moves: bool = False  # whether it may get new weights
+    draft_len_auto: bool = False  # the engine chooses how many, up to `draft_len`
     joins_ends: bool = False  # whether the tokens that end a turn are one, where the two models have others
     # Tokens of the longest sequence of an engine with the student alone, whose teacher is elsewhere; None: it has both
     alone_len: int | None = None
@@ -74,6 +75,7 @@ class EngineSpec:
                 "skd_loss_temperature": self.loss_temperature,
                 "skd_teacher_hidden": self.teacher_hidden,
                 "skd_teacher_moves": self.teacher_moves,
+                "skd_draft_len_auto": self.draft_len_auto,
                 "skd_end_ids": list(self.end_ids),
             },
             "async_scheduling": False,
@@ -168,6 +170,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         teacher=skd.the_teacher.model_name_or_path,
         student=student,
         draft_len=skd.draft_len,
+        draft_len_auto=skd.rollout.draft_len == "auto",
         max_len=engine_len(options, skd.longest_teacher_prompt),
         teacher_top_k=skd.loss.teacher_top_k,
         student_top_k=skd.loss.student_top_k,

@@ -95,6 +95,7 @@ class SKDDrafter(DraftModelProposer):
 
     def propose(
         self,
+        num_speculative_tokens: int,
         *,
         common_attn_metadata: Any,
         sampling_metadata: Any,
@@ -108,13 +109,15 @@ class SKDDrafter(DraftModelProposer):
         kept_B = read_B if num_rejected_tokens_gpu is None else read_B - num_rejected_tokens_gpu
         rows = self._table.rows(request_ids)
         next_B = kept_B + 1 - rows.shift_B  # set_inputs_first_pass adds the sampled one
-        drafting = Drafting(rows, next_B, self._runner.num_spec_tokens)
-        tokens_BL = super().propose(
-            common_attn_metadata=common_attn_metadata,
-            sampling_metadata=drafting,
-            num_rejected_tokens_gpu=num_rejected_tokens_gpu,
-            **others,
-        )
+        drafting = Drafting(rows, next_B, num_speculative_tokens)
+        with self._table.clock.part("draft"):
+            tokens_BL = super().propose(
+                num_speculative_tokens=num_speculative_tokens,
+                common_attn_metadata=common_attn_metadata,
+                sampling_metadata=drafting,
+                num_rejected_tokens_gpu=num_rejected_tokens_gpu,
+                **others,
+            )
         assert drafting.logits_LBV is not None
         self._table.keep_proposals(request_ids, drafting.logits_LBV)
         return tokens_BL

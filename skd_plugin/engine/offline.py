@@ -89,6 +89,10 @@ class SKDEngine:
             for request, output, trace in zip(requests, outputs, traces, strict=True)
         ]
 
+    def take_seconds(self) -> dict[str, float]:
+        """That went to each part of the engine's work since the last call."""
+        return self._llm.collective_rpc("take_seconds")[0]
+
     def decode(self, ids: list[int]) -> str:
         """A response as checkers read it; see `response_text`."""
         return response_text(self._tokenizer, ids, self._end_ids)

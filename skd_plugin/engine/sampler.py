@@ -44,6 +44,10 @@ class SKDSampler:
         self._hidden_SJ = hidden_SJ
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        with self._table.clock.part("sample"):
+            return self._sample(logits, metadata)
+
+    def _sample(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         request_ids = self._runner.input_batch.req_ids
         batch, counts = self._table.rows(request_ids), self._table.draft_counts(request_ids)
         width = 1 if metadata is None else self._runner.num_spec_tokens + 1
@@ -103,6 +107,7 @@ class SKDSampler:
             last = emitted_M[request_N[emitted_M].diff(append=torch.tensor([-1])) != 0]  # of each block
             batch.progress_4B[2:, request_N[last]] = torch.stack([*after_N])[:, last]
         if self._recorder is not None:
+            self._table.clock.begin("record")
             passed_N = (verdict.source_N == Source.ACCEPTED) | (verdict.source_N == Source.REFERENCE)
             rejected_N = torch.where(passed_N, NOTHING, draft_N)
             # Before an update vLLM preempts what is in flight: no draft of an older version is left to be verified.
@@ -110,6 +115,7 @@ class SKDSampler:
             known_CN = torch.stack([verdict.token_N, verdict.source_N, rejected_N, verdict.rank_N, version_N])
             part = self._record(known_CN[:, emitted_M], emitted_M, proposals)
             self._table.record(batch, (token_BL != NOTHING).sum(1).tolist(), part)
+            self._table.clock.end()
         return token_BL
 
     def _record(self, known_CM: torch.Tensor, emitted_M: torch.Tensor, proposals: Proposals) -> Part:

@@ -7,12 +7,14 @@ The first is `engine/request.py`'s; the other two are here.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from weakref import WeakSet
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from skd_plugin.core.draft_length import DraftLength
 from skd_plugin.engine.prefix_cache import key_by_student
 
 
@@ -21,6 +23,43 @@ class SKDScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         key_by_student()  # here, because this is made in the process of the engine, whichever that is
         self._without_last: WeakSet[Request] = WeakSet()  # preempted, and not yet back where they were
+        self._seconds = 0.0  # spent here, and not yet told to the worker
+        options = self.vllm_config.additional_config
+        self._lengths = DraftLength(self.num_spec_tokens) if options["skd_draft_len_auto"] else None
+        self._planned = 0.0  # when the latest plan was made
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's plan of a step, on which the worker also reads how long planning takes (`seconds_of`)."""
+        started = time.perf_counter()
+        output: Any = super().schedule(*args, **kwargs)
+        if self._lengths is not None and output.num_scheduled_tokens:
+            output.num_spec_tokens_to_schedule = self._lengths.choose(len(output.num_scheduled_tokens))
+        self._planned = time.perf_counter()
+        output.skd_seconds = self._seconds + self._planned - started
+        self._seconds = 0.0
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        if self._lengths is not None:
+            self._measure(self._lengths, started - self._planned, *args, **kwargs)
+        outputs = super().update_from_output(*args, **kwargs)
+        self._seconds += time.perf_counter() - started
+        return outputs
+
+    @staticmethod
+    def _measure(lengths: DraftLength, seconds: float, scheduler_output: Any, model_runner_output: Any) -> None:
+        """What a step has cost and brought, before vLLM cuts responses at their ends."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        # vLLM pads a request that has one token to read with placeholders of -1.
+        counts = {request_id: len(own) for request_id, own in drafts.items() if own and own[0] >= 0}
+        emitted = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False)
+        lengths.observe_blocks(
+            (counts[request_id], len(tokens)) for request_id, tokens in emitted if request_id in counts
+        )
+        requests, drafted = len(scheduler_output.num_scheduled_tokens), scheduler_output.num_spec_tokens_to_schedule
+        if len(counts) == requests and set(counts.values()) == {drafted}:
+            lengths.observe_step(requests, drafted, seconds)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         """A preempted request forgets its last token, as its copy in the model runner will (`_update_states`). When
@@ -52,3 +91,8 @@ class SKDScheduler(Scheduler):
         number = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         no_draft = request.spec_token_ids and num_computed_tokens + number == request.num_tokens
         return 0 if no_draft else number
+
+
+def seconds_of(plan: Any) -> float:
+    """That the scheduler has spent since its last plan. Others make plans, too: vLLM's, of a step without tokens."""
+    return getattr(plan, "skd_seconds", 0.0)

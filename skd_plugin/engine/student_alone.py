@@ -29,7 +29,7 @@ from skd_plugin.engine.worker import RecordingWorker
 class StudentSampler(SKDSampler):
     """One token a request and step, or none that is new: see `SKDSampler._undrafted`. B requests, N of them drawn."""
 
-    def __call__(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+    def _sample(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
         batch = self._table.rows(self._runner.input_batch.req_ids)
         place_B = self._lengths(batch) - torch.tensor([params.prompt_len for params in batch.params])
         unread_B = torch.from_numpy(self._runner.discard_request_mask.np[: len(batch.params)].copy())
@@ -71,6 +71,8 @@ class StudentSampler(SKDSampler):
 
 
 class StudentWorker(RecordingWorker):
+    _skd_model_is = "draft"
+
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner

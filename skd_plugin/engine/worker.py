@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from skd_plugin.core.clock import REST
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine import vocabulary
 from skd_plugin.engine.arguments import EngineDescription
@@ -18,6 +19,7 @@ from skd_plugin.engine.drafter import SKDDrafter, loadable_weights
 from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
+from skd_plugin.engine.scheduler import seconds_of
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
@@ -31,14 +33,33 @@ class RecordingWorker(VllmWorker):
     _skd_requests: RequestTable
     _skd_recorder: Recorder | None  # of the first rank; the others record nothing
 
+    _skd_model_is = "verify"  # the part of the time that the engine's model takes (core/clock.py)
+    _skd_scheduling_s = 0.0  # since `take_seconds`
+
     def execute_model(self, scheduler_output: Any) -> Any:
-        self._skd_requests.forget(scheduler_output.finished_req_ids)
-        self._skd_requests.schedule(scheduler_output.scheduled_spec_decode_tokens)
-        return super().execute_model(scheduler_output)
+        requests = self._skd_requests
+        self._skd_scheduling_s += seconds_of(scheduler_output)
+        with requests.clock.part(self._skd_model_is), _plain_tensors():
+            requests.forget(scheduler_output.finished_req_ids)
+            requests.schedule(scheduler_output.scheduled_spec_decode_tokens)
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        # What is kept of the requests is the engine's own work, too; drafting and sampling have parts of their own.
+        with self._skd_requests.clock.part("schedule"), _plain_tensors():
+            return super().sample_tokens(grammar_output)
 
     def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
         """Those of the first rank; the others have none."""
-        return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
+        with self._skd_requests.clock.part("traces"):
+            return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
+
+    def take_seconds(self) -> dict[str, float]:
+        """That went to each part of the engine's work since the last call; the rest of the time it waited."""
+        seconds, scheduling_s = self._skd_requests.clock.lap(), self._skd_scheduling_s
+        self._skd_scheduling_s = 0.0
+        del seconds[REST]
+        return seconds | {"schedule": seconds.get("schedule", 0.0) + scheduling_s}
 
     def student_is(self, version: int) -> None:
         """After its weights have been loaded: how many updates it has had."""
@@ -115,6 +136,13 @@ class SKDWorker(RecordingWorker):
             "teacher_vocab_size": sizes.teacher,
             "student_vocab_size": sizes.student,
         }
+
+
+def _plain_tensors() -> AbstractContextManager[Any]:
+    """On a CPU: while it is open, vLLM's parameters are tensors like any other. They are of a subclass that only their
+    loading needs, and each operator would ask it in Python what to do, which is 6 % of a small model's step.
+    """
+    return nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunctionSubclass()
 
 
 def _check_runner(runner: object) -> None:

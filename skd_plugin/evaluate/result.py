@@ -75,7 +75,7 @@ def summarise(plan: Plan, where: str, answers: Sequence[Sequence[Answers]]) -> R
             k=sampling.k,
             temperature=sampling.temperature,
             measures=list(plan.measures),
-            draft_len=rollout.draft_len,
+            draft_len=rollout.most_drafts,
             max_new_tokens=plan.models.max_new_tokens,
             seed=rollout.seed,
             level=LEVEL,
@@ -92,4 +92,4 @@ def summarise(plan: Plan, where: str, answers: Sequence[Sequence[Answers]]) -> R
 def _values(plan: Plan, prompts: Sequence[HeldOut], answers: Sequence[Answers], task: str) -> Named:
     own = [(prompt.label, answer) for prompt, answer in zip(prompts, answers, strict=True) if prompt.task == task]
     labels, of_task = [label for label, _ in own], [answer for _, answer in own]
-    return task_values(of_task, labels, k=plan.sampling.k, draft_len=plan.models.skd.rollout.draft_len)
+    return task_values(of_task, labels, k=plan.sampling.k, draft_len=plan.models.skd.rollout.most_drafts)

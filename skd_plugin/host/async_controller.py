@@ -16,6 +16,7 @@ import ray
 from openrlhf.trainer import ppo_trainer_async
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from skd_plugin.core.clock import Clock
 from skd_plugin.core.metrics import Ratio
 from skd_plugin.host.controller import prepare_process
 from skd_plugin.host.evaluation import HeldOut
@@ -64,7 +65,7 @@ class SKDGenerator(HostGenerator):
 
     def _add_sampled(self, payload: Any) -> None:
         if is_batch(payload):
-            payload[1][SAMPLED] = self.samples_generator.sampled
+            payload[1][SAMPLED] = self.samples_generator.take_sampled()
 
     def planned_steps(self) -> int:
         return self.samples_generator.planned_steps
@@ -96,10 +97,12 @@ class SKDTrainingActor(TrainingSide, HostTrainingActor):
     def _take_sampled(self, payload: Any) -> None:
         if is_batch(payload):
             self.sampled = payload[1].pop(SAMPLED)
+        else:
+            self.clock.lap()  # the time of an evaluation is not the next step's
 
     def begin(self, planned_steps: int) -> dict[str, Any]:
         """Before all else; returns the states of the checkpoint to go on from."""
-        self.set_up(planned_steps)
+        self.set_up(planned_steps, Clock())
         states = self.resume()
         self._step = states["global_step"]
         if self._step:
@@ -135,8 +138,14 @@ class SKDTrainingActor(TrainingSide, HostTrainingActor):
         total, tokens = Ratio.total([of_one.mean for of_one in versions])
         return global_step - total / tokens if tokens else 0.0
 
-    def step_time(self, status: dict[str, Any], metrics: dict[str, float]) -> float:
-        return status["timing/step_total"]  # sampling and training overlap
+    def fit(self, global_step: int = 0) -> None:
+        self.clock.lap()
+        super().fit(global_step)
+
+    def step_times(self) -> dict[str, float]:
+        times = super().step_times()
+        times["time/queue"] = times.pop("time/rest")  # whatever else this process does, it waits for responses
+        return times
 
     def finished_steps(self) -> int:
         return self._step

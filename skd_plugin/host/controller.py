@@ -31,7 +31,7 @@ class SKDTrainer(TrainingSide, HostTrainer):
         prepare_process(strategy.args)
         rebind(ppo_trainer, "SamplesGenerator", RunSamples)
         super().__init__(pretrain, strategy, *args, **kwargs)
-        self.set_up(self.samples_generator.planned_steps)
+        self.set_up(self.samples_generator.planned_steps, self.samples_generator.clock)
         self._held_out = HeldOut(self.samples_generator, self.generate_kwargs)
 
     def fit(self, global_step: int = 0) -> None:
@@ -40,6 +40,7 @@ class SKDTrainer(TrainingSide, HostTrainer):
         self.samples_generator.resume(step, states.get(RULE_STATE))
         self.log_evaluation(step, self._held_out.measure_before_training(step, self.broadcast_to_vllm))
         self.folder.status.stage("training", planned_steps=self.planned_steps)
+        self.clock.lap()
         super().fit(global_step)
         step = self.samples_generator.step
         self.end(step, self._held_out.measure_after_training(step))
@@ -49,11 +50,9 @@ class SKDTrainer(TrainingSide, HostTrainer):
         self.sampled = self.samples_generator.sampled
         return super().train_step(rollout_samples, global_step)
 
-    def step_time(self, status: dict[str, Any], metrics: dict[str, float]) -> float:
-        return metrics["time/rollout"] + metrics["time/train"]
-
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         """In place of OpenRLHF's."""
-        metrics = self._held_out.measure_student(global_step)
+        with self.clock.part("evaluation"):
+            metrics = self._held_out.measure_student(global_step)
         self.log_evaluation(global_step, metrics)
         return metrics

@@ -9,11 +9,13 @@ from typing import Any
 import openrlhf.trainer.ray.ppo_actor as host
 import ray
 import torch
+from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from skd_plugin import trust
 from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.teacher import teacher_words
+from skd_plugin.core.clock import REST, Clock
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu, shards
@@ -35,6 +37,7 @@ from skd_plugin.host.weight_sync import StudentSender
 from skd_plugin.models import common_vocab_size, load_output_head, mean_tolerance
 from skd_plugin.seams import plain_class, rebind
 
+SECONDS = "skd_seconds"  # key in the status of an update
 EMA_FOLDER = "_ema"  # of checkpoints, of OpenRLHF's running mean of the weights (train.enable_ema)
 
 HostPolicy = plain_class(host.PolicyModelActor)
@@ -46,6 +49,9 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         skd = self.args.skd
         vocab = common_vocab_size(skd.any_teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
+        self.clock = Clock()
+        rebind(DeepspeedStrategy, "backward", self.clock.part("backward")(DeepspeedStrategy.backward))
+        rebind(DeepspeedStrategy, "optimizer_step", self.clock.part("optimizer")(DeepspeedStrategy.optimizer_step))
         follow = skd.teacher.follow if skd.teacher is not None else None
         self.moving_teacher = MovingTeacher(self.actor.model.module, follow) if follow else None
         self._trained = self.teacher_resumed = False  # since the weights were last sent
@@ -75,6 +81,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         self._trained = True
         embeddings = self.actor.model.get_input_embeddings()
         with (
+            self.clock.part("forward"),
             finite_gradients(embeddings, self.step),
             self.objective.step(self.actor, experience) as self.actor_loss_fn,
         ):
@@ -165,12 +172,22 @@ class SKDPolicy(HostPolicy):
 
     def append(self, experience: Any) -> None:
         """A batch of the step's experience; its traces come from where they were sampled."""
-        experience.info[TRACE_KEY] = fetch(experience.info[TRACE_KEY])
-        super().append(experience)
+        with self.trainer.clock.part("traces"):
+            experience.info[TRACE_KEY] = fetch(experience.info[TRACE_KEY])
+            super().append(experience)
+
+    def fit(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """OpenRLHF's status of an update, and the seconds that went to each part of the step here."""
+        with self.trainer.clock.part("batches"):
+            status = super().fit(*args, **kwargs)
+        seconds = self.trainer.clock.lap()
+        del seconds[REST]
+        return {**status, SECONDS: seconds}
 
     def begin_step(self, step: int, coefficients: Coefficients, seed: int) -> None:
         """Before each `fit`; `step` counts from 1. The seed makes OpenRLHF's shuffling the same in a resumed run."""
         self.trainer.step = step
+        self.trainer.clock.lap()
         self.trainer.objective.begin_step(coefficients, student_version=step - 1)
         torch.manual_seed(seed)
 

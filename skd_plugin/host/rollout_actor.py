@@ -88,7 +88,8 @@ class SKDRollout(HostRollout):
             )
         self.executor = _TracingExecutor(executor)
         self.teacher_top_k, self._teacher = spec.teacher_top_k, teacher
-        self._draft_len, self._end_ids = spec.draft_len, spec.end_ids
+        self._draft_len = None if spec.draft_len_auto else spec.draft_len
+        self._end_ids = spec.end_ids
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._student_version = 0
@@ -110,6 +111,10 @@ class SKDRollout(HostRollout):
     def student_version(self) -> int:
         """Updates that the student in the engine has had."""
         return self._student_version
+
+    async def take_seconds(self) -> dict[str, float]:
+        """That went to each part of the engine's work since the last call."""
+        return (await call_worker(self.llm, "take_seconds"))[0]
 
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
 from skd_plugin.config.host_rules import check_number, planned_steps
+from skd_plugin.core.clock import REST, Clock
 from skd_plugin.core.layout import first_response_place
 from skd_plugin.core.metrics import rollout_metrics
 from skd_plugin.core.prompt_weights import PromptWeights
-from skd_plugin.engine.sampling_rule import RulePlan
+from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host import by_task
 from skd_plugin.host.samples import SKDSamplesGenerator
 from skd_plugin.host.teacher_prompts import teacher_of, teacher_prompt
@@ -63,6 +65,7 @@ class RunSamples(SKDSamplesGenerator):
         self._sources = by_task.sources(prompts, eval_dataloader.dataset if eval_dataloader else None)
         self._several_tasks = len(set(prompts.datasources)) > 1
         self.sampled: Sampled | None = None  # of the latest step
+        self.clock = Clock()  # of this process
 
     def resume(self, step: int, rule_state: dict[str, float] | None) -> None:
         """Goes on behind a step."""
@@ -78,16 +81,39 @@ class RunSamples(SKDSamplesGenerator):
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         rule = self.rule
-        samples, *others = super().generate_samples(**generate_kwargs)
+        self._engine_seconds()  # of evaluations and weights
+        with self.clock.part("requests"):
+            samples, *others = super().generate_samples(**generate_kwargs)
+        self.clock.split("requests", self._engine_seconds())
         if samples:
-            self.step += 1
-            self._record(samples)
-            metrics = self._metrics(samples) | rule.metrics() | self._weigh_prompts(samples)
-            self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
-            tokens = sum(len(stored_trace(sample)) for sample in samples)
-            scores = {f"{PROMPT}{key}": score for key, score in self._prompt_weights.state_dict().items()}
-            self.sampled = Sampled(metrics, tokens, self.plan.state_dict() | scores)
+            with self.clock.part("metrics"):
+                self._look_at(samples, rule)
         return samples, *others
+
+    def take_sampled(self) -> Sampled:
+        """What the latest step's responses say, with what this process and the engines have spent on them: of a
+        process that does nothing else.
+        """
+        assert self.sampled is not None
+        seconds = self.clock.lap()
+        seconds.pop(REST)
+        times = {f"time/{name}": value for name, value in seconds.items()}
+        return replace(self.sampled, metrics=self.sampled.metrics | times)
+
+    def _engine_seconds(self) -> dict[str, float]:
+        """That an engine has spent on each part of its work since the last call, a mean over the engines."""
+        of_each = batch_vllm_engine_call(self.vllm_engines, "take_seconds")
+        names = {name for seconds in of_each for name in seconds}
+        return {name: sum(seconds.get(name, 0.0) for seconds in of_each) / len(of_each) for name in sorted(names)}
+
+    def _look_at(self, samples: list[Experience], rule: SamplingRule) -> None:
+        self.step += 1
+        self._record(samples)
+        metrics = self._metrics(samples) | rule.metrics() | self._weigh_prompts(samples)
+        self.plan.observe(metrics.get("skd/accept_rate", float("nan")))
+        tokens = sum(len(stored_trace(sample)) for sample in samples)
+        scores = {f"{PROMPT}{key}": score for key, score in self._prompt_weights.state_dict().items()}
+        self.sampled = Sampled(metrics, tokens, self.plan.state_dict() | scores)
 
     def _weigh_prompts(self, samples: list[Experience]) -> dict[str, float]:
         """Gives each response the weight of its prompt, if prompts are weighed."""

@@ -45,11 +45,11 @@ class StoredTrace:
         return len(self.drawn)
 
     @classmethod
-    def put(cls, trace: Trace, draft_len: int) -> StoredTrace:
+    def put(cls, trace: Trace, draft_len: int | None) -> StoredTrace:
         """In the process that made it, which from now on owns it.
 
         Args:
-            draft_len: tokens of a block, which the figures need.
+            draft_len: tokens of a block, which the figures need; None: blocks differ.
         """
         return cls(ray.put(trace), trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.teacher import ONLY
+from skd_plugin.core.clock import Clock
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.host import by_task
 from skd_plugin.host.end_event import end_ids_of
 from skd_plugin.host.metrics import objective_metrics
+from skd_plugin.host.policy_actor import SECONDS
 from skd_plugin.host.run_samples import Sampled
 from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDExperienceMaker
 from skd_plugin.host.teacher_check import compare_teachers
@@ -27,6 +28,8 @@ from skd_plugin.models import load_tokenizer
 from skd_plugin.run_folder import RunFolder
 
 RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
+# Parts of a step between its last response and its weights in the engines.
+TRAINING_PARTS = frozenset("experience traces batches forward backward optimizer ray sync".split())
 STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way to the loggers
 
 
@@ -57,8 +60,9 @@ class TrainingSide:
 
     sampled: Sampled | None  # of the step that is trained
 
-    def set_up(self: Any, planned_steps: int) -> None:
-        """After OpenRLHF's own __init__."""
+    def set_up(self: Any, planned_steps: int, clock: Clock) -> None:
+        """After OpenRLHF's own __init__. Args: clock: of this process."""
+        self.clock = clock
         self.skd: SKDConfig = self.args.skd
         self.folder = RunFolder(Path(self.skd.run_dir))
         self.planned_steps = planned_steps
@@ -106,16 +110,27 @@ class TrainingSide:
 
     def train_step(self: Any, rollout_samples: list[Experience], global_step: int) -> tuple[dict[str, Any], int]:
         """OpenRLHF's step; its status also carries what is measured of it here, on its way to the loggers."""
-        started = time.monotonic()
         metrics = dict(self.sampled.metrics)
         metrics |= self._compare_teachers(rollout_samples, global_step)
         coefficients = self._begin_step(global_step)
-        status, step = super().train_step(rollout_samples, global_step)
+        with self.clock.part("experience"):
+            status, step = super().train_step(rollout_samples, global_step)
         # Popped, because OpenRLHF keeps the samples until it has the next ones, and Ray what they refer to.
         traces = [sample.info.pop(TRACE_KEY)[0] for sample in rollout_samples]
         metrics |= objective_metrics(status, [trace.drawn for trace in traces], coefficients)
-        metrics["time/train"] = time.monotonic() - started
         return {**status, STEP_METRICS: metrics}, step
+
+    def ppo_train(self: Any, global_steps: int) -> dict[str, Any]:
+        with self.clock.part("ray"):
+            status = super().ppo_train(global_steps)
+        seconds = status.pop(SECONDS, {})  # none in a step that trains the critic alone
+        self.clock.split("experience", {"traces": seconds.pop("traces", 0.0)})
+        self.clock.split("ray", seconds)
+        return status
+
+    def broadcast_to_vllm(self: Any) -> None:
+        with self.clock.part("sync"):
+            super().broadcast_to_vllm()
 
     def _compare_teachers(self: Any, samples: list[Experience], global_step: int) -> dict[str, float]:
         """Looks at each teacher in the first step that has responses of it, but at none that has moved."""
@@ -161,24 +176,28 @@ class TrainingSide:
         status = dict(logs_dict or {})
         metrics = status.pop(STEP_METRICS)
         metrics |= {
+            **self.step_times(),
             "time/rollout": status.get("timing/generation", 0.0),
-            "time/sync": status.get("timing/broadcast"),
             "grad_norm": status.get("actor_grad_norm") or None,  # DeepSpeed keeps none in float32
             "lr": status.get("actor_lr"),
         }
-        metrics["time/step"] = self.step_time(status, metrics)
         metrics["tokens_per_s"] = self.sampled.tokens / metrics["time/step"] if metrics["time/step"] else None
         passed = status.get("dynamic_filtering_pass_rate")
         if passed is not None:  # OpenRLHF counts samples for prompts, and comes to it after the training step
             metrics["rl/filter_pass_rate"] = passed / self.args.rollout.n_samples_per_prompt / 100
-        # Before the checkpoint is written: a run that is resumed from it has this line.
-        self.folder.metrics.append({"step": global_step, **metrics})
-        states = {**(client_states or {}), RULE_STATE: self.sampled.rule_state}
-        super().save_logs_and_checkpoints(global_step, {**status, **metrics}, states)
+        with self.clock.part("save"):
+            # Before the checkpoint is written: a run that is resumed from it has this line.
+            self.folder.metrics.append({"step": global_step, **metrics})
+            states = {**(client_states or {}), RULE_STATE: self.sampled.rule_state}
+            super().save_logs_and_checkpoints(global_step, {**status, **metrics}, states)
 
-    def step_time(self, status: dict[str, Any], metrics: dict[str, float]) -> float:
-        """Seconds from the last step's end to this one's, evaluations left out."""
-        raise NotImplementedError
+    def step_times(self: Any) -> dict[str, float]:
+        """Seconds since the last step's line, evaluations left out: of all, and of the parts, which add up to them."""
+        parts = self.clock.lap()
+        parts.pop("evaluation", None)
+        training = [seconds for name, seconds in parts.items() if name in TRAINING_PARTS]
+        times = {"step": sum(parts.values()), "train": sum(training)} | parts
+        return {f"time/{name}": seconds for name, seconds in times.items()}
 
     def log_evaluation(self: Any, step: int, metrics: dict[str, float]) -> None:
         for logger in self._loggers if metrics else ():  # which put the prefix back

@@ -104,6 +104,8 @@ SIGNATURES = [
     (f"{SCHEDULER}.__init__",
      "vllm_config kv_cache_config structured_output_manager block_size hash_block_size mm_registry "
      "include_finished_set log_stats", "engine/scheduler.py"),
+    (f"{SCHEDULER}.schedule", "throttle_prefills", "engine/scheduler.py"),
+    (f"{SCHEDULER}.update_from_output", "scheduler_output model_runner_output", "engine/scheduler.py"),
     (f"{SCHEDULER}._preempt_request", "request timestamp drop_stale_output", "engine/scheduler.py"),
     (f"{SCHEDULER}._reserve_prefill_lookahead", "request num_computed_tokens num_new_tokens", "engine/scheduler.py"),
     (f"{SCHEDULER}._update_request_with_output", "request new_token_ids is_stale", "engine/scheduler.py"),

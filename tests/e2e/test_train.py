@@ -30,6 +30,8 @@ from tests.waiting import GUARD_S, wait_for
 
 pytestmark = pytest.mark.e2e
 
+SUMS = ("time/step", "time/rollout", "time/train")  # of the other `time/*`
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -42,6 +44,13 @@ def test_run_folder_is_complete(finished_run: tuple[Path, str]):
     for name in ("skd/accept_rate", "skd/replaced_frac", "skd/teacher_nll", "skd/draft_waste", "tokens_per_s"):
         assert all(isinstance(record[name], float) for record in trained), name
     assert all(record["skd/undrafted_frac"] == 0.0 for record in trained)
+    for record in trained:
+        parts = [value for name, value in record.items() if name.startswith("time/") and name not in SUMS]
+        assert len(parts) > 15 and sum(parts) == pytest.approx(record["time/step"], rel=1e-3)
+        assert record["time/rollout"] + record["time/train"] <= 1.02 * record["time/step"]
+        assert all(
+            record[f"time/{name}"] > 0 for name in ("draft", "verify", "sample", "record", "forward", "backward")
+        )
     evaluations = [key for record in metrics(folder) for key in record if key.startswith("eval/")]
     assert evaluations.count("eval/arithmetic/accuracy") == 4
     assert evaluations.count("eval/arithmetic/teacher_accuracy") == 1

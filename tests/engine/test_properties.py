@@ -1,13 +1,15 @@
-"""What holds for every batch: requests drawn by hypothesis, in the real engine, with block lengths 1 and 4."""
+"""What holds for every batch: requests drawn by hypothesis, in the real engine, with several lengths of block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from skd_plugin.core.draft_length import DraftLength
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.engine.sampling_rule import SamplingRule
 from tests.conftest import EOS, MAX_LEN, VOCAB
@@ -16,6 +18,21 @@ from tests.rules import make_rule
 pytestmark = pytest.mark.engine
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz +="
+
+
+class InTurn(DraftLength):
+    """In place of the length that measurements choose (skd.rollout.draft_len auto): another one each step."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self._turns = cycle((3, 1, 4, 2, 2, 4))
+
+    def choose(self, requests: int) -> int:
+        return next(self._turns)
+
+
+def scheduler_of(engine):
+    return engine._llm.llm_engine.engine_core.engine_core.scheduler
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,14 @@ def check(request: Request, sample) -> None:
 def test_every_batch(engine, batch):
     """Each response ends once and rightly, and is the same token by token whatever the block length is."""
     by_length = [generate(engine(draft_len), batch) for draft_len in (1, 4)]
-    for request, short, long in zip(batch, *by_length, strict=True):
-        check(request, short)
-        check(request, long)
-        for name in ("response_ids", "source", "rejected_ids"):
-            assert getattr(short.trace, name).tolist() == getattr(long.trace, name).tolist(), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_of(engine(4)), "_lengths", InTurn())
+        by_length.append(generate(engine(4), batch))
+    for request, short, *others in zip(batch, *by_length, strict=True):
+        for other in (short, *others):
+            check(request, other)
+            for name in ("response_ids", "source", "rejected_ids"):
+                assert getattr(short.trace, name).tolist() == getattr(other.trace, name).tolist(), name
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

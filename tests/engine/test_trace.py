@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -230,3 +231,16 @@ def test_teachers_hidden_states(engine, hf_models, draft_len):
 
 def test_hidden_states_are_not_kept_unasked(case):
     assert case.record.teacher_hidden.shape == (len(case.record), 0)
+
+
+def test_seconds_of_the_engine_are_told_by_part_and_once(case, engine):
+    """The parts lie within the time that the engine worked."""
+    one = engine(1)
+    one.take_seconds()
+    started = time.perf_counter()
+    one.generate([[3, 4, 5]] * 4, make_rule(top_k=TOP_K), 6, seed=1)
+    worked_s = time.perf_counter() - started
+    seconds = one.take_seconds()
+    assert set(seconds) == {"schedule", "verify", "sample", "record", "draft", "traces"}
+    assert all(value > 0 for value in seconds.values()) and sum(seconds.values()) <= worked_s
+    assert not any(one.take_seconds().values())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from skd_plugin.core.clock import Clock
 from skd_plugin.host.trace_store import TRACE_KEY, Versions
 from tests.traces import trace_of
 
@@ -37,10 +38,11 @@ def test_what_was_measured_travels_with_its_samples(asynchronous) -> None:
     queue = Queue()
     generator = object.__new__(asynchronous.SKDGenerator)
     trainer = object.__new__(asynchronous.SKDTrainingActor)
+    trainer.clock = Clock()
     into = asynchronous.Tapped(queue, generator._add_sampled)
     out_of = asynchronous.Tapped(queue, trainer._take_sampled)
     for number in (1, 2):
-        generator.samples_generator = SimpleNamespace(sampled=f"of step {number}")
+        generator.samples_generator = SimpleNamespace(take_sampled=lambda number=number: f"of step {number}")
         into.put(([f"samples {number}"], {"episode": 0}, None, 0.1), block=True)
         into.put(("eval", number, {}), block=True)
     into.put("done", block=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from skd_plugin.config.schema import SKDConfig
+from skd_plugin.core.clock import Clock
 from skd_plugin.run_folder import RunFolder
 
 SKD = SKDConfig(teacher={"model_name_or_path": "teacher"}, loss={"temperature": 2.0, "teacher_top_k": 8})
@@ -82,7 +83,7 @@ def test_a_run_that_ends_without_a_step_has_failed(check, tmp_path: Path, monkey
     trainer._held_out = SimpleNamespace(**nothing)
     closed: list[str] = []
     trainer._loggers, trainer._closings = [], [lambda: closed.append("logger")]
-    trainer.check_parts = lambda: None
+    trainer.check_parts, trainer.clock = lambda: None, Clock()
     trainer.init_checkpoint_states = lambda: {"global_step": 0}
     trainer.actor_model_group = SimpleNamespace(async_run_method=lambda *args: [])
 
@@ -112,3 +113,58 @@ def test_loggers_stay_open_until_the_last_evaluation_is_logged(check) -> None:
     logger.close()  # at the end of OpenRLHF's fit
     side.end(3, {"eval/x/kl": 0.5})
     assert told == [(3, {"x/kl": 0.5}), "closed"]
+
+
+def test_the_parts_of_a_step_add_up_to_it(check) -> None:
+    """As OpenRLHF's trainer calls: the actors and the engines say what they have measured while it waited for them."""
+    from skd_plugin.host import training_side
+
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    class Host:
+        def train_step(self, samples: list, step: int) -> tuple[dict, int]:
+            spend(1)  # batches, and their way to the actors
+            status = self.ppo_train(step)
+            self.broadcast_to_vllm()
+            return status, step + 1
+
+        def ppo_train(self, step: int) -> dict:
+            spend(10)
+            measured = {"forward": 3.0, "backward": 4.0, "optimizer": 1.0, "batches": 0.5, "traces": 0.25}
+            return {"skd_loss": 0.5, training_side.SECONDS: measured}
+
+        def broadcast_to_vllm(self) -> None:
+            spend(2)
+
+        def save_logs_and_checkpoints(self, step: int, status: dict, states: dict) -> None:
+            spend(32)
+
+    class Trainer(training_side.TrainingSide, Host):
+        pass
+
+    trainer = Trainer()
+    trainer.clock, trainer.skd, trainer._uncompared = Clock(lambda: now[0]), SKD, []
+    trainer.sampled = SimpleNamespace(metrics={}, tokens=8, rule_state={})
+    trainer._begin_step = lambda step: SKD.objective.coefficients(0.0)
+    written: list[dict[str, Any]] = []
+    trainer.folder = SimpleNamespace(metrics=SimpleNamespace(append=written.append))
+    trainer.args = SimpleNamespace()
+    for step in range(2):
+        with trainer.clock.part("evaluation"):
+            spend(100)
+        with trainer.clock.part("requests"):
+            spend(20)
+        trainer.clock.split("requests", {"draft": 6.0, "verify": 9.0})
+        status, _ = trainer.train_step([], step)
+        trainer.save_logs_and_checkpoints(step + 1, status)
+    first, second = ({n.removeprefix("time/"): v for n, v in r.items() if n.startswith("time/")} for r in written)
+    assert first == {
+        **{"step": 33, "train": 13, "rollout": 0, "rest": 0},
+        **{"requests": 5, "draft": 6, "verify": 9, "experience": 0.75, "traces": 0.25, "sync": 2},
+        **{"forward": 3, "backward": 4, "optimizer": 1, "batches": 0.5, "ray": 1.5},
+    }
+    assert second == first | {"save": 32, "step": 65}
+    assert written[1]["tokens_per_s"] == 8 / 65
