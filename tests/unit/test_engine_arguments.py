@@ -159,6 +159,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
             "skd_loss_temperature": 1.0,
             "skd_teacher_hidden": False,
             "skd_teacher_moves": False,
+            "skd_draft_len_auto": False,
             "skd_end_ids": [],
         },
     }
