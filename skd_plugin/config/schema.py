@@ -111,7 +111,7 @@ class SKDConfig(Section):
 
     @property
     def draft_len(self) -> int:
-        """Tokens that the student proposes in a block, at most; 0 where the teacher is elsewhere, and it writes on alone."""
+        """Tokens of the longest block that the student proposes; 0 where the teacher is elsewhere: it writes alone."""
         return 0 if self.is_served else self.rollout.most_drafts
 
     @property

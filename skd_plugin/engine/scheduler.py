@@ -25,7 +25,7 @@ class SKDScheduler(Scheduler):
         self._without_last: WeakSet[Request] = WeakSet()  # preempted, and not yet back where they were
         self._seconds = 0.0  # spent here, and not yet told to the worker
         options = self.vllm_config.additional_config
-        self._lengths = DraftLength(self.num_spec_tokens) if options["skd_draft_len_auto"] else None
+        self._lengths = DraftLength(self.num_spec_tokens) if options.get("skd_draft_len_auto") else None
         self._planned = 0.0  # when the latest plan was made
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
