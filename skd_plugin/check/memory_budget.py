@@ -64,16 +64,18 @@ def make_budget(
         concurrent=min(requests, skd.vllm.get("max_num_seqs", requests)),
         batched_tokens=skd.vllm.get("max_num_batched_tokens", CPU_BATCHED_TOKENS if cpu else BATCHED_TOKENS),
     )
+    split = options["ds.tensor_parallel_size"]
+    spread = student.embeddings + (student.parameters - student.embeddings) // split
     trainer = trainer_memory(
-        student,
+        replace(student, parameters=spread),
         mixed_precision=not cpu,
         zero_stage=options["ds.zero_stage"],
-        ranks=trainers,
+        ranks=trainers // split,
         adam_offload=options["ds.adam_offload"],
         overlap_comm=options["ds.overlap_comm"],
         tokens=_tokens_of_a_batch(options),
         checkpointing=options["actor.gradient_checkpointing_enable"],
-        chunk=skd.loss.chunk if student.plain_head and not options["ds.deepcompile"] else None,
+        chunk=skd.loss.chunk if student.plain_head and not options["ds.deepcompile"] and split == 1 else None,
         teacher_hidden=teacher.hidden if skd.loss.vocabulary == "full" else 0,
     )
     return Budget(engine, trainer, requests)

@@ -41,10 +41,6 @@ IMAGES = (
 FIXED: dict[str, tuple[Any, str]] = {
     "rollout.temperature": (1.0, "OpenRLHF divides the trained logits by it; set skd.rollout.student_temperature"),
     "rollout.top_p": (1.0, "set skd.rollout.student_top_p"),
-    "ds.tensor_parallel_size": (
-        1,
-        "each rank would send the engines its part of the weights only; ds.zero_stage=3 splits them, too",
-    ),
     "data.max_images_per_prompt": (0, IMAGES),
     "data.image_key": ("images", IMAGES),
     "actor.freeze_visual_encoder": (False, IMAGES),
@@ -116,6 +112,8 @@ def check(options: HostOptions, skd: SKDConfig) -> None:
         _check_follow(options, skd)
     _check_batches(options)
     _check_ring(options, skd)
+    if options["ds.tensor_parallel_size"] > 1:
+        _check_tensor_parallel(options, skd)
     if options["ds.lora.rank"]:
         _check_adapters(options)
     if skd.objective.uses_rewards:
@@ -149,6 +147,33 @@ def _check_ring(options: HostOptions, skd: SKDConfig) -> None:
             f"{name}, but the loss of tokens on several ranks is read off the output head: leave skd.loss.chunk and "
             "openrlhf.ds.deepcompile at their defaults"
         )
+
+
+def _check_tensor_parallel(options: HostOptions, skd: SKDConfig) -> None:
+    """Raises RecipeError for what has not been shown to be right where each rank has a part of every layer."""
+    name = f"openrlhf.ds.tensor_parallel_size is {options['ds.tensor_parallel_size']}"
+    actors = options["actor.num_nodes"] * options["actor.num_gpus_per_node"]
+    if actors % options["ds.tensor_parallel_size"]:
+        raise RecipeError(
+            f"{name}, but openrlhf.actor.num_nodes x num_gpus_per_node = {actors} actors make no whole groups of it"
+        )
+    untried = "nobody has compared it with a run without tensor parallelism"
+    beside = {
+        "skd.loss.vocabulary=full": (skd.loss.vocabulary == "full", "no rank has the whole output head that it reads"),
+        "skd.teacher.follow": (skd.teacher.follow is not None, untried),
+        "openrlhf.train.colocate_all": (options["train.colocate_all"], "OpenRLHF then shares no memory with engines"),
+        "openrlhf.ds.ring_attn_size": (options["ds.ring_attn_size"] > 1, "its loss is read off the output head"),
+        "openrlhf.ds.lora.rank": (options["ds.lora.rank"] > 0, untried),
+        "openrlhf.ds.zpg": (options["ds.zpg"] > 1, untried),
+        "openrlhf.algo.kl.init_coef (a reference model)": (options["algo.kl.init_coef"] > 0, untried),
+        "openrlhf.algo.advantage.estimator=gae (a critic)": (options["algo.advantage.estimator"] == "gae", untried),
+        "openrlhf.reward.model_name_or_path": (bool(options["reward.model_name_or_path"]), untried),
+    }
+    for option in ("train.enable_ema", "ds.deepcompile", "ds.use_liger_kernel", "ds.use_universal_ckpt"):
+        beside[f"openrlhf.{option}"] = (options[option], untried)
+    for other, (is_on, why) in beside.items():
+        if is_on:
+            raise RecipeError(f"{name} beside {other}: {why}; leave one of them out")
 
 
 def planned_steps(prompts: int, batch_size: int, episodes: int) -> int:

@@ -46,8 +46,11 @@ def bind(run: Run) -> None:
             args.ds.attn_implementation = run.host[
                 "ds.attn_implementation"
             ]  # OpenRLHF packs for flash attention alone
-            args.ds.param_dtype = "fp32"  # neither bf16 nor fp16 to OpenRLHF: plain float32, 3x faster on a CPU
-        return get_strategy(args)
+        strategy = get_strategy(args)  # which takes no tensor parallelism but of bf16
+        if run.cpu:
+            # Neither bf16 nor fp16 to OpenRLHF: plain float32, 3x faster on a CPU.
+            args.ds.param_dtype = strategy.param_dtype = "fp32"
+        return strategy
 
     rebind(host_utils, "get_strategy", strategy_with_skd)
     rebind(vllm_engine, "RolloutRayActor", RolloutActors(run))  # create_vllm_engines names it

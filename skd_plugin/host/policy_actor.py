@@ -143,8 +143,9 @@ class SKDPolicy(HostPolicy):
         trust.close_transformers()
         on_cpu.adapt_trainer()
         skd = strategy.args.skd
-        # A compiled model would not call the forward that takes the head's place.
-        chunk = None if strategy.args.ds.deepcompile else skd.loss.chunk
+        # A compiled model would not call the forward that takes the head's place; AutoTP cuts the head in parts.
+        whole_head = not strategy.args.ds.deepcompile and strategy.args.ds.tensor_parallel_size == 1
+        chunk = skd.loss.chunk if whole_head else None
         vocab = common_vocab_size(skd.any_teacher.model_name_or_path, pretrain)
         rebind(host, "Actor", partial(ChunkedActor, chunk=chunk, vocab=vocab, end_ids=end_ids_of(strategy.args)))
         rebind(host, "ActorPPOTrainer", SKDActorTrainer)  # OpenRLHF's init names it; this process serves one actor

@@ -1,12 +1,41 @@
-"""Weights of which each rank holds its part, kept beside OpenRLHF's checkpoints, which know of the student alone."""
+"""Weights of which each rank holds its part: put together, and kept beside OpenRLHF's checkpoints, which know of the
+student alone. A rank's part is ZeRO-3's or, with `ds.tensor_parallel_size`, that of DeepSpeed's AutoTP, or one of the
+other.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Of the parameter in the model's checkpoint, whatever this rank holds of it."""
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+    cut = getattr(parameter, DS_AUTOTP_UC_META, None)
+    return torch.Size(cut["original_shape"]) if cut else getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def whole(parameters: Sequence[torch.nn.Parameter], *, zero_stage: int) -> Iterator[None]:
+    """While it is open, every rank has the parameters whole. All ranks must call it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), enabled=zero_stage == 3):
+        # Its method is of the layer that AutoTP has put in place.
+        cut = [(parameter, parameter.data) for parameter in parameters if hasattr(parameter, "gather_params")]
+        for parameter, _ in cut:
+            parameter.gather_params([parameter])
+        try:
+            yield
+        finally:
+            for parameter, own in cut:  # as it was: an optimizer may have the memory that it lies in
+                parameter.data = own
 
 
 def shard_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from skd_plugin.adapters import Weight, plain, weights
 from skd_plugin.host import on_cpu
 from skd_plugin.host.moving_teacher import MovingTeacher
+from skd_plugin.host.shards import whole, whole_shape
 
 BUCKET_BYTES = 512 << 20  # one message; a larger parameter travels alone
 WORKER_EXTENSION_CLS = "skd_plugin.host.weight_sync.StudentWeights"
@@ -126,11 +127,9 @@ class StudentSender:
         torch_dist_barrier_and_cuda_sync()
 
     def _send_model(self, *, into_teacher: bool) -> None:
-        import deepspeed
-
         for bucket, named in buckets(self._model):
-            gathered = [parameter for weight in named.values() for parameter in weight.parameters]
-            with deepspeed.zero.GatheredParameters(gathered, enabled=self._args.ds.zero_stage == 3):
+            parameters = [parameter for weight in named.values() for parameter in weight.parameters]
+            with whole(parameters, zero_stage=self._args.ds.zero_stage):
                 if self._use_cuda_ipc:
                     self._send_by_ipc(bucket, into_teacher, flatten(self._model, named))
                 elif torch.distributed.get_rank() == 0:
@@ -176,7 +175,7 @@ def buckets(model: torch.nn.Module) -> Iterator[tuple[Bucket, dict[str, Weight]]
     """
 
     def shape(weight: Weight) -> torch.Size:
-        return getattr(weight.base, "ds_shape", weight.base.shape)  # ZeRO-3 keeps the whole shape beside the shard
+        return whole_shape(weight.base)
 
     def dtype_of(named: dict[str, Weight]) -> torch.dtype:
         return next(iter(named.values())).base.dtype

@@ -42,6 +42,7 @@ from skd_plugin.prepare.model_checks import (
     check_adapters,
     check_experts,
     check_full_weights,
+    check_layers_to_spread,
     check_output_head,
     check_pair,
     check_ring,
@@ -246,6 +247,8 @@ def load_run(recipe: str | Path, overrides: Iterable[str] = ()) -> Run:
         check_experts(models.student)
     if complete["ds.ring_attn_size"] > 1:
         check_ring(models.student, complete["ds.ring_attn_size"], cpu=models.cpu)
+    if complete["ds.tensor_parallel_size"] > 1:
+        check_layers_to_spread(models.student, complete["ds.tensor_parallel_size"])
     check_saving(models.student, "student")
     if skd.loss.vocabulary == "full":
         for name, teacher in skd.all_teachers.items():

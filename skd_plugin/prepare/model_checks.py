@@ -102,6 +102,16 @@ def check_experts(student: str) -> None:
         )
 
 
+def check_layers_to_spread(student: str, ranks: int) -> None:
+    """Raises RecipeError for a student whose layers nobody has seen right on several ranks (DeepSpeed's AutoTP)."""
+    config = load_model_config(student, "student")
+    if _has_experts(config):
+        raise RecipeError(
+            f"openrlhf.ds.tensor_parallel_size is {ranks}, but the student '{student}' is a mixture of experts, whose "
+            "layers have not been compared with those on one rank; set it to 1"
+        )
+
+
 def check_full_weights(student: str) -> None:
     """Raises RecipeError for a student whose weights are rounded: it could not be trained."""
     method = method_of(load_model_config(student, "student"))

@@ -29,7 +29,7 @@ from skd_plugin.host.policy_actor import SKDActorTrainer
 from skd_plugin.host.samples import SKDExperienceMaker
 from skd_plugin.seams import rebind
 
-LORA = {"ds.lora.rank": 4, "ds.lora.alpha": 8, "actor.gradient_checkpointing_enable": True}
+LORA = {"ds.lora.rank": 4, "ds.lora.alpha": 8}
 FULL = [*packed_run.DISTILL, "skd.loss.vocabulary=full", "skd.loss.chunk=7"]
 CASES: dict[str, tuple[list[str], dict[str, Any], str]] = {  # options of skd and of the host, layout
     "all linear layers": (packed_run.DISTILL, {"ds.lora.target_modules": ["all-linear"]}, "padded"),
@@ -56,16 +56,26 @@ class Engines:
 
 
 class Run:
-    def __init__(self, folder: Path, model: str, stage: int, case: str) -> None:
-        skd, options, layout = CASES[case]
-        options = {**LORA, **options, "actor.model_name_or_path": model}
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        stage: int,
+        skd: list[str],
+        options: dict[str, Any],
+        layout: str,
+        split: int = 1,
+    ) -> None:
+        """`split`: ranks over which DeepSpeed's AutoTP spreads each layer."""
+        options = {"actor.gradient_checkpointing_enable": True, **options, "actor.model_name_or_path": model}
         self.args = args = packed_run.make_args(folder, stage, layout, options, skd)
+        args.ds.tensor_parallel_size = split
         self.strategy = packed_run.make_strategy(args)
         actor = ChunkedActor(
             model, attn_implementation="sdpa", param_dtype="fp32", packing_samples=args.ds.packing_samples,
             lora_rank=args.ds.lora.rank, lora_alpha=args.ds.lora.alpha, lora_dropout=args.ds.lora.dropout,
             target_modules=args.ds.lora.target_modules, ds_config=self.strategy.get_ds_train_config(),
-            chunk=args.skd.loss.chunk, vocab=packed_run.VOCAB,
+            chunk=args.skd.loss.chunk if split == 1 else None, vocab=packed_run.VOCAB,
         )  # fmt: skip
         self.tokenizer = get_tokenizer(model, actor.model, "left", self.strategy)
         actor.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,15 +86,15 @@ class Run:
         )  # fmt: skip
         self.trainer.objective.begin_step(Coefficients(kd=1.0, rl=0.0))
 
-    def step(self, number: int) -> float:
-        """The loss."""
+    def step(self, number: int) -> dict[str, float]:
+        """OpenRLHF's status."""
         maker = SKDExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), self.strategy, self.tokenizer)
         experiences = rollout.rollouts(self.actor, maker, self.args, number)
         self.trainer.replay_buffer.append(packed_run.my_share(experiences, self.args, self.strategy))
         torch.manual_seed(number)
         status = self.trainer.ppo_train(0.0)
         self.trainer.replay_buffer.clear()
-        return status["skd_loss"]
+        return status
 
     def sent(self) -> dict[str, torch.Tensor]:
         """By name, on rank 0; empty on the others."""
@@ -95,17 +105,18 @@ class Run:
 
 
 def train(folder: Path, model: str, stage: int, case: str) -> dict[str, Any]:
-    run = Run(folder, model, stage, case)
+    skd, options, layout = CASES[case]
+    run = Run(folder, model, stage, skd, {**LORA, **options}, layout)
     before = {name: weight.base.data.clone() for name, weight in weights(run.actor.model.module)}
     first = run.sent()
-    losses = [run.step(0)]
+    losses = [run.step(0)["skd_loss"]]
     run.strategy.save_ckpt(run.actor.model, str(folder / "checkpoint"), tag="one")
-    losses.append(run.step(1))
+    losses.append(run.step(1)["skd_loss"])
     last = run.sent()
     run.strategy.save_model(run.actor, run.tokenizer, str(folder / "adapter"))
     frozen = {name: weight.base.data for name, weight in weights(run.actor.model.module)}
     assert stage == 3 or all(torch.equal(frozen[name], before[name]) for name in before), "the base has moved"
-    again = Run(folder, model, stage, case)
+    again = Run(folder, model, stage, skd, {**LORA, **options}, layout)
     again.strategy.load_ckpt(again.actor.model, str(folder / "checkpoint"))
     again.step(1)
     resumed = again.sent()

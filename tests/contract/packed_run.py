@@ -168,7 +168,9 @@ def attention_of(args: SimpleNamespace) -> str:
 
 def make_strategy(args: SimpleNamespace) -> Any:
     set_ring_attn_group(None)  # of the last strategy
+    args.ds.param_dtype = "bf16"  # as skd_plugin/host/bind.py does it
     strategy = get_strategy(args)
+    args.ds.param_dtype = strategy.param_dtype = "fp32"
     strategy.setup_distributed()
     torch.manual_seed(0)
     return strategy

@@ -405,6 +405,23 @@ def test_a_ring_shares_the_tokens_of_a_batch(sizes, batches):
     assert alone.trainer.activations == 4 * ring.trainer.activations
 
 
+def test_layers_spread_over_actors_leave_embeddings_and_logits_whole(sizes):
+    alone, spread = (
+        make_budget(
+            *sizes,
+            ALL_LOGITS,
+            options(**{"ds.zero_stage": 0, "actor.num_gpus_per_node": 4, "ds.tensor_parallel_size": ranks}),
+            cpu=False,
+            device=GPU,
+        ).trainer
+        for ranks in (1, 4)
+    )
+    student = sizes[1]
+    layers = 2 * (student.parameters - student.embeddings)
+    assert alone.weights - spread.weights == pytest.approx(layers * 3 / 4, abs=8)
+    assert spread.logits == alone.logits
+
+
 def test_colocated_models_share_the_device():
     changes = {"train.micro_batch_size": 2, "train.colocate_all": True, "rollout.batch_size": 8}
     assert check(ALL_LOGITS, **changes, **{"vllm.gpu_memory_utilization": 0.5})[2].level == "ok"

@@ -53,7 +53,7 @@ REWARD_FREE = SKDConfig(teacher={"model_name_or_path": "t"})
 WRONG = {
     "algo.kl.init_coef": 0.01, "algo.advantage.estimator": "group_norm", "rollout.temperature": 0.7,
     "rollout.top_p": 0.9,
-    "ds.tensor_parallel_size": 2, "data.max_images_per_prompt": 1,
+    "data.max_images_per_prompt": 1,
     "data.image_key": "pictures",
 }  # fmt: skip
 
@@ -102,6 +102,33 @@ def test_rings_of_actors(changes: dict, loss: dict, message: str) -> None:
     host_rules.check(_complete(**ring), REWARD_FREE)
     with pytest.raises(RecipeError, match=rf"^openrlhf\.ds\.ring_attn_size is 2, but .*{message}"):
         host_rules.check(_complete(**ring | changes), skd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "skd", "message"),
+    [
+        ({"actor.num_gpus_per_node": 3}, {}, r", but .* = 3 actors make no whole groups of it"),
+        (
+            {},
+            {"loss": {"vocabulary": "full"}},
+            r" beside skd\.loss\.vocabulary=full: no rank has",
+        ),
+        ({"ds.lora.rank": 4}, {}, r" beside openrlhf\.ds\.lora\.rank: nobody has compared it"),
+        ({"train.enable_ema": True}, {}, r" beside openrlhf\.train\.enable_ema: nobody has compared it"),
+        ({"train.colocate_all": True}, {}, r" beside openrlhf\.train\.colocate_all: OpenRLHF then shares no memory"),
+        (
+            {"algo.kl.init_coef": 0.1},
+            {"objective": {"rl_coef": 0.5}},
+            r"\(a reference model\): nobody has",
+        ),
+    ],
+)
+def test_layers_spread_over_actors(changes: dict, skd: dict, message: str) -> None:
+    spread = {"ds.tensor_parallel_size": 2, "actor.num_gpus_per_node": 4, "reward.remote_url": "f.py"}
+    recipe = SKDConfig(teacher={"model_name_or_path": "t"}, **skd)
+    host_rules.check(_complete(**spread), SKDConfig(teacher={"model_name_or_path": "t"}))
+    with pytest.raises(RecipeError, match=rf"^openrlhf\.ds\.tensor_parallel_size is 2.*{message}"):
+        host_rules.check(_complete(**spread | changes), recipe)
 
 
 def test_an_optimizer_that_cannot_sleep() -> None:

@@ -16,6 +16,7 @@ from skd_plugin.prepare.model_checks import (
     check_experts,
     check_experts_beside,
     check_full_weights,
+    check_layers_to_spread,
     check_output_head,
     check_pair,
     check_ring,
@@ -207,13 +208,18 @@ def test_experts_want_experts_above_them() -> None:
         check_experts_beside({"teacher": dense, "student": experts})
 
 
-def test_a_student_with_experts_is_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_a_student_with_experts_is_refused_on_a_cpu_and_in_parts(tmp_path: Path) -> None:
     from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
     small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     LlamaConfig(**small).save_pretrained(tmp_path / "dense")
     check_experts(str(tmp_path / "dense"))
+    check_layers_to_spread(str(tmp_path / "dense"), 2)
     for kind in (MixtralConfig, Qwen3MoeConfig):
         kind(**small).save_pretrained(tmp_path / kind.__name__)
         with pytest.raises(RecipeError, match="is a mixture of experts, which on a CPU does not take new weights"):
             check_experts(str(tmp_path / kind.__name__))
+        with pytest.raises(
+            RecipeError, match=r"tensor_parallel_size is 2, but the student .* is a mixture of experts"
+        ):
+            check_layers_to_spread(str(tmp_path / kind.__name__), 2)
