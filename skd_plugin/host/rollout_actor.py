@@ -119,6 +119,16 @@ class SKDRollout(HostRollout):
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, self.llm.reset_prefix_cache())
 
+    async def sleep(self, level: int = 1) -> None:
+        """Raises ValueError for level 2, which throws weights away: the trainer would send the student's again, but
+        nobody the teacher's.
+        """
+        if level != 1:
+            raise ValueError(
+                f"the engine was sent to sleep at level {level}, at which its teacher would be lost; use 1"
+            )
+        await super().sleep(level=level)
+
     async def generate_responses(
         self, prompt: AskedPrompt, *, num_samples: int, **kwargs: Any
     ) -> list[dict[str, Any]]:

@@ -231,6 +231,7 @@ SIGNATURES = [
     (f"{ENGINE}:RolloutRayActor.generate_responses",
      "prompt label sampling_params max_length hf_tokenizer num_samples images", "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/weight_sync.py"),
+    (f"{ENGINE}:RolloutRayActor.sleep", "level", "host/rollout_actor.py"),
     ("openrlhf.utils.agent:AgentExecutorBase.execute",
      "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/rollout_actor.py"),
     (f"{WRAP}.init_process_group",
@@ -534,6 +535,24 @@ def test_a_pair_of_prompts_goes_through_the_hosts_executor_and_back() -> None:
     ), ours
     _execute(SingleTurnAgentExecutor(None), engine := _Engine("xyz"), "ab")
     assert [teacher_prompt(prompt) for prompt in engine.paired] == [None], ours
+
+
+def test_an_engine_sleeps_at_the_level_that_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host sleeps without naming a level; at 2 the teacher would be lost."""
+    from skd_plugin.host.rollout_actor import HostRollout, SKDRollout
+
+    assert inspect.signature(HostRollout.sleep).parameters["level"].default == 1
+    slept: list[int] = []
+
+    async def sleep(self: Any, level: int) -> None:
+        slept.append(level)
+
+    monkeypatch.setattr(HostRollout, "sleep", sleep)
+    engine = object.__new__(SKDRollout)
+    asyncio.run(engine.sleep())
+    with pytest.raises(ValueError, match="at level 2, at which its teacher would be lost"):
+        asyncio.run(engine.sleep(level=2))
+    assert slept == [1]
 
 
 def test_single_turn_executor_keeps_the_engines_ids() -> None:
