@@ -164,6 +164,7 @@ def _check_tensor_parallel(options: HostOptions, skd: SKDConfig) -> None:
         "openrlhf.train.colocate_all": (options["train.colocate_all"], "OpenRLHF then shares no memory with engines"),
         "openrlhf.ds.ring_attn_size": (options["ds.ring_attn_size"] > 1, "its loss is read off the output head"),
         "openrlhf.ds.lora.rank": (options["ds.lora.rank"] > 0, untried),
+        "openrlhf.ds.zero_stage=3": (options["ds.zero_stage"] == 3, "transformers loads no student for both"),
         "openrlhf.ds.zpg": (options["ds.zpg"] > 1, untried),
         "openrlhf.algo.kl.init_coef (a reference model)": (options["algo.kl.init_coef"] > 0, untried),
         "openrlhf.algo.advantage.estimator=gae (a critic)": (options["algo.advantage.estimator"] == "gae", untried),

@@ -35,10 +35,7 @@ def train(folder: Path, model: Path, stage: int, layout: str) -> dict[str, Any]:
     status.append(run.step(1))
     last = run.sent()
     run.strategy.save_model(run.actor, run.tokenizer, str(folder / "saved"))
-    other = Run(folder, str(model), stage, DISTILL, {}, layout, WORLD_SIZE)
-    other.strategy.load_ckpt(other.actor.model, str(folder / "checkpoint"))
-    other.step(1)
-    resumed = other.sent()
+    resumed = gone_on(folder, model, stage, layout) if folder.name == "llama:2:padded" else None
     if RANK:
         return {}
     return {
@@ -46,10 +43,17 @@ def train(folder: Path, model: Path, stage: int, layout: str) -> dict[str, Any]:
         "norms": [one["actor_grad_norm"] for one in status],
         "untouched": same(first, loaded(model)) and same(again, first),
         "saved": same(last, loaded(folder / "saved")),
-        "resumed": same(last, resumed),
+        "resumed": resumed is not None and same(last, resumed),
         "updates": [update(first, middle), update(middle, last)],
         "parts": sum(hasattr(parameter, "gather_params") for parameter in run.actor.model.module.parameters()),
     }
+
+
+def gone_on(folder: Path, model: Path, stage: int, layout: str) -> dict[str, torch.Tensor]:
+    run = Run(folder, str(model), stage, DISTILL, {}, layout, WORLD_SIZE)
+    run.strategy.load_ckpt(run.actor.model, str(folder / "checkpoint"))
+    run.step(1)
+    return run.sent()
 
 
 def update(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[float]:

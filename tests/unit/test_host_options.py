@@ -113,6 +113,7 @@ def test_rings_of_actors(changes: dict, loss: dict, message: str) -> None:
             {"loss": {"vocabulary": "full"}},
             r" beside skd\.loss\.vocabulary=full: no rank has",
         ),
+        ({"ds.zero_stage": 3}, {}, r" beside openrlhf\.ds\.zero_stage=3: transformers loads no student for both"),
         ({"ds.lora.rank": 4}, {}, r" beside openrlhf\.ds\.lora\.rank: nobody has compared it"),
         ({"train.enable_ema": True}, {}, r" beside openrlhf\.train\.enable_ema: nobody has compared it"),
         ({"train.colocate_all": True}, {}, r" beside openrlhf\.train\.colocate_all: OpenRLHF then shares no memory"),
