@@ -160,7 +160,7 @@ def _check_tensor_parallel(options: HostOptions, skd: SKDConfig) -> None:
     untried = "nobody has compared it with a run without tensor parallelism"
     beside = {
         "skd.loss.vocabulary=full": (skd.loss.vocabulary == "full", "no rank has the whole output head that it reads"),
-        "skd.teacher.follow": (skd.teacher.follow is not None, untried),
+        "skd.teacher.follow": (skd.any_teacher.follow is not None, untried),
         "openrlhf.train.colocate_all": (options["train.colocate_all"], "OpenRLHF then shares no memory with engines"),
         "openrlhf.ds.ring_attn_size": (options["ds.ring_attn_size"] > 1, "its loss is read off the output head"),
         "openrlhf.ds.lora.rank": (options["ds.lora.rank"] > 0, untried),
