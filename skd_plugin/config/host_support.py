@@ -56,8 +56,8 @@ OTHERWISE = {
     "ds.lora.target_modules": "linear layers; not a tied output head",
     "ds.ring_attn_head_stride": "with ring attention",
     "ds.ring_attn_size": "on GPUs with `ds.packing_samples`; its attention was not run here (docs/gpus.md)",
-    "ds.tensor_parallel_size": "without ZeRO-3, LoRA, the full vocabulary, a ring, a critic and others, each refused by "
-    "name (docs/gpus.md); the logits of a micro-batch are whole on each rank, whatever `skd.loss.chunk` says",
+    "ds.tensor_parallel_size": "without ZeRO-3, LoRA, the full vocabulary, a ring, a critic and others, each refused "
+    "by name (docs/gpus.md); a rank has the logits of its whole micro-batch, whatever `skd.loss.chunk` says",
     "ds.use_liger_kernel": "on a GPU; not tried here",
     "logger.tensorboard_dir": "`tensorboard` in the run folder",
     "logger.wandb.run_name": "the name of the run folder",
