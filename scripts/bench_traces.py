@@ -42,7 +42,7 @@ SHARE_OF_A_MB = 1e6
 
 def make_trace(tokens: int, top_k: int, hidden: int) -> Trace:
     ids = torch.randint(0, 150_000, (tokens,), dtype=torch.int32)
-    known = torch.rand(6, tokens)
+    known = torch.rand(8, tokens)
     return Trace(
         response_ids=ids,
         source=torch.randint(0, 2, (tokens,), dtype=torch.uint8),
@@ -53,6 +53,8 @@ def make_trace(tokens: int, top_k: int, hidden: int) -> Trace:
         kl=known[2],
         student_entropy=known[3],
         teacher_entropy=known[4],
+        top_overlap=known[6],
+        same_first=known[7].round(),
         teacher_topk_ids=torch.randint(0, 150_000, (tokens, top_k), dtype=torch.int32),
         teacher_topk_logp=torch.rand(tokens, top_k).log_softmax(-1),
         teacher_rest_tempered=-known[5],

@@ -14,15 +14,18 @@ import argparse
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from time_model import (
     GPUS,
+    TRACE_BYTES,
     Gpu,
     StepTime,
     block_seconds,
+    controller_bytes,
+    controller_seconds,
     rollout_seconds,
     sequences_at_once,
     sleep_seconds,
@@ -140,7 +143,7 @@ class Plan:
 def read_plan(recipe: Path, overrides: Sequence[str]) -> Plan:
     models = read_models(load_recipe(recipe, overrides))
     skd, options = models.skd, models.options
-    teacher = _size(skd.the_teacher.model_name_or_path, "teacher")
+    teacher = _size(skd.teacher.model_name_or_path, "teacher")
     student = _size(options["actor.model_name_or_path"], "student", LoraOptions.of(options))
     return Plan(recipe.name, tuple(overrides), skd, options, teacher, student)
 
@@ -281,14 +284,52 @@ def large_table(plan: Plan, gpu: Gpu) -> list[str]:
     return rows
 
 
+def scale_table(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> list[str]:
+    """The plan on other numbers of GPUs, half of them to train, with as many responses for each: what of a step stays
+    as it is, and what grows.
+    """
+    rows = [
+        "| GPUs | responses, tokens a step | rollout + training + weight sync | controller: CPU time | through it "
+        "| traces of a node | all traces |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for gpus in (8, 64, 512):
+        half, nodes = gpus // 2, gpus // GPUS_OF_A_NODE
+        of_gpu = plan.responses // plan.options["vllm.num_engines"]
+        responses = of_gpu * half
+        options = plan.options | {
+            "actor.num_nodes": nodes,
+            "actor.num_gpus_per_node": half // nodes,
+            "vllm.num_engines": half,
+            "rollout.batch_size": responses // plan.options["rollout.n_samples_per_prompt"],
+            "train.batch_size": responses,
+        }
+        time = step_time(replace(plan, options=options), gpu, acceptance, length)
+        tokens = responses * round(plan.response_limit * length)
+        cells = [
+            str(gpus),
+            f"{responses:,}, {tokens:,}",
+            f"{time.rollout:.1f} + {time.train:.1f} + {time.sync:.1f} s",
+            f"{controller_seconds(responses, tokens):.1f} s",
+            f"{controller_bytes(responses, tokens) / 1e6:,.0f} MB",
+            f"{tokens * TRACE_BYTES / nodes / 1e6:,.0f} MB",
+            f"{tokens * TRACE_BYTES / 1e6:,.0f} MB",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def tables(plans: Sequence[Plan], acceptance: float = ACCEPTANCE, length: float = LENGTH) -> list[list[str]]:
-    """Memory, time, the choice of draft_len for the pair of the last plan, and larger teachers in its place."""
+    """Memory, time, the choice of draft_len for the pair of the last plan, larger teachers in its place, and the last
+    plan on more GPUs.
+    """
     drafts = draft_table(plans[-1], GPUS[1], (1, 2, 3, 5, 8), (0.3, 0.5, 0.7, 0.9, 0.98), length)
     return [
         memory_table(plans, GPUS[0]),
         time_table(plans, acceptance, length),
         drafts,
         large_table(plans[-1], GPUS[0]),
+        scale_table(plans[-1], GPUS[1], acceptance, length),
     ]
 
 
@@ -300,12 +341,13 @@ def main() -> None:
     parser.add_argument("--length", type=float, default=LENGTH, help="of the longest response; default: %(default)s")
     given = parser.parse_args()
     plans = [read_plan(given.recipe, given.overrides)] if given.recipe else all_plans()
-    memory, time, drafts, large = tables(plans, given.acceptance, given.length)
+    memory, time, drafts, large, scale = tables(plans, given.acceptance, given.length)
     print("ESTIMATES: no GPU has run this.")
     print(f"\nA {GPUS[0].name}:\n", *memory, sep="\n")
     print(f"\n{given.acceptance:.0%} accepted, responses of {given.length:.0%} of the longest:\n", *time, sep="\n")
     print(f"\nResponse tokens a second of one engine of {plans[-1].name}, {GPUS[1].name}:\n", *drafts, sep="\n")
     print(f"\nA {GPUS[0].name} of an engine with a larger teacher:\n", *large, sep="\n")
+    print(f"\n{plans[-1].name} on more {GPUS[1].name}:\n", *scale, sep="\n")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ MICRO_BATCH_S = 0.1  # of a micro-batch beside its FLOPs: kernels to start, Deep
 UPDATE_S = 0.1  # of the optimizer beside its bytes
 STEP_S = 1.0  # of Ray, OpenRLHF's loop, prompts and metrics, a step
 
+# What a step's traces cost, measured by scripts/bench_traces.py on one core of an AMD EPYC (docs/gpus.md).
+TRACE_BYTES = 562  # of a response token with 64 teacher entries, in the object store
+CONTROLLER_S = (
+    3.2e-3,
+    1e-6,
+)  # of a response, and of each of its tokens: the controller's CPU time, OpenRLHF's part in it
+CONTROLLER_BYTES = 3700, 47  # likewise: what it reads and writes
+
 
 def tokens_per_block(acceptance: float, draft_len: int) -> float:
     """Expected tokens that a block of SKD adds: 1 + alpha + ... + alpha^(gamma - 1) = (1 - alpha^gamma) / (1 - alpha).
@@ -146,6 +154,19 @@ def training_seconds(
 def sync_seconds(student: ModelSize, gpu: Gpu, *, across_nodes: bool) -> float:
     """The student's weights from rank 0 to all engines in one broadcast: 2 P bytes over the slowest link."""
     return student.weights(2) / (NETWORK if across_nodes else gpu.link)
+
+
+def controller_seconds(responses: int, tokens: int) -> float:
+    """CPU time of the one process that all responses of a step go through: it makes OpenRLHF's samples and batches of
+    them. `tokens`: of all responses.
+    """
+    of_response, of_token = CONTROLLER_S
+    return responses * of_response + tokens * of_token
+
+
+def controller_bytes(responses: int, tokens: int) -> int:
+    of_response, of_token = CONTROLLER_BYTES
+    return responses * of_response + tokens * of_token
 
 
 def sleep_seconds(engine: float, trainer: float) -> float:
