@@ -20,7 +20,7 @@ def _gate(rollout: RolloutConfig, *, served: bool) -> str:
     up_to = "up to " if rollout.draft_len == "auto" else ""
     proposes = f"the student proposes {up_to}{count(rollout.most_drafts, 'token')} a block"
     if served:
-        proposes = "the student writes alone, and the teacher reads it elsewhere"
+        proposes = "the student writes alone, token by token, for a teacher elsewhere to read"
     rule = GATES[rollout.gate_name].words.format(
         top_k=_value(rollout.top_k), threshold=_value(rollout.threshold or 0.0)
     )
