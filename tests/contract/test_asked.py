@@ -48,7 +48,8 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
     """With prompts "aa", "ab", "ac", "ac", "ad", ... two a step, and the first three of them held out."""
     from openrlhf.trainer.ppo_utils import samples_generator as host
 
-    from skd_plugin.host.samples import SKDSamplesGenerator
+    from skd_plugin.config.teacher import ONLY
+    from skd_plugin.host.samples import SKDSamplesGenerator, _Teacher
 
     def batches(prompts: list[str]) -> list[Any]:
         return [(["source"], [prompt], [""], [None]) for prompt in prompts]
@@ -61,7 +62,7 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
         vllm=SimpleNamespace(enable_sleep=False),
     )
     training = batches(["aa", "ab", "ac", "ac", "aa", "ad"])
-    return SKDSamplesGenerator(
+    generator = SKDSamplesGenerator(
         SimpleNamespace(args=args),
         training,
         batches(["aa", "ab", "ac"]),
@@ -70,6 +71,8 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
         plan=Plan(),
         seed=SEED,
     )
+    generator._teachers = {ONLY: _Teacher(None, frozenset(), [engine])}
+    return generator
 
 
 def test_each_prompt_has_the_rule_and_the_seed_of_its_step_or_evaluation(generator: Any, engine: Engine) -> None:

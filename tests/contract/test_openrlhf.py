@@ -471,8 +471,8 @@ class _Engine:
         sampling_params: Any,
         multi_modal_data: Any = None,
         *,
-        reference: str | None,
-        prompt: str,
+        reference: str | None = None,
+        prompt: str = "",
         **_: Any,
     ) -> Any:
         self.paired.append(prompt)

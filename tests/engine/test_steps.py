@@ -58,6 +58,7 @@ def respond(engine, monkeypatch: pytest.MonkeyPatch):
         actor.executor = rollout_actor._TracingExecutor(SingleTurnAgentExecutor(None))
         actor.teacher_top_k, actor._draft_len, actor._max_len, actor._end_ids = 8, 4, MAX_LEN, ()
         actor._tokenizer, actor._trace_ids, actor._traces = offline._tokenizer, count(), batch
+        actor._teacher_tokenizer, actor._teacher = offline._tokenizer, 0
         monkeypatch.setattr(rollout_actor.HostRollout, "generate", lambda _, ids, params: batch.generate(ids, params))
 
         async def all_of_them() -> Any:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from skd_plugin.core.clock import Clock
 from skd_plugin.core.trace import Source
 from tests.unit.test_distillation import LOSSES, Batch, Student, batches, even, token_losses
 
@@ -265,7 +266,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(parts, mo
 
     monkeypatch.setattr(policy_actor.host.ActorPPOTrainer, "training_step", host_step)
     trainer = object.__new__(policy_actor.SKDActorTrainer)
-    trainer.actor = SimpleNamespace(model=model)
+    trainer.actor, trainer.clock = SimpleNamespace(model=model), Clock()
     trainer.objective = SimpleNamespace(step=lambda student, experience: nullcontext())
     trainer.step = 7
     last = SimpleNamespace(ends_step=True)

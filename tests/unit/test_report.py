@@ -295,7 +295,7 @@ def test_texts_and_numbers_at_the_edge_of_what_a_page_takes(tmp_path):
     assert blob["trace.maxKl"] == pytest.approx([1e30, 0])
     assert [blob.header["strings"][place] for place in blob["trace.prompt"]] == ["\ufffd", "how many"]
     assert [blob.header["strings"][place] for place in blob["trace.response"]] == ["\U0001f600", ""]
-    assert "left out" not in page.text
+    assert "left out:" not in page.text
 
 
 # What a line of metrics.jsonl may be -> what a note says of it.
