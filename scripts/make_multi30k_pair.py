@@ -17,18 +17,17 @@ import time
 from pathlib import Path
 
 import torch
-from make_task_models import padded
+from make_task_models import go_on, keep, make_model, padded
 from sacrebleu.metrics import BLEU
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from skd_plugin.tasks import Example
 from skd_plugin.tasks.multi30k import Multi30k
 
 TEMPLATE = "{en}\n"  # recipes/multi30k.yaml has the same: a small model needs no instruction
 VOCABULARY = 4096
-CONTEXT = 256
 TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6)
 STUDENT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3)
 # shape, seed, passes over the data
@@ -54,21 +53,6 @@ def make_tokenizer(examples: list[Example]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_key_value_heads=shape["num_attention_heads"],
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **shape,
-    )
-    return LlamaForCausalLM(config)
-
-
 def add_dropout(model: LlamaForCausalLM) -> None:
     """Llama has none outside attention; 29,000 pairs are few. Off in `eval()`, and not part of what is saved."""
 
@@ -92,21 +76,6 @@ def make_optimizers(model: LlamaForCausalLM) -> tuple[torch.optim.Optimizer, tor
     others = [p for p in model.parameters() if id(p) not in known]
     muon = torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     return muon, torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-
-
-def keep(path: Path, step: int, *parts: LlamaForCausalLM | torch.optim.Optimizer) -> None:
-    written = path.with_suffix(".new")
-    torch.save([step, *(part.state_dict() for part in parts)], written)
-    written.replace(path)
-
-
-def go_on(path: Path, *parts: LlamaForCausalLM | torch.optim.Optimizer) -> int:
-    """Takes up what `keep` wrote; returns the steps that are done."""
-    step, *states = torch.load(path, weights_only=True)
-    for part, state in zip(parts, states, strict=True):
-        part.load_state_dict(state)
-    print(f"going on after step {step} of {path}", flush=True)
-    return step
 
 
 def batches(lengths: list[int], seed: int, passes: float) -> list[list[int]]:
@@ -155,8 +124,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: M
 
 def train(name: str, task: Multi30k, out: Path, tokenizer: PreTrainedTokenizerFast, passes: float) -> None:
     shape, seed, _ = KINDS[name]
-    torch.manual_seed(seed)
-    model = make_model(shape, tokenizer)
+    model = make_model(shape, tokenizer, seed)
     add_dropout(model)
     examples = task.examples("train", None)
     steps = batches([len(tokenizer(e.prompt + e.reference).input_ids) + 1 for e in examples], seed, passes)

@@ -35,7 +35,6 @@ SEEDS = {"teacher": 1, "student": 2}
 STEPS = {"teacher": 3000, "student": 800}
 LEARNING_RATE = 2e-3
 MEASURE_EVERY = 500  # steps; an unfinished training goes on from there
-PARTS = ("model", "optimizer", "schedule")  # of an unfinished training that has a state to keep
 SCHEDULE = {"teacher": "cosine", "student": "constant_with_warmup"}
 BATCH_SIZE = 48
 
@@ -55,18 +54,18 @@ def make_tokenizer(tasks: Sequence[GeneratedTask]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(SEEDS[name])
+def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        num_key_value_heads=SHAPES[name]["num_attention_heads"],
+        num_key_value_heads=shape["num_attention_heads"],
         head_dim=32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SHAPES[name],
+        **shape,
     )
     return LlamaForCausalLM(config)
 
@@ -156,20 +155,22 @@ def report(name: str, step: str, model: LlamaForCausalLM, tokenizer: PreTrainedT
         print(f"{name} {step} {task.name}: {metrics}", flush=True)
 
 
-def keep(path: Path, step: int, model: Any, optimizer: Any, schedule: Any, rng: random.Random) -> None:
+def keep(path: Path, step: int, *parts: Any, rng: random.Random | None = None) -> None:
+    """An unfinished training: all of its parts that have a `state_dict`, and its random numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    states = {part: value.state_dict() for part, value in zip(PARTS, (model, optimizer, schedule), strict=True)}
     written = path.with_suffix(".new")
-    torch.save({**states, "step": step, "rng": rng.getstate()}, written)
+    states = [part.state_dict() for part in parts]
+    torch.save({"step": step, "parts": states, "rng": None if rng is None else rng.getstate()}, written)
     written.replace(path)
 
 
-def go_on(path: Path, model: Any, optimizer: Any, schedule: Any, rng: random.Random) -> int:
+def go_on(path: Path, *parts: Any, rng: random.Random | None = None) -> int:
     """Takes up what `keep` wrote; returns the steps that are done."""
     states = torch.load(path, weights_only=True)
-    for part, value in zip(PARTS, (model, optimizer, schedule), strict=True):
-        value.load_state_dict(states[part])
-    rng.setstate(states["rng"])
+    for part, state in zip(parts, states["parts"], strict=True):
+        part.load_state_dict(state)
+    if rng is not None:
+        rng.setstate(states["rng"])
     print(f"going on after step {states['step']} of {path}", flush=True)
     return states["step"]
 
@@ -178,14 +179,14 @@ def train(
     name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int, shares: Sequence[int], first: Path | None = None
 ) -> None:
     tokenizer = make_tokenizer(tasks)
-    rng, model = random.Random(SEEDS[name]), make_model(name, tokenizer)
+    rng, model = random.Random(SEEDS[name]), make_model(SHAPES[name], tokenizer, SEEDS[name])
     if first is not None:
         take_over(model, tokenizer, first, as_unknown=steps == 0)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler(SCHEDULE[name], optimizer, 50, steps)
     unfinished = out / f"{name}.unfinished.pt"
-    done = go_on(unfinished, model, optimizer, schedule, rng) if unfinished.exists() else 0
+    done = go_on(unfinished, model, optimizer, schedule, rng=rng) if unfinished.exists() else 0
     started = time.monotonic()
     for step in range(done + 1, steps + 1):
         loss = backward(model, batches(tasks, tokenizer, rng, shares))
@@ -196,7 +197,7 @@ def train(
         if step % 100 == 0:
             print(f"{name} step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % MEASURE_EVERY == 0 and step < steps:
-            keep(unfinished, step, model, optimizer, schedule, rng)
+            keep(unfinished, step, model, optimizer, schedule, rng=rng)
             report(name, f"step {step}", model, tokenizer, tasks)
     unfinished.unlink(missing_ok=True)
     model = model.to(torch.bfloat16)

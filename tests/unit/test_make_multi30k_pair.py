@@ -40,8 +40,7 @@ def test_a_pass_has_every_example_once(script: ModuleType) -> None:
 
 def test_the_loss_is_of_the_german_side_and_padding_does_nothing(script: ModuleType) -> None:
     tokenizer = script.make_tokenizer(EXAMPLES)
-    torch.manual_seed(0)
-    model = script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer).eval()
+    model = script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer, seed=0).eval()
     counts = [len(tokenizer(e.reference).input_ids) + 1 for e in EXAMPLES]
     alone = [script.loss_of(model, script.padded([example], tokenizer)).item() for example in EXAMPLES]
     both = script.loss_of(model, script.padded(EXAMPLES, tokenizer)).item()
@@ -52,7 +51,7 @@ def test_the_loss_is_of_the_german_side_and_padding_does_nothing(script: ModuleT
 
 def test_an_unfinished_training_goes_on(script: ModuleType, tmp_path: Path) -> None:
     tokenizer = script.make_tokenizer(EXAMPLES)
-    models = [script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer) for _ in range(2)]
+    models = [script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer, seed) for seed in range(2)]
     optimizers = [script.make_optimizers(model) for model in models]
     script.loss_of(models[0], script.padded(EXAMPLES, tokenizer)).backward()
     for optimizer in optimizers[0]:
@@ -66,7 +65,7 @@ def test_an_unfinished_training_goes_on(script: ModuleType, tmp_path: Path) -> N
 
 def test_dropout_ends_with_training(script: ModuleType) -> None:
     tokenizer = script.make_tokenizer(EXAMPLES)
-    model = script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer)
+    model = script.make_model(dict(script.STUDENT, num_hidden_layers=1), tokenizer, seed=0)
     script.add_dropout(model)
     batch = script.padded(EXAMPLES, tokenizer)
     assert script.loss_of(model.train(), batch).item() != script.loss_of(model, batch).item()

@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_mean_over_all_tokens(
     tokenizer = script.make_tokenizer(tasks)
     parts, model = (
         script.batches(tasks, tokenizer, random.Random(0), [2, 2, 2, 2]),
-        script.make_model("student", tokenizer),
+        script.make_model(script.SHAPES["student"], tokenizer, script.SEEDS["student"]),
     )
     mean = script.backward(model, parts)
     found = [parameter.grad.clone() for parameter in model.parameters()]
@@ -96,7 +96,10 @@ def test_gradients_are_those_of_the_mean_over_all_tokens(
 def test_a_known_task_is_taken_over(script: ModuleType, tasks: list[GeneratedTask], tmp_path: Path) -> None:
     """With more words behind the known ones, the same logits of the known ones."""
     small, large = script.make_tokenizer(tasks[:1]), script.make_tokenizer(tasks)
-    first, model = script.make_model("teacher", small), script.make_model("teacher", large)
+    first, model = (
+        script.make_model(script.SHAPES["teacher"], small, script.SEEDS["teacher"]),
+        script.make_model(script.SHAPES["teacher"], large, script.SEEDS["teacher"]),
+    )
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.add_(0.01)
@@ -118,7 +121,7 @@ def test_measure_is_the_tasks_own(script: ModuleType, tasks: list[GeneratedTask]
     """A model that writes nothing but the end token."""
     monkeypatch.setitem(script.SHAPES, "student", TINY)
     tokenizer = script.make_tokenizer(tasks)
-    model = script.make_model("student", tokenizer)
+    model = script.make_model(script.SHAPES["student"], tokenizer, script.SEEDS["student"])
     monkeypatch.setattr(
         type(model), "generate", lambda self, input_ids, **_: torch.cat([input_ids, torch.full((4, 1), 2)], dim=1)
     )
