@@ -5,15 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.contract.ranks import run_ranks
 from tests.recipes import PAIR
 
 SIZES = dict(vocab_size=192, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -31,10 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict]
     folder = tmp_path_factory.mktemp("autotp")
     _make_models(folder / "models")
     runs = {1: ALONE, 2: SPREAD}
-    running = [process for ranks, names in runs.items() for process in _start(ranks, folder, names)]
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks("autotp_run", folder, {ranks: [str(folder / "models"), *names] for ranks, names in runs.items()})
     return {ranks: json.loads((folder / str(ranks) / "autotp.json").read_text()) for ranks in runs}
 
 
@@ -53,20 +47,6 @@ def _make_models(folder: Path) -> None:
             parameter.data += 0.02 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(PAIR / "student").save_pretrained(folder / name)
-
-
-def _start(ranks: int, folder: Path, names: list[str]) -> list[subprocess.Popen]:
-    (folder / str(ranks)).mkdir()
-    with socket.socket() as free:
-        free.bind(("", 0))
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_PORT": str(free.getsockname()[1])}
-    arguments = [str(folder / str(ranks)), str(folder / "models"), *names]
-    command = [sys.executable, "-m", "tests.contract.autotp_run", *arguments]
-    start = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    return [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **start)
-        for rank in range(ranks)
-    ]
 
 
 @pytest.mark.parametrize("name", SPREAD)

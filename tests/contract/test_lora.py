@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.contract.ranks import run_ranks
 from tests.recipes import PAIR
 
 RUNS = {  # ranks -> stage of ZeRO and case, of tests/contract/lora_run.py
@@ -27,10 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What lora_run.py found, by stage and case: one process and, beside it, two."""
     folder = tmp_path_factory.mktemp("lora")
     _student(folder / "student")
-    running = [process for ranks in RUNS for process in _start(ranks, folder)]
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks("lora_run", folder, {ranks: [str(folder / "student"), *names] for ranks, names in RUNS.items()})
     return {k: v for ranks in RUNS for k, v in json.loads((folder / str(ranks) / "lora.json").read_text()).items()}
 
 
@@ -43,20 +37,6 @@ def _student(folder: Path) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(PAIR / "student").save_pretrained(folder)
-
-
-def _start(ranks: int, folder: Path) -> list[subprocess.Popen]:
-    (folder / str(ranks)).mkdir()
-    with socket.socket() as free:
-        free.bind(("", 0))
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_PORT": str(free.getsockname()[1])}
-    arguments = [str(folder / str(ranks)), str(folder / "student"), *RUNS[ranks]]
-    command = [sys.executable, "-m", "tests.contract.lora_run", *arguments]
-    start = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    return [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **start)
-        for rank in range(ranks)
-    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

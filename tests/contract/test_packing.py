@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from skd_plugin.core.layout import ResponseLayout
+from tests.contract.ranks import run_ranks
 
 STAGES = {1: ("0", "1"), 2: ("2", "3")}  # of ZeRO, by the number of ranks
 CASES = ["top-k", "top-k, reweighted", "top-k, sequence mean", "top-k and rewards", "whole vocabulary",
@@ -30,24 +26,8 @@ TRAINED += [(stage, case) for stage in ("1", "3") for case in ("top-k", "whole v
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What packed_run.py found, by stage, case and layout: one process and, beside it, two."""
     folder = tmp_path_factory.mktemp("packing")
-    running = [process for ranks in STAGES for process in _start(ranks, folder)]
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks("packed_run", folder, STAGES)
     return {k: v for ranks in STAGES for k, v in json.loads((folder / str(ranks) / "packed.json").read_text()).items()}
-
-
-def _start(ranks: int, folder: Path) -> list[subprocess.Popen]:
-    (folder / str(ranks)).mkdir()
-    with socket.socket() as free:
-        free.bind(("", 0))
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "-m", "tests.contract.packed_run", str(folder / str(ranks)), *STAGES[ranks]]
-    start = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    return [
-        subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **start)
-        for rank in range(ranks)
-    ]
 
 
 @pytest.mark.parametrize("layout", ["packed", "dynamic"])
