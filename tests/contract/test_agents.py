@@ -19,8 +19,9 @@ from vllm import SamplingParams
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Trace
 from skd_plugin.host.asked import AskedSample, SampledBy
-from skd_plugin.host.rollout_actor import SKDRollout, _TracingExecutor, _UnderWay
+from skd_plugin.host.rollout_actor import SKDRollout
 from skd_plugin.host.teacher_prompts import PairedPrompt
+from skd_plugin.host.turns import TracingExecutor, UnderWay
 from skd_plugin.tasks.label import AS_THE_RUN, Label, Sampling
 from tests.contract.test_openrlhf import _action_ids, _Tokenizer
 from tests.rules import make_rule
@@ -105,7 +106,7 @@ def server() -> Iterator[Callable[..., Server]]:
 
 
 async def together(
-    executor: _TracingExecutor,
+    executor: TracingExecutor,
     engine: Engine,
     prompts: list[str],
     labels: list[str] | None = None,
@@ -135,7 +136,7 @@ def turns(response: dict[str, Any], engine: Engine) -> list[int]:
 
 
 def test_an_executor_that_keeps_the_engine_of_its_first_sample(server) -> None:
-    engine, executor = Engine(), _TracingExecutor(server())
+    engine, executor = Engine(), TracingExecutor(server())
     prompts = ["abcdef", "bc", "cdefghijk", "d", "efg"]
     for response in execute(executor, engine, prompts):
         assert response["skd"].response_ids.tolist() == _action_ids(response)
@@ -146,7 +147,7 @@ def test_an_executor_that_keeps_the_engine_of_its_first_sample(server) -> None:
 
 
 def test_two_samples_of_the_same_tokens_have_a_trace_each(server) -> None:
-    engine, executor = Engine(), _TracingExecutor(server())
+    engine, executor = Engine(), TracingExecutor(server())
     responses = execute(executor, engine, ["abc", "abc"])
     assert {tuple(response["skd"].teacher_logp.tolist()) for response in responses} == {
         (-first,) * 3 + (-second,) * 3 for first, second in ((0.0, 2.0), (1.0, 3.0))
@@ -154,7 +155,7 @@ def test_two_samples_of_the_same_tokens_have_a_trace_each(server) -> None:
 
 
 def test_changed_tokens_are_an_error(server) -> None:
-    engine, executor = Engine(), _TracingExecutor(server(lambda ids: [*ids[:-1], 9]))
+    engine, executor = Engine(), TracingExecutor(server(lambda ids: [*ids[:-1], 9]))
     for error in execute(executor, engine, ["abc", "b"]):
         assert isinstance(error, RuntimeError) and "the engine has not sampled the 3 action tokens" in str(error)
     assert not executor._under_way.turns
@@ -163,14 +164,14 @@ def test_changed_tokens_are_an_error(server) -> None:
 def test_another_tasks_settings_are_an_error(server) -> None:
     """They belong to the sample whose engine was asked."""
     labels = [Label("r", "arithmetic", "1", sampling=Sampling(top_k)).to_json() for top_k in (None, 3)]
-    first, second = execute(_TracingExecutor(server()), Engine(), ["abc", "b"], labels)
+    first, second = execute(TracingExecutor(server()), Engine(), ["abc", "b"], labels)
     assert len(first["skd"]) == 6
     assert f"sampled by {AS_THE_RUN}, where its task (skd.tasks) has {Sampling(3)}" in str(second)
 
 
 def test_another_samples_prompt_of_the_teacher_is_an_error(server) -> None:
     prompts = [PairedPrompt("abc", "the teacher's"), PairedPrompt("b", "another of the teacher's")]
-    first, second = execute(_TracingExecutor(server()), Engine(), prompts)
+    first, second = execute(TracingExecutor(server()), Engine(), prompts)
     assert len(first["skd"]) == 6 and first["prompt"] is prompts[0]
     assert "the teacher read the prompt that it has for that one" in str(second)
 
@@ -189,11 +190,11 @@ class Single(AgentExecutorBase):
 
 def test_samples_of_two_steps_under_way_together_keep_their_own_rules_and_seeds() -> None:
     engine = Engine()
-    execute(_TracingExecutor(Single()), engine, ["a", "a", "b c", "b c"], by=[BY, OF_THE_NEXT_STEP] * 2)
+    execute(TracingExecutor(Single()), engine, ["a", "a", "b c", "b c"], by=[BY, OF_THE_NEXT_STEP] * 2)
     together = set(zip(map(tuple, engine.prompts), engine.asked, strict=True))
     alone = set()
     for by in (BY, OF_THE_NEXT_STEP):
-        execute(_TracingExecutor(Single()), engine := Engine(), ["a", "b c"], by=by)
+        execute(TracingExecutor(Single()), engine := Engine(), ["a", "b c"], by=by)
         alone |= set(zip(map(tuple, engine.prompts), engine.asked, strict=True))
     assert together == alone and len(together) == 6
 
@@ -201,10 +202,10 @@ def test_samples_of_two_steps_under_way_together_keep_their_own_rules_and_seeds(
 def test_each_response_to_a_prompt_has_a_seed_of_its_number() -> None:
     """It does not depend on which of them asks first; a second request for the same tokens has another."""
     engine = Engine()
-    execute(_TracingExecutor(Single()), engine, ["a", "a", "a"])
+    execute(TracingExecutor(Single()), engine, ["a", "a", "a"])
     place = (0, crc32(str([ord("a")]).encode()))
     assert [seed for _, seed in engine.asked] == [derive_seed(*place, number) for number in (1, 2, 3)]
-    under_way, sample = _UnderWay(), AskedSample("a", BY)
+    under_way, sample = UnderWay(), AskedSample("a", BY)
     assert [under_way.seed(sample, [ord("a")]) for _ in range(2)] == [
         derive_seed(*place, 1),
         derive_seed(*place, 1, 1),
@@ -214,7 +215,7 @@ def test_each_response_to_a_prompt_has_a_seed_of_its_number() -> None:
 def test_a_kept_engine_asks_by_the_rule_of_the_samples_under_way(server) -> None:
     """Those of the next step, or of an evaluation, when the sample that it was given for is long over."""
     kept, engine = server(), Engine()
-    executor = _TracingExecutor(kept)
+    executor = TracingExecutor(kept)
 
     async def two_steps() -> Any:
         await together(executor, engine, ["abc", "b"])
@@ -229,7 +230,7 @@ def test_a_kept_engine_asks_by_the_rule_of_the_samples_under_way(server) -> None
 
 
 def test_a_kept_engine_between_samples_of_two_steps_is_an_error(server) -> None:
-    first, second = execute(_TracingExecutor(server()), Engine(), ["abc", "b"], by=[BY, OF_THE_NEXT_STEP])
+    first, second = execute(TracingExecutor(server()), Engine(), ["abc", "b"], by=[BY, OF_THE_NEXT_STEP])
     assert len(first["skd"]) == 6
     assert "it was sampled by the rule and the seed of another step" in str(second)
 
@@ -272,7 +273,7 @@ def test_every_turn_has_the_log_probabilities_of_who_drew_it(monkeypatch: pytest
     engine._teacher, engine._teacher_tokenizer = 0, None
 
     def response(**params: Any) -> dict[str, Any]:
-        call = _TracingExecutor(MultiTurnAgentExecutor(Twice)).execute(
+        call = TracingExecutor(MultiTurnAgentExecutor(Twice)).execute(
             prompt=AskedSample("ab", BY), label="", max_length=64,
             sampling_params=SamplingParams(max_tokens=MAX_TOKENS, **params),
             hf_tokenizer=Tokenizer(), llm_engine=engine, images=None,

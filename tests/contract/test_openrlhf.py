@@ -141,9 +141,9 @@ HASHES = [  # host code, hash, our file, what we assume of it
     (f"{WRAP}.update_weight_cuda_ipc", "7cc3a28531fd", "host/weight_sync.py", "we open IPC handles the way it does"),
     ("openrlhf.utils.utils:get_strategy", "ad7d0015546e", "host/bind.py", "we wrap it to put args.skd in place"),
     ("openrlhf.utils.agent:SingleTurnAgentExecutor.execute", "696bec43943c",
-     "host/rollout_actor.py and host/rewards.py",
+     "host/turns.py and host/rewards.py",
      "it generates once, keeps the engine's token ids, and asks for one score where it has somebody to ask"),
-    ("openrlhf.utils.agent:MultiTurnAgentExecutor.execute", "72618d9f386e", "host/rollout_actor.py",
+    ("openrlhf.utils.agent:MultiTurnAgentExecutor.execute", "72618d9f386e", "host/turns.py",
      "every turn's tokens are the response's action ranges, in order"),
 ]  # fmt: skip
 
@@ -233,7 +233,7 @@ SIGNATURES = [
     (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/weight_sync.py"),
     (f"{ENGINE}:RolloutRayActor.sleep", "level", "host/rollout_actor.py"),
     ("openrlhf.utils.agent:AgentExecutorBase.execute",
-     "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/rollout_actor.py"),
+     "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/turns.py"),
     (f"{WRAP}.init_process_group",
      "master_address master_port rank_offset world_size group_name backend use_ray", "host/weight_sync.py"),
     (f"{WRAP}.update_weight", "name dtype shape empty_cache", "host/weight_sync.py"),
@@ -488,11 +488,11 @@ def _execute(executor: Any, engine: _Engine, prompt: str, label: str = "") -> di
     from vllm import SamplingParams
 
     from skd_plugin.host.asked import AskedSample, SampledBy
-    from skd_plugin.host.rollout_actor import _TracingExecutor
+    from skd_plugin.host.turns import TracingExecutor
     from tests.rules import make_rule
 
     sample = AskedSample(prompt, SampledBy(make_rule(top_k=1), seed=0))
-    call = _TracingExecutor(executor).execute(
+    call = TracingExecutor(executor).execute(
         prompt=sample, label=label, sampling_params=SamplingParams(max_tokens=8), max_length=64,
         hf_tokenizer=_Tokenizer(), llm_engine=engine, images=None,
     )  # fmt: skip
@@ -509,7 +509,7 @@ def test_engine_is_given_the_reference_of_the_label() -> None:
 
     engine = _Engine("xyz")
     _execute(SingleTurnAgentExecutor(None), engine, "ab", label='{"reference": "the text"}')
-    assert engine.references == ["the text"], "revisit _TracingExecutor in skd_plugin/host/rollout_actor.py"
+    assert engine.references == ["the text"], "revisit TracingExecutor in skd_plugin/host/turns.py"
 
 
 def test_a_pair_of_prompts_goes_through_the_hosts_executor_and_back() -> None:

@@ -48,6 +48,7 @@ def respond(engine, monkeypatch: pytest.MonkeyPatch):
 
     from skd_plugin.host import rollout_actor
     from skd_plugin.host.trace_store import TRACE_KEY
+    from skd_plugin.host.turns import TracingExecutor
 
     monkeypatch.setattr(rollout_actor, "StoredTrace", SimpleNamespace(put=lambda trace, _: trace))
     offline = engine(4)
@@ -55,7 +56,7 @@ def respond(engine, monkeypatch: pytest.MonkeyPatch):
     def run(asked: list[Any]) -> list[list[Trace]]:
         actor = object.__new__(rollout_actor.SKDRollout)
         batch = OneBatch(offline._llm, len(asked) * SAMPLES)
-        actor.executor = rollout_actor._TracingExecutor(SingleTurnAgentExecutor(None))
+        actor.executor = TracingExecutor(SingleTurnAgentExecutor(None))
         actor.teacher_top_k, actor._draft_len, actor._max_len, actor._end_ids = 8, 4, MAX_LEN, ()
         actor._tokenizer, actor._trace_ids, actor._traces = offline._tokenizer, count(), batch
         actor._teacher_tokenizer, actor._teacher = offline._tokenizer, 0
