@@ -8,19 +8,16 @@ state of a run but the draft model's weights: every request carries its own rule
 
 from __future__ import annotations
 
-import os
-import runpy
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from skd_plugin import cpu, trust
-from skd_plugin.config.host_options import HOST_MODULE, host_defaults
+from skd_plugin.config.host_options import host_defaults
 from skd_plugin.config.run import Run
 from skd_plugin.engine.arguments import engine_for
-from skd_plugin.host import launch, on_cpu
+from skd_plugin.host import launch
 from skd_plugin.run_folder import RunFolder
 
 SESSION = "session.json"  # in a run folder: seconds since the session began or since the run before it ended
@@ -54,12 +51,7 @@ def main(folders: list[str]) -> None:
         raise RuntimeError(f"not the engine of {first.skd.run_dir}: {', '.join(differ)}; run them in another session")
     if later and any(run.skd.teacher.follow or run.host.get("train.async_enable") for run in runs):
         raise RuntimeError("a teacher that moves and an asynchronous run take an engine for themselves: --session 1")
-    trust.allow(remote_code=first.skd.trust_remote_code, pickle_weights=first.skd.pickle_weights)
-    os.environ["PATH"] = launch.own_programs_first(os.environ.get("PATH", ""))
-    if first.cpu:
-        os.environ.update(cpu.ENV)
-        on_cpu.install()
-    launch.close_ray()
+    launch.prepare_process(first, own_ray=True)
     import ray
 
     from skd_plugin.host.bind import ray_options
@@ -70,14 +62,11 @@ def main(folders: list[str]) -> None:
         status = run.folder.status
         status.stage("starting the trainer")
         parts.bind(run)
-        sys.argv = [HOST_MODULE, *run.host_argv()]
         try:
-            runpy.run_module(HOST_MODULE, run_name="__main__")
+            launch.run_host(run)
         except BaseException as error:
             status.stage("failed", error=f"{type(error).__name__}: {error}".strip().splitlines()[0])
             raise
-        if status.read()["stage"] != "saving":
-            raise RuntimeError("OpenRLHF came to its end without SKD's trainer")
         (run.folder.path / SESSION).write_text(f"{time.monotonic() - started:.2f}")
         status.stage("done")
         started = time.monotonic()

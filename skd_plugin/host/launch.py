@@ -33,15 +33,9 @@ def main(run_dir: str) -> None:
     run = Run.load(RunFolder(Path(run_dir)))
     status = run.folder.status
     sys.excepthook = _report_to(status)
-    trust.allow(remote_code=run.skd.trust_remote_code, pickle_weights=run.skd.pickle_weights)
     status.stage("loading the libraries")
-    os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
-    if run.cpu:
-        os.environ.update(cpu.ENV)
-        on_cpu.install()
     own_ray = run.cpu or os.environ.get("RAY_ADDRESS") == "local"
-    if own_ray:
-        close_ray()
+    prepare_process(run, own_ray=own_ray)
     import ray
 
     from skd_plugin.host import waiting
@@ -53,12 +47,28 @@ def main(run_dir: str) -> None:
     bind(run)
     status.stage("starting the engine and the trainer")
     waiting.tell_while_starting(run.folder)
-    sys.argv = [HOST_MODULE, *run.host_argv()]
-    runpy.run_module(HOST_MODULE, run_name="__main__")
-    if status.read()["stage"] != "saving":
-        raise RuntimeError("OpenRLHF came to its end without SKD's trainer: it no longer uses the names we rebind")
+    run_host(run)
     status.stage("done")
     ray.shutdown()
+
+
+def prepare_process(run: Run, *, own_ray: bool) -> None:
+    """What this process and all those that it starts go by; before Ray or a model's library is imported."""
+    trust.allow(remote_code=run.skd.trust_remote_code, pickle_weights=run.skd.pickle_weights)
+    os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
+    if run.cpu:
+        os.environ.update(cpu.ENV)
+        on_cpu.install()
+    if own_ray:
+        close_ray()
+
+
+def run_host(run: Run) -> None:
+    """OpenRLHF's own script, with what is bound. Raises RuntimeError: it has ended, and SKD's trainer has not run."""
+    sys.argv = [HOST_MODULE, *run.host_argv()]
+    runpy.run_module(HOST_MODULE, run_name="__main__")
+    if run.folder.status.read()["stage"] != "saving":
+        raise RuntimeError("OpenRLHF came to its end without SKD's trainer: it no longer uses the names we rebind")
 
 
 def close_ray() -> None:
