@@ -1,6 +1,6 @@
 """Trains a few steps on fixed rollouts with the host's policy trainer or with ours; prints what each step did.
 
-python -m tests.contract.parity_run host|skd   (a process each: ours rebinds a name of the host's module)
+python -m tests.contract.parity_run FOLDER host|skd   (a process each: ours rebinds a name of the host's module)
 """
 
 # ruff: noqa: E402 (a machine without CUDA must be prepared before the host is imported)
@@ -160,8 +160,8 @@ def classes_of(kind: str) -> tuple[type, type]:
 
 
 if __name__ == "__main__":
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
     cases = {name: {"algo.advantage.estimator": "group_norm", **options} for name, options in VARIANTS.items()}
     cases |= {name: {"algo.advantage.estimator": name} for name in ESTIMATORS}
     found = {name: train(kind, options, folder) for name, options in cases.items()}
-    Path(sys.argv[2], f"{kind}.json").write_text(json.dumps(found))
+    (folder / "parity.json").write_text(json.dumps(found))

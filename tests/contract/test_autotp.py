@@ -18,8 +18,8 @@ SIZES = dict(vocab_size=192, hidden_size=64, intermediate_size=96, num_hidden_la
 # Model -> parameters that are spread: seven matrices a layer, and the head, where it is not the embeddings; three
 # biases a layer of Qwen2.
 PARTS = {"llama": 15, "qwen2": 20, "qwen3": 15}
-SPREAD = ["llama:0:padded", "llama:2:padded", "llama:2:dynamic", "qwen2:2:padded", "qwen3:1:padded"]
-ALONE = ["llama:2:padded", "llama:2:dynamic", "qwen2:2:padded", "qwen3:2:padded"]
+SPREAD = ["llama:0:padded", "llama:2:padded", "qwen2:2:dynamic", "qwen3:1:padded"]
+ALONE = ["llama:2:padded", "qwen2:2:dynamic", "qwen3:2:padded"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict]
     folder = tmp_path_factory.mktemp("autotp")
     _make_models(folder / "models")
     runs = {1: ALONE, 2: SPREAD}
-    run_ranks("autotp_run", folder, {ranks: [str(folder / "models"), *names] for ranks, names in runs.items()})
+    models = str(folder / "models")
+    run_ranks("autotp_run", {folder / str(ranks): (ranks, [models, *names]) for ranks, names in runs.items()})
     return {ranks: json.loads((folder / str(ranks) / "autotp.json").read_text()) for ranks in runs}
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("zero_steps.py")
+from tests.contract.ranks import run_ranks
+
 STAGES = (0, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """One process of one rank, on the CPU: ZeRO-3 partitions, gathers and releases as with many."""
-    command = [sys.executable, str(SCRIPT), *map(str, STAGES)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("deepspeed") / "found"
+    run_ranks("zero_steps", {folder: (1, list(map(str, STAGES)))})
+    return json.loads((folder / "zero_steps.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What lora_run.py found, by stage and case: one process and, beside it, two."""
     folder = tmp_path_factory.mktemp("lora")
     _student(folder / "student")
-    run_ranks("lora_run", folder, {ranks: [str(folder / "student"), *names] for ranks, names in RUNS.items()})
+    student = str(folder / "student")
+    run_ranks("lora_run", {folder / str(ranks): (ranks, [student, *names]) for ranks, names in RUNS.items()})
     return {k: v for ranks in RUNS for k, v in json.loads((folder / str(ranks) / "lora.json").read_text()).items()}
 
 

@@ -26,7 +26,7 @@ TRAINED += [(stage, case) for stage in ("1", "3") for case in ("top-k", "whole v
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What packed_run.py found, by stage, case and layout: one process and, beside it, two."""
     folder = tmp_path_factory.mktemp("packing")
-    run_ranks("packed_run", folder, STAGES)
+    run_ranks("packed_run", {folder / str(ranks): (ranks, stages) for ranks, stages in STAGES.items()})
     return {k: v for ranks in STAGES for k, v in json.loads((folder / str(ranks) / "packed.json").read_text()).items()}
 
 

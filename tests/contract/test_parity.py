@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from pathlib import Path
 
 import pytest
+
+from tests.contract.ranks import run_ranks
 
 VARIANTS = {
     "ppo, token mean": {},
@@ -28,19 +23,9 @@ STEPS = 3
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What the host's own trainer and ours did, case by case."""
     folder = tmp_path_factory.mktemp("parity")
-    with socket.socket() as first, socket.socket() as second:
-        ports = [free.bind(("", 0)) or free.getsockname()[1] for free in (first, second)]
     kinds = ("host", "skd")
-    with ThreadPoolExecutor() as both:
-        return dict(zip(kinds, both.map(_train, kinds, ports, repeat(folder)), strict=True))
-
-
-def _train(kind: str, port: int, folder: Path) -> dict:
-    env = {**os.environ, "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "tests.contract.parity_run", kind, str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / f"{kind}.json").read_text())
+    run_ranks("parity_run", {folder / kind: (1, [kind]) for kind in kinds})
+    return {kind: json.loads((folder / kind / "parity.json").read_text()) for kind in kinds}
 
 
 @pytest.mark.parametrize("case", [*VARIANTS, *ESTIMATORS])

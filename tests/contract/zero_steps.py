@@ -1,13 +1,14 @@
-"""Run by test_deepspeed.py in a process of its own: losses of three steps, by the host's Actor and by ours, as JSON.
+"""Losses of three steps, by the host's Actor and by ours.
 
-Arguments: the stages of ZeRO, e.g. 0 2 3.
+python -m tests.contract.zero_steps FOLDER STAGE [STAGE ...], with RANK, WORLD_SIZE and MASTER_PORT.
 """
 
 from __future__ import annotations
 
 import json
-import socket
+import os
 import sys
+from pathlib import Path
 
 from skd_plugin.host import on_cpu
 
@@ -133,20 +134,18 @@ def stopped(stage: int, tied: bool, full: bool, foreseen: bool) -> str:
 
 
 def main() -> None:
+    folder, stages = Path(sys.argv[1]), sys.argv[2:]
     on_cpu.adapt_trainer()  # nothing of DeepSpeed's is compiled, so that no lock of a killed build stands in the way
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    deepspeed.init_distributed(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, auto_mpi_discovery=False
-    )
+    address = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
+    deepspeed.init_distributed("gloo", init_method=address, rank=0, world_size=1, auto_mpi_discovery=False)
     cases = [
         {"stage": stage, "tied": tied, "foreseen": foreseen,
          **{name: losses(stage, tied, name == "ours", foreseen) for name in ("host", "ours")},
          "stopped": [stopped(stage, tied, full, foreseen) for full in (False, True)]}
-        for stage in map(int, sys.argv[1:]) for tied in (False, True) for foreseen in (True, False)
+        for stage in map(int, stages) for tied in (False, True) for foreseen in (True, False)
     ]  # fmt: skip
-    print(json.dumps({"cases": cases, "moved": {stage: moved(int(stage)) for stage in sys.argv[1:]}}))
+    found = {"cases": cases, "moved": {stage: moved(int(stage)) for stage in stages}}
+    (folder / "zero_steps.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_a_dead_rollout_actor_ends_the_run_with_one_error(tmp_path: Path) -> Non
     assert list(whole.glob("*model_states.pt"))
 
 
+@pytest.mark.soak  # what is said of it is in tests/unit/test_launch.py
 def test_a_full_disk_ends_the_run_with_advice(tmp_path: Path) -> None:
     """/dev/full answers every write with "no space left on device"."""
     folder = tmp_path / "run"

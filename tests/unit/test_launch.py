@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from skd_plugin.host.launch import import_user_code, own_programs_first
+from skd_plugin.host.launch import _report_to, import_user_code, own_programs_first
+from skd_plugin.run_folder import Status
 
 
 def test_ninja_is_this_environments(tmp_path):
@@ -34,3 +36,25 @@ def test_a_users_file_that_fails_is_named_before_anything_starts(tmp_path: Path,
     file.write_text("reward_func = AgentExecutor = 1")
     import_user_code({option: f"{file},http://other", "data.prompt_dataset": "x"})
     import_user_code({option: "http://localhost:5000"})
+
+
+@pytest.mark.parametrize("in_a_worker", [False, True])
+def test_a_full_disk_is_told_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_a_worker: bool
+) -> None:
+    """Ray has what a worker raised as the `cause` of an error of its own."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error: Exception = RuntimeError("of Ray") if in_a_worker else full
+    if in_a_worker:
+        error.cause = full
+    _report_to(Status(tmp_path))(type(error), error, None)
+    told = "OSError: [Errno 28] No space left on device. Make room, or point skd.run_dir at another disk"
+    assert Status(tmp_path).read() == {"stage": "failed", "error": told}
+    assert type(error).__name__ in capsys.readouterr().err
+
+
+def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = Status(tmp_path / "gone")
+    _report_to(gone)(KeyError, KeyError("the first"), None)
+    said = capsys.readouterr().err
+    assert f"could not write {gone.path}: " in said and "KeyError: 'the first'" in said
