@@ -31,7 +31,7 @@ VOCABULARY = 4096
 TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6)
 STUDENT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3)
 # shape, seed, passes over the data
-KINDS = {"teacher": (TEACHER, 1, 12.0), "student": (STUDENT, 2, 2.0), "cold": (STUDENT, 2, 0.5)}
+KINDS = {"teacher": (TEACHER, 1, 6.0), "student": (STUDENT, 2, 2.0), "cold": (STUDENT, 2, 0.5)}
 TOKENS = 4096  # in a batch, both languages together
 BATCHES_OF_A_LENGTH = 50  # examples of that many batches are sorted by length before they are cut
 LEARNING_RATE, DECAY, DROPOUT, WARM_UP = 3e-3, 0.05, 0.1, 50
@@ -152,7 +152,7 @@ def train(name: str, task: Multi30k, out: Path, tokenizer: PreTrainedTokenizerFa
             print(f"{name} step {step}: {measure(model, tokenizer, task, 100)}", flush=True)
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out / name)
+    model.save_pretrained(out / name, max_shard_size="4MB")  # small files for a repository
     tokenizer.save_pretrained(out / name)
     unfinished.unlink(missing_ok=True)
     print(f"{name} in bfloat16, whole test set: {measure(model.float(), tokenizer, task, 1000)}", flush=True)
