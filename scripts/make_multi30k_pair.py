@@ -3,7 +3,7 @@
     python scripts/make_multi30k_pair.py --data FOLDER recipes/models/multi30k
 
 FOLDER holds train.jsonl and test.jsonl with `en` and `de`; without it the data come from the Hub. A joint byte-level
-BPE of 4,096 tokens is learnt from the training pairs. The teacher sees them EPOCHS times; the students (`cold`,
+BPE of 4,096 tokens is learnt from the training pairs. The teacher sees them six times; the students (`cold`,
 `student`) are a quarter of its size and stopped early: they are there to be distilled into. One thread is enough.
 The same command goes on with an unfinished training. Writes bfloat16 safetensors and prints chrF, BLEU and the time.
 """
