@@ -553,3 +553,15 @@ def test_weights_loaded_inside_stay_readable() -> None:
     layer.weight.data.fill_(1.0)
     out = layer.cpu_linear(torch.ones(1, 3), layer.weight, None)
     assert out.tolist() == [[3.0, 3.0]], "new weights are not used; revisit skd_plugin/engine/drafter.py"
+
+
+def test_vllm_loses_the_temperatures_of_proposals_on_a_cpu() -> None:
+    """Once this fails, `Speculation` of scripts/bench_rollout.py can do without its own `expand`."""
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_triton_utils import expand_kernel
+
+    current_platform.import_kernels()
+
+    expanded = torch.full((3,), 7.0)
+    expand_kernel[(2,)](expanded, torch.tensor([0.5, 2.0]), torch.tensor([1, 3]), 0, 1, MAX_NUM_TOKENS=128)
+    assert expanded.tolist() == [7.0, 7.0, 7.0]
