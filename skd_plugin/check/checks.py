@@ -49,7 +49,8 @@ def run_checks(
     if subject.models is not None:
         yield check_rule(subject.models.skd)
     for name in subject.teachers:
-        found = _of_pair(subject.of_teacher(name), student, folder, progress, self_test=self_test)
+        others = [model for other, model in subject.teachers.items() if other != name]
+        found = _of_pair(subject.of_teacher(name), student, others, folder, progress, self_test=self_test)
         yield from (finding.of_teacher(name) for finding in found)
     if subject.run is None:
         if dry_run:
@@ -65,9 +66,15 @@ def _new(missing: list[Finding], subject: Subject) -> Iterator[Finding]:
 
 
 def _of_pair(
-    subject: Subject, student: Model | None, folder: Path, progress: Progress, *, self_test: bool
+    subject: Subject,
+    student: Model | None,
+    others: Sequence[str | None],
+    folder: Path,
+    progress: Progress,
+    *,
+    self_test: bool,
 ) -> Iterator[Finding]:
-    """What is found of the student beside the one teacher of `subject`."""
+    """What is found of the student beside the one teacher of `subject`; `others` are the run's other teachers."""
     teacher, missing = try_to_load(subject.teachers[ONLY], "teacher")
     yield from _new(missing, subject)
     prompts = subject.run.prompts if subject.run is not None else ()
@@ -77,7 +84,10 @@ def _of_pair(
         )
     if subject.models is not None and teacher is not None and student is not None:
         memory, pair = device_memory(subject.cpu), (teacher.config, student.config)
-        yield from check_memory(*pair, subject.models.skd, subject.options, cpu=subject.cpu, device=memory)
+        loaded = [try_to_load(other, "teacher")[0] for other in others]
+        more = [other.config for other in loaded if other is not None]
+        options, skd = subject.options, subject.models.skd
+        yield from check_memory(*pair, skd, options, cpu=subject.cpu, device=memory, others=more)
     if subject.run is None or teacher is None or student is None or not prompts:
         if self_test:
             yield Finding("self-test", "there is no run to test", "not run")

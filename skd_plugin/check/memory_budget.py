@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +42,20 @@ class Budget:
 
 
 def make_budget(
-    teacher: ModelSize, student: ModelSize, skd: SKDConfig, options: HostOptions, *, cpu: bool, device: int | None
+    teacher: ModelSize,
+    student: ModelSize,
+    skd: SKDConfig,
+    options: HostOptions,
+    *,
+    cpu: bool,
+    device: int | None,
+    others: Sequence[ModelSize] = (),
 ) -> Budget:
-    """`device`: bytes of one device; None where it is not known, and then the engine has no budget."""
+    """
+    Args:
+        device: bytes of one device; None where it is not known, and then the engine has no budget.
+        others: the run's other teachers, which are in other engines; the trainer has the output heads of all.
+    """
     if skd.is_served:
         teacher = replace(teacher, parameters=0, embeddings=0, layers=0, hidden=0, intermediate=0, rounded_bits=None)
     trainers = gpus_needed(options)[0]
@@ -76,7 +88,7 @@ def make_budget(
         tokens=_tokens_of_a_batch(options),
         checkpointing=options["actor.gradient_checkpointing_enable"],
         chunk=skd.loss.chunk if student.plain_head and not options["ds.deepcompile"] and split == 1 else None,
-        teacher_hidden=teacher.hidden if skd.loss.vocabulary == "full" else 0,
+        teacher_hidden=sum(one.hidden for one in (teacher, *others)) if skd.loss.vocabulary == "full" else 0,
     )
     return Budget(engine, trainer, requests)
 
@@ -104,14 +116,22 @@ def _utilization(skd: SKDConfig, options: HostOptions) -> float:
 
 
 def check_memory(
-    teacher: Any, student: Any, skd: SKDConfig, options: HostOptions, *, cpu: bool, device: int | None
+    teacher: Any,
+    student: Any,
+    skd: SKDConfig,
+    options: HostOptions,
+    *,
+    cpu: bool,
+    device: int | None,
+    others: Sequence[Any] = (),
 ) -> list[Finding]:
-    """`teacher`, `student`: transformers configurations."""
+    """`teacher`, `student`, `others` (the run's other teachers): transformers configurations."""
     try:
         sizes = model_size(teacher), model_size(student, LoraOptions.of(options))
+        more = [model_size(one) for one in others]
     except UNKNOWN as error:
         return [Finding("memory", f"not estimated: {first_line(error)}", "warning", "watch the first steps")]
-    budget = make_budget(*sizes, skd, options, cpu=cpu, device=device)
+    budget = make_budget(*sizes, skd, options, cpu=cpu, device=device, others=more)
     rounding = teacher_rounding(teacher, skd)
     counted = "" if bits_of(teacher) or rounding in WHILE_LOADING else ", but counted in full"
     rounded = f" (rounded: {rounding}{counted})" if rounding else ""

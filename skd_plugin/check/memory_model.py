@@ -203,8 +203,8 @@ def trainer_memory(
         tokens: of one forward.
         chunk: tokens whose logits are in memory at once, beside the gradient of the output head in float32; None:
             those of all tokens.
-        teacher_hidden: hidden size of the teacher, of a loss over the full vocabulary, which needs its output head;
-            else 0.
+        teacher_hidden: hidden sizes of all teachers together, of a loss over the full vocabulary, which needs their
+            output heads; else 0.
     """
     p, width = student.trained, 2 if mixed_precision else 4
     optimizer = p * (12 if mixed_precision else 8) // (ranks if zero_stage >= 1 else 1)

@@ -24,6 +24,7 @@ class Response:
     cut_off: bool
     prompt: str
     teacher_prompt: str  # empty where it reads the student's
+    teacher_name: str  # of several; else empty
     text: str
     ids: list[int]  # R of each column
     sources: list[Source]
@@ -76,6 +77,7 @@ def _read(record: Record, line: int, left_out: LeftOut) -> Response:
         cut_off=record.get("finish") == "length",
         prompt=_text(record, "prompt", line, left_out),
         teacher_prompt=_text(record, "teacher_prompt", line, left_out) if "teacher_prompt" in record else "",
+        teacher_name=_text(record, "teacher", line, left_out) if "teacher" in record else "",
         text=_text(record, "response", line, left_out),
         ids=ids,
         sources=[SOURCES[letter] for letter in source],

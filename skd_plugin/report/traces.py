@@ -70,6 +70,7 @@ class PackedTraces:
                 "prompt": self._string(response.prompt),
                 "response": self._string(response.text),
                 "teacherPrompt": self._string(response.teacher_prompt),
+                "teacherName": self._string(response.teacher_name),
             }
         )
 

@@ -25,7 +25,7 @@ def responses() -> list[dict]:
     prompts = {"prompt": "the first prompt\n:", "teacher_prompt": "a rule\nthe first prompt and more\n:"}
     special = [
         trace([TOM, HAS, FOUR, SEVEN], {2: COINS}, step=0, kl=[9.0] * 4, **prompts),
-        trace([NEWLINE, THE], step=0, source="ua", kl=[8.0, 8.0], draft_rank=[-1, 1], prompt=HOSTILE),
+        trace([NEWLINE, THE], step=0, source="ua", kl=[8.0, 8.0], draft_rank=[-1, 1], prompt=HOSTILE, teacher="math"),
     ]
     rest = [
         trace([TOM] + [THE] * (step % 7), {0: LOST} if step % 2 else None, step=step, kl=[step / 100] * (1 + step % 7))
@@ -91,6 +91,10 @@ def test_what_the_teacher_reads_and_the_student_does_not(opened):
     (both,) = [text for text in texts(opened, ".prompt") if text.startswith("The teacher reads")]
     assert both == "The teacher reads: a rule\nthe first prompt and more\n:"
     assert texts(opened, ".prompt .own") == ["a rule\n", " and more"]
+
+
+def test_of_several_teachers_a_response_names_its_own(opened):
+    assert [text for text in texts(opened, ".facts span") if text.startswith("teacher")] == ["teacher math"]
 
 
 def test_tokens_have_their_exact_text_and_the_class_of_their_origin(opened):

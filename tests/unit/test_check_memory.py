@@ -212,6 +212,11 @@ def test_full_vocabulary_has_logits_of_one_chunk_and_both_heads(sizes):
     given = options(**{"rollout.batch_size": 64, "train.micro_batch_size": 2, "data.max_len": 1024})
     full = make_budget(*sizes, skd(loss={"vocabulary": "full"}), given, cpu=False, device=GPU)
     assert full.trainer.logits == found.logits
+    two = make_budget(*sizes, skd(loss={"vocabulary": "full"}), given, cpu=False, device=GPU, others=[sizes[1]])
+    assert two.trainer.logits == found.logits + 151936 * 2 * 896, "a head of each teacher"
+    assert two.engine == full.engine
+    plain = make_budget(*sizes, skd(), given, cpu=False, device=GPU, others=[sizes[1]])
+    assert plain.trainer.logits == few.logits + 64 * 151936 * LOGIT_BYTES
 
 
 def test_top_k_has_logits_of_one_chunk_where_the_head_is_plain(sizes):

@@ -564,6 +564,12 @@ def test_packed_traces_say_what_the_file_says(tmp_path):
     assert [blob.header["pieces"][place - 1][1] for place in blob.header["special"]] == ["</s>"]
 
 
+def test_of_several_teachers_a_response_names_its_own(tmp_path):
+    traces = [trace([TOM], teacher="math"), trace([TOM])]
+    blob = Blob(report(tmp_path, write_run(tmp_path / "run", traces=traces)).data("trace-data"))
+    assert [blob.header["strings"][place] for place in blob["trace.teacherName"]] == ["math", ""]
+
+
 def test_values_that_do_not_exist_and_values_out_of_range(tmp_path):
     record = trace([TOM, TOM, TOM], kl=[None, 0.2, 99.0], student_logp=[None, -99.0, 1e-7], draft_rank=[-1, 70000, 0])
     blob = Blob(report(tmp_path, write_run(tmp_path / "run", traces=[record])).data("trace-data"))

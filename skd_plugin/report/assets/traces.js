@@ -40,7 +40,7 @@
     ["token", "source", "rejected", "rank", "student", "teacher", "kl", "entropy", "topToken", "topLogp"].map((name) => [name, column(name)]),
   );
   const trace = Object.fromEntries(
-    ["run", "step", "length", "meanKl", "maxKl", "replaced", "cutOff", "prompt", "response", "teacherPrompt"].map((name) => [name, column(`trace.${name}`)]),
+    ["run", "step", "length", "meanKl", "maxKl", "replaced", "cutOff", "prompt", "response", "teacherPrompt", "teacherName"].map((name) => [name, column(`trace.${name}`)]),
   );
   const count = trace.length.length;
   const starts = new Uint32Array(count + 1);
@@ -100,9 +100,11 @@
   // ---- one response
 
   function card(index) {
+    const teacher = header.strings[trace.teacherName[index]];
     const facts = [
       runNames.length > 1 ? element("span", {}, element("span", { className: `swatch run${trace.run[index] % 6}` }), runNames[trace.run[index]]) : "",
       `step ${trace.step[index]}`,
+      teacher ? `teacher ${teacher}` : "",
       `${trace.length[index]} tokens`,
       `mean KL ${number(trace.meanKl[index])}`,
       `${percent(trace.replaced[index])} replaced`,
