@@ -21,7 +21,8 @@ beside() {
     jobs+=($!)
 }
 one_run=(tests/e2e/test_{resume,sources,tasks,train}.py)
-beside parts tests/contract tests/engine
+beside contract tests/contract
+beside engine tests/engine
 beside others --ignore tests/e2e --ignore tests/contract --ignore tests/engine
 beside one_run "${one_run[@]}"
 status=0
