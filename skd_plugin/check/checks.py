@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from skd_plugin.check.steps import check_steps
 from skd_plugin.check.subject import Subject, read_subject
 from skd_plugin.config.host_options import HostOptions
 from skd_plugin.config.run import Run
-from skd_plugin.config.teacher import ONLY, teacher_words
+from skd_plugin.config.teacher import teacher_words
 from skd_plugin.words import short_name
 
 Progress = Callable[[str], None]  # is told what is going on
@@ -48,10 +49,12 @@ def run_checks(
         yield check_steps(subject.options, subject.run.num_prompts, subject.run.prompts, student.tokenizer)
     if subject.models is not None:
         yield check_rule(subject.models.skd)
-    for name in subject.teachers:
-        others = [model for other, model in subject.teachers.items() if other != name]
-        found = _of_pair(subject.of_teacher(name), student, others, folder, progress, self_test=self_test)
-        yield from (finding.of_teacher(name) for finding in found)
+    loaded = {name: try_to_load(model, "teacher") for name, model in subject.teachers.items()}
+    for name, (teacher, missing) in loaded.items():
+        own = subject.of_teacher(name)
+        others = [other for key, (other, _) in loaded.items() if key != name and other is not None]
+        pair = _of_pair(own, teacher, student, others, folder, progress, self_test=self_test)
+        yield from (finding.of_teacher(name) for finding in chain(_new(missing, own), pair))
     if subject.run is None:
         if dry_run:
             yield Finding("dry run", "there is no run to test", "not run")
@@ -67,16 +70,15 @@ def _new(missing: list[Finding], subject: Subject) -> Iterator[Finding]:
 
 def _of_pair(
     subject: Subject,
+    teacher: Model | None,
     student: Model | None,
-    others: Sequence[str | None],
+    others: Sequence[Model],
     folder: Path,
     progress: Progress,
     *,
     self_test: bool,
 ) -> Iterator[Finding]:
     """What is found of the student beside the one teacher of `subject`; `others` are the run's other teachers."""
-    teacher, missing = try_to_load(subject.teachers[ONLY], "teacher")
-    yield from _new(missing, subject)
     prompts = subject.run.prompts if subject.run is not None else ()
     if teacher is not None and student is not None:
         yield from check_models(
@@ -84,8 +86,7 @@ def _of_pair(
         )
     if subject.models is not None and teacher is not None and student is not None:
         memory, pair = device_memory(subject.cpu), (teacher.config, student.config)
-        loaded = [try_to_load(other, "teacher")[0] for other in others]
-        more = [other.config for other in loaded if other is not None]
+        more = [other.config for other in others]
         options, skd = subject.options, subject.models.skd
         yield from check_memory(*pair, skd, options, cpu=subject.cpu, device=memory, others=more)
     if subject.run is None or teacher is None or student is None or not prompts:
