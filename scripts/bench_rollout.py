@@ -48,7 +48,6 @@ PAIRS = {"quickstart": ROOT / "recipes" / "models" / "arithmetic", "smollm2": RO
 COLUMNS = ("pair", "turn", "requests", "length", "way", "top_k", "draft_len", "seconds", "tokens", "kept")
 BESIDE = ("teacher", "student", "vllm", "two", "assisted")
 ASSISTED_TOKENS = 256  # that transformers writes in a turn: it takes long, and a prompt costs what another one costs
-CELLS = ("1x64", "8x64", "64x64", "8x256")
 LEAST_TOKENS = 256  # of a run
 ROOM = 64  # tokens of context behind the longest response, for drafts
 ENTRIES = 32  # of the teacher that are kept a token, by us and by two engines, as in the quickstart
