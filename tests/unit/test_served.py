@@ -83,9 +83,9 @@ def test_what_will_not_pass_is_not_asked_again(teacher: TeacherServer) -> None:
 
 def test_patience_has_an_end(teacher: TeacherServer) -> None:
     teacher.before = lambda body: (503, "still loading")
-    with pytest.raises(ServerError, match=r"for 0\.2 s .*patience_s.*503 .*goes on from its last"):
-        read(server(teacher, patience_s=0.2), [1])
-    assert teacher.asked  # how often depends on the machine; that it is asked again is the next test
+    with pytest.raises(ServerError, match=r"for 2 s .*patience_s.*503 .*goes on from its last"):
+        read(server(teacher, patience_s=2.0), [1])
+    assert len(teacher.asked) > 1
 
 
 def test_a_server_that_comes_back_is_asked_again(teacher: TeacherServer) -> None:
