@@ -106,13 +106,14 @@ def test_agent_with_a_calculator_while_the_trainer_trains(tmp_path: Path) -> Non
         "skd.rollout.max_new_tokens=96",
         "openrlhf.train.async_enable=true",
         "openrlhf.train.partial_rollout_enable=true",
+        "openrlhf.actor.adam.lr=1e-5",  # how old a student is, is timing: its KL must not depend on that
         recipe=recipe,
     )
     assert [record["step"] for record in steps(tmp_path)] == [1, 2, 3]
     assert sorted(record["step"] for record in metrics(tmp_path) if "eval/arithmetic/kl" in record) == [3]
     for record in steps(tmp_path):
-        first = record["step"] == 1  # later ones are of an older student, how old is timing
-        assert record["skd/loss"] == pytest.approx(record["skd/kl"], rel=0.02 if first else 2.0)
+        first = record["step"] == 1  # later ones are of an older student, and its KL is another one
+        assert record["skd/loss"] == pytest.approx(record["skd/kl"], rel=0.02 if first else 0.5)
         assert record["skd/staleness"] == 0 if first else 0 < record["skd/staleness"] <= 1
         assert record["rl/reward"] > 0.3  # the sums are right, whatever the student can calculate
     asked = [trace for trace in traces(tmp_path) if "=" in trace["response"]]
