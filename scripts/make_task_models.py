@@ -1,7 +1,10 @@
-"""Make a teacher and an under-trained student of one generated task, or of several at once.
+"""Make a teacher and an under-trained student of one task with words of its own, or of several at once.
 
     python scripts/make_task_models.py arithmetic recipes/models/arithmetic
     python scripts/make_task_models.py translation summary OUT --student-steps 400
+    python scripts/make_task_models.py recipes/chain_sum_task.py OUT --teacher-steps 800 --student-steps 200
+
+TASK is a generated one of skd_plugin, or the file of a task that has `vocabulary()` too.
 
 Plain next-token training on generated examples, from the seeds below; about half an hour on two cores for the teacher
 of one task. Writes `teacher/` and `student/` (bfloat16 safetensors, the tokenizer beside them). The student is stopped
@@ -22,8 +25,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from skd_plugin.tasks import GENERATED, Example
-from skd_plugin.tasks.generated import GeneratedTask
+from skd_plugin.tasks import GENERATED, Example, Task, TaskError, find_task
 
 CONTEXT = 256
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -39,14 +41,15 @@ SCHEDULE = {"teacher": "cosine", "student": "constant_with_warmup"}
 BATCH_SIZE = 48
 
 
-def make_tokenizer(tasks: Sequence[GeneratedTask]) -> PreTrainedTokenizerFast:
+def make_tokenizer(tasks: Sequence[Task]) -> PreTrainedTokenizerFast:
     """Words of all the tasks, in their order; a word that two of them have is one token."""
     tokens = list(dict.fromkeys(token for task in tasks for token in task.vocabulary()))
     vocab = {token: index for index, token in enumerate((*SPECIAL, *tokens))}
     signs = [token[1:] for token in tokens if len(token) == 2 and token[0] == " " and not token[1:].isalnum()]
     signs = sorted(signs, key="-".__eq__)  # a hyphen that is last in its class is a hyphen
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    pattern = rf" ?[a-z]+| ?[0-9]| ?[{''.join(signs)}]"
+    letters = "a-z" if all(token.islower() for token in tokens if token.strip().isalpha()) else "A-Za-z"
+    pattern = rf" ?[{letters}]+| ?[0-9]| ?[{''.join(signs)}]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -98,7 +101,7 @@ def even_shares(tasks: int, size: int) -> list[int]:
 
 
 def batches(
-    tasks: Sequence[GeneratedTask], tokenizer: PreTrainedTokenizerFast, rng: random.Random, shares: Sequence[int]
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerFast, rng: random.Random, shares: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
     """A batch, one part a task with its share of the examples, int64 [share, L]: their lengths differ too much to be
     padded to one L. Labels are -100 over prompts and padding.
@@ -135,7 +138,7 @@ def backward(model: LlamaForCausalLM, parts: Sequence[dict[str, torch.Tensor]]) 
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: GeneratedTask, count: int = 200
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, count: int = 200
 ) -> dict[str, float]:
     """Metrics of greedy responses to held-out prompts, the task's own score first."""
     examples = task.examples("test", count)
@@ -176,7 +179,7 @@ def go_on(path: Path, *parts: Any, rng: random.Random | None = None) -> int:
 
 
 def train(
-    name: str, tasks: Sequence[GeneratedTask], out: Path, steps: int, shares: Sequence[int], first: Path | None = None
+    name: str, tasks: Sequence[Task], out: Path, steps: int, shares: Sequence[int], first: Path | None = None
 ) -> None:
     tokenizer = make_tokenizer(tasks)
     rng, model = random.Random(SEEDS[name]), make_model(SHAPES[name], tokenizer, SEEDS[name])
@@ -207,10 +210,21 @@ def train(
     report(name, "after rounding to bfloat16", model.float(), tokenizer, tasks)
 
 
+def task_of_words(name: str) -> Task:
+    """Raises argparse.ArgumentTypeError: there is no such task, or it does not list its words."""
+    try:
+        task = find_task(name)()
+    except (KeyError, TaskError) as error:
+        raise argparse.ArgumentTypeError(f"{name} is no task: {error}") from error
+    if not hasattr(task, "vocabulary"):
+        raise argparse.ArgumentTypeError(f"{name} has no vocabulary() that lists its words")
+    return task
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    known = {task.name: task for task in GENERATED}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=known, metavar="TASK", help=", ".join(known))
+    names = ", ".join(task.name for task in GENERATED)
+    parser.add_argument("tasks", nargs="+", type=task_of_words, metavar="TASK", help=f"{names}, or a file")
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=tuple(SHAPES))
     for name in SHAPES:
@@ -231,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--shares has {len(shares)} numbers for {len(args.tasks)} tasks")
     for name in SHAPES if args.only is None else (args.only,):
         first = args.teacher_from if name == "teacher" else None
-        train(name, [known[task]() for task in args.tasks], args.out, getattr(args, f"{name}_steps"), shares, first)
+        train(name, args.tasks, args.out, getattr(args, f"{name}_steps"), shares, first)
 
 
 if __name__ == "__main__":

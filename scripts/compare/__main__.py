@@ -12,6 +12,7 @@ from collect import Row, curves_table, read_csv, runs_table, write_csv
 from differences import smallest
 from execute import execute, is_done
 from figures import draw_adaptivity, draw_comparison, draw_cost, draw_differences, draw_sweep
+from finished import measure_finished
 from page import write_page
 from plan import ROOT, Plan, load_plan
 
@@ -82,6 +83,7 @@ def measure(plan: Plan, folder: Path, out: Path) -> None:
     write_csv(out / "runs.csv", runs_table(plan, folder))
     write_csv(out / "curves.csv", curves_table(plan, folder))
     write_csv(out / "adaptivity.csv", measure_adaptivity(plan, folder))
+    write_csv(out / "finished.csv", measure_finished(plan, folder))
 
 
 def draw(plan: Plan, out: Path) -> None:
@@ -94,7 +96,7 @@ def draw(plan: Plan, out: Path) -> None:
     draw_cost(plan, table, out / "cost.png")
     draw_sweep(plan, table, out / "sweep.png")
     draw_adaptivity(plan, adaptivity, out / "adaptivity.png")
-    write_page(plan, table, read_csv(out / "curves.csv"), out / "README.md")
+    write_page(plan, table, read_csv(out / "curves.csv"), read_csv(out / "finished.csv"), out / "README.md")
     print(f"The results are in {out}")
 
 

@@ -52,7 +52,18 @@ def row_of(run: Run, plan: Plan, folder: RunFolder) -> Row:
         "train_s": round(sum(record["time/train"] for record in steps), 2),
         "accepted_first": steps[0]["skd/accept_rate"],
         "accepted_last": steps[-1]["skd/accept_rate"],
+        **_others(run, plan, evaluations),
     }
+
+
+def _others(run: Run, plan: Plan, evaluations: list[dict[str, float]]) -> dict[str, float | None]:
+    """Scores of tasks that the run was not trained on, behind it and before."""
+    last, first = evaluations[-1], evaluations[0]
+    found: dict[str, float | None] = {}
+    for task, metric in plan.tasks[run.task].others.items():
+        found[f"score_{task}"] = last[f"eval/{task}/{metric}"]
+        found[f"score_{task}_at_start"] = first[f"eval/{task}/{metric}"] if first["step"] == 0 else None
+    return found
 
 
 def curves_table(plan: Plan, folder: Path) -> list[Row]:

@@ -7,29 +7,34 @@ from pathlib import Path
 
 from collect import Row, at_equal_cost, chosen, known
 from differences import differences, smallest
+from finished import START, TEACHER
 from interval import Interval
 from plan import Plan
 
 COST = ("teacher_tokens", "student_tokens")
 
 
-def write_page(plan: Plan, table: list[Row], curves: list[Row], path: Path) -> None:
+def write_page(plan: Plan, table: list[Row], curves: list[Row], finished: list[Row], path: Path) -> None:
     """The text between the tables is below the mark in the page that is there already, and is kept."""
     kept = path.read_text().partition(MARK)[0] if path.exists() else "# Results\n\n"
-    path.write_text(kept + MARK + "\n\n" + "\n".join(_sections(plan, table, curves)))
+    path.write_text(kept + MARK + "\n\n" + "\n".join(_sections(plan, table, curves, finished)))
 
 
 MARK = "<!-- Below: written by scripts/compare.sh -->"
 
 
-def _sections(plan: Plan, table: list[Row], curves: list[Row]) -> list[str]:
+def _sections(plan: Plan, table: list[Row], curves: list[Row], finished: list[Row]) -> list[str]:
     lines = ["![differences between methods](differences.png)", "", "![score by method](comparison.png)", ""]
     lines += _overview(plan, table, "score", "Score", _percent) + _overview(
         plan, table, "kl", "KL(p‖q), nats a token", _plain
     )
     for cell in plan.comparison.cells:
         lines += [f"## {cell.replace('/', ', ')} start", "", *_comparison(plan, table, cell)]
-        lines += [*_differences(plan, table, curves, cell), ""]
+        lines += [*_differences(plan, table, curves, cell), "", *_others(plan, table, cell)]
+    if plan.finished is not None and finished:
+        lines += ["## The finished students", ""]
+        for cell in plan.finished.cells:
+            lines += [*_finished(plan, finished, cell), ""]
     if plan.sweep is not None and plan.sweep.cells:
         lines += [f"## {plan.sweep.title}", "", "![sweep](sweep.png)", ""]
         for cell in plan.sweep.cells:
@@ -129,6 +134,49 @@ def _p(value: float | None) -> str:
     return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def _others(plan: Plan, table: list[Row], cell: str) -> list[str]:
+    """What is left of tasks that the runs were not trained on, each method minus the start of the same seed."""
+    others = plan.tasks[cell.split("/")[0]].others
+    if not others:
+        return []
+    methods = [method for method in plan.comparison.methods if chosen(table, cell, method)]
+    everything = [row for method in methods for row in chosen(table, cell, method)]
+    lines = [f"| not trained on | {' | '.join(f'{task} ({metric})' for task, metric in others.items())} |"]
+    lines.append("|---" * (len(others) + 1) + "|")
+    starts = {
+        task: {r["seed"]: value for r in everything if (value := r[f"score_{task}_at_start"]) is not None}
+        for task in others
+    }
+    lines.append(f"| student at the start | {' | '.join(_percent([*own.values()]) for own in starts.values())} |")
+    for method in methods:
+        rows = chosen(table, cell, method)
+        lost = (_percent([r[f"score_{task}"] - starts[task][r["seed"]] for r in rows], signed=True) for task in others)
+        lines.append(f"| {plan.methods[method].label}, minus that | {' | '.join(lost)} |")
+    return [*lines, ""]
+
+
+def _finished(plan: Plan, table: list[Row], cell: str) -> list[str]:
+    """As draft models of their teacher, and on a harder task; each method's mean over its seeds."""
+    part, harder = plan.finished, plan.finished.harder
+    heads = [cell.replace("/", ", "), f"kept in blocks of {part.draft_len}", "tokens a block"]
+    heads += [f"{plan.metric_of(cell)} of {harder.stem}"] if harder else []
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    names = {TEACHER: TEACHER, START: START, **{m: plan.methods[m].label for m in plan.comparison.methods}}
+    for method, label in names.items():
+        if not (rows := chosen(table, cell, method)):
+            continue
+        kept, block = known(rows, "accepted"), known(rows, "tokens_a_block")
+        shown = [_percent(kept) if kept else "", _plain(block, places=2) if block else ""]
+        shown += [_percent([row["harder"] for row in rows])] if harder else []
+        lines.append(f"| {label} | {' | '.join(shown)} |")
+    return [
+        *lines,
+        "",
+        f"{part.prompts} held-out prompts. Blocks are those of speculative decoding at temperature 1: the student "
+        "proposes, the text is the teacher's, and one token of each block is its own.",
+    ]
+
+
 def _sweep(plan: Plan, table: list[Row], cell: str) -> list[str]:
     metric = plan.metric_of(cell)
     lines = [
@@ -150,6 +198,7 @@ def _percent(values: list[float], *, signed: bool = False) -> str:
     return f"{interval.mean:{'+' if signed else ''}.1f}{half} %"
 
 
-def _plain(values: list[float], *, signed: bool = False) -> str:
+def _plain(values: list[float], *, signed: bool = False, places: int = 4) -> str:
     interval = Interval.of(values)
-    return f"{interval.mean:{'+' if signed else ''}.4f}" + ("" if interval.half is None else f" ± {interval.half:.4f}")
+    half = "" if interval.half is None else f" ± {interval.half:.{places}f}"
+    return f"{interval.mean:{'+' if signed else ''}.{places}f}{half}"

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from skd_plugin.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
-SEEDED = ("skd.task.seed", "skd.rollout.seed", "openrlhf.train.seed")
+TASK_SEED = "skd.task.seed"  # of one task; a recipe with several has the same prompts for all seeds
+SEEDED = (TASK_SEED, "skd.rollout.seed", "openrlhf.train.seed")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TaskPlan(Strict):
     recipe: Path
     starts: dict[str, Path]  # name -> the student that training begins with
     metric: str
+    others: dict[str, str] = {}  # tasks that the recipe evaluates and does not train on -> the metric of each
 
 
 class Method(Strict):
@@ -71,6 +73,15 @@ class Adaptivity(Strict):
     prompts: int
 
 
+class Finished(Strict):
+    """Of the students that come out: tokens a block of speculative decoding, and the score on a harder task."""
+
+    cells: list[str]
+    prompts: int
+    draft_len: int
+    harder: Path | None = None  # a task's file
+
+
 class Plan(Strict):
     seeds: list[int]
     tasks: dict[str, TaskPlan]
@@ -78,6 +89,7 @@ class Plan(Strict):
     comparison: Comparison
     sweep: Sweep | None = None
     adaptivity: Adaptivity | None = None
+    finished: Finished | None = None
 
     def only(self, cells: list[str] | None, seeds: list[int] | None) -> Plan:
         """Raises RecipeError: a cell that the plan has not."""
@@ -87,7 +99,7 @@ class Plan(Strict):
                 raise RecipeError(f"--cells: there is no {cell} in the plan; it has {', '.join(known)}")
         parts = {
             name: part.model_copy(update={"cells": [c for c in part.cells if cells is None or c in cells]})
-            for name in ("comparison", "sweep", "adaptivity")
+            for name in ("comparison", "sweep", "adaptivity", "finished")
             if (part := getattr(self, name)) is not None
         }
         return self.model_copy(update={**parts, "seeds": seeds or self.seeds})
@@ -110,7 +122,7 @@ class Plan(Strict):
         name, start = cell.split("/")
         task = self.tasks[name]
         options = {
-            **{key: seed for key in SEEDED},
+            **{key: seed for key in SEEDED if key != TASK_SEED or not task.others},
             "openrlhf.actor.model_name_or_path": str(task.starts[start]),
             **self.methods[method].set,
             **self._measured(cell, method, seed),
@@ -148,12 +160,14 @@ def load_plan(path: Path) -> Plan:
     for task in plan.tasks.values():
         task.recipe = (path.parent / task.recipe).resolve()
         task.starts = {name: (path.parent / student).resolve() for name, student in task.starts.items()}
+    if plan.finished is not None and plan.finished.harder is not None:
+        plan.finished.harder = (path.parent / plan.finished.harder).resolve()
     cells = [f"{name}/{start}" for name, task in plan.tasks.items() for start in task.starts]
     named = [*plan.comparison.methods, plan.comparison.against]
     named += plan.sweep.methods.values() if plan.sweep else []
     named += [plan.adaptivity.method] if plan.adaptivity else []
     _all_known(named, list(plan.methods), "method", path)
-    for part in filter(None, (plan.comparison, plan.sweep, plan.adaptivity)):
+    for part in filter(None, (plan.comparison, plan.sweep, plan.adaptivity, plan.finished)):
         _all_known(part.cells, cells, "cell", path)
     return plan
 

@@ -17,7 +17,6 @@ from skd_plugin.tasks.base import Example, mean
 from skd_plugin.tasks.generated import GeneratedTask
 
 MAX_VALUE = 999
-NUM_STEPS = (3, 5)  # operations of a story, inclusive
 
 NAMES = (
     "tom ann ben eva max ida leo mia sam zoe jon amy dan kim lee pam ray sue ted una vic wes abe bea cal dot eli fay "
@@ -40,6 +39,7 @@ class Arithmetic(GeneratedTask):
     name = "arithmetic"
     metric = "accuracy"
     max_new_tokens = 96
+    num_steps = (3, 5)  # operations of a story, inclusive
 
     def score(self, response: str, label: str) -> float:
         """1.0 if the response ends with the right answer, else 0.0."""
@@ -63,7 +63,7 @@ class Arithmetic(GeneratedTask):
         name, item = rng.choice(NAMES), rng.choice(ITEMS)
         value = rng.randint(10, 400)
         story, steps = [f"{name} has {value} {item} ."], []
-        for index in range(rng.randint(*NUM_STEPS)):
+        for index in range(rng.randint(*self.num_steps)):
             gain = value < 20 or (value < MAX_VALUE - 100 and rng.random() < 0.5)
             amount = rng.randint(2, 99) if gain else rng.randint(2, min(99, value - 1))
             result = value + amount if gain else value - amount

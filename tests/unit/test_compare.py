@@ -14,6 +14,7 @@ import collect
 import differences
 import execute
 import figures
+import finished as after
 import page
 import pytest
 import ray
@@ -21,7 +22,7 @@ import session
 import yaml
 from interval import Interval, detectable, holm, p_value
 from plan import ROOT as REPOSITORY
-from plan import load_plan
+from plan import Finished, load_plan
 from scipy.stats import ttest_rel
 
 from skd_plugin.errors import RecipeError
@@ -158,7 +159,7 @@ def test_page_and_figures(plan, table, tmp_path):
     """Cells without a run are shown as empty; the text above the mark stays."""
     written = tmp_path / "README.md"
     written.write_text("# Results\n\nMine.\n\n" + page.MARK + "\n\nearlier")
-    page.write_page(plan, table, [], written)
+    page.write_page(plan, table, [], [], written)
     text = written.read_text()
     assert text.startswith("# Results\n\nMine.\n\n") and "earlier" not in text
     assert text.count("\n| SKD | ") == 4 and "| teacher | 99.0 ± 0.0 % |" in text  # two overviews, a table a cell
@@ -178,13 +179,61 @@ def test_page_and_figures(plan, table, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_page_of_finished_students_and_of_other_tasks(plan, table, tmp_path):
+    tasks = {
+        **plan.tasks,
+        "arithmetic": plan.tasks["arithmetic"].model_copy(update={"others": {"summary": "rouge_l"}}),
+    }
+    cells = {"cells": ["arithmetic/cold"]}
+    part = Finished(**cells, draft_len=4, prompts=8, harder=Path("sums.py"))
+    comparison = plan.comparison.model_copy(update=cells)
+    own = plan.model_copy(update={"tasks": tasks, "comparison": comparison, "finished": part, "sweep": None})
+    first = own.comparison.methods[0]
+    rows = [
+        {**row, "score_summary": 0.6, "score_summary_at_start": 0.7 if row["method"] == first else None}
+        for row in table
+    ]
+    students = [
+        {"task": "arithmetic", "start": "cold", "method": method, "seed": 1, "harder": 0.2, **figures}
+        for method, figures in (
+            (after.TEACHER, {"accepted": None, "tokens_a_block": None}),
+            (after.START, {"accepted": 0.75, "tokens_a_block": 3.5}),
+            ("skd", {"accepted": 0.8, "tokens_a_block": 3.625}),
+        )
+    ]
+    page.write_page(own, rows, [], students, tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "| student at the start | 70.0 ± 0.0 % |" in text and "| SKD, minus that | -10.0 ± 0.0 % |" in text
+    assert "| arithmetic, cold | kept in blocks of 4 | tokens a block | accuracy of sums |" in text
+    assert "| teacher |  |  | 20.0 % |" in text and "| SKD | 80.0 % | 3.62 | 20.0 % |" in text
+
+
+def test_several_tasks_have_no_seed_of_their_own(plan):
+    forgetting = load_plan(PLAN.with_name("forgetting.yaml"))
+    assert not [run for run in forgetting.runs() if any("skd.task.seed" in option for option in run.overrides)]
+    run = forgetting.runs()[0]
+    assert len(load_run(run.recipe, run.overrides).skd.all_tasks) == 3
+
+
+def test_tokens_of_a_speculative_block(plan):
+    """100 tokens, of which 90 were proposed, of 120 proposals in blocks of four."""
+
+    class Answered:
+        def metrics(self, settings, count, seed):
+            assert (settings.gate, settings.threshold, count) == ("interpolated", 1, 8)
+            return {"tokens": 100, "skd/undrafted_frac": 0.0, "skd/draft_waste": 1 / 6, "skd/accept_rate": 0.9}
+
+    found = after.speculative(Answered(), plan.runs()[0], Finished(cells=[], draft_len=4, prompts=8))
+    assert found["accepted"] == 0.9 and found["tokens_a_block"] == pytest.approx(1 + 90 / 30)
+
+
 def test_a_table_is_the_same_when_read_again(table, tmp_path):
     collect.write_csv(tmp_path / "runs.csv", table)
     assert collect.read_csv(tmp_path / "runs.csv") == table
     assert collect.read_csv(tmp_path / "no.csv") == []
 
 
-@pytest.mark.parametrize("name", ["few-prompts.yaml", "captions.yaml"])
+@pytest.mark.parametrize("name", ["few-prompts.yaml", "captions.yaml", "successors.yaml", "rewards.yaml"])
 def test_plans_with_seeds_enough(name):
     """One loss for the methods whose text is compared; the same seeds, so the same prompts, for all of them."""
     plan = load_plan(PLAN.with_name(name))

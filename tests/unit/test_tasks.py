@@ -7,7 +7,7 @@ import re
 import pytest
 
 from skd_plugin.tasks import TASKS, Task, arithmetic, find_task
-from skd_plugin.tasks.arithmetic import MAX_VALUE, NUM_STEPS, Arithmetic, vocabulary
+from skd_plugin.tasks.arithmetic import MAX_VALUE, Arithmetic, vocabulary
 from skd_plugin.tasks.label import Label
 from skd_plugin.tasks.reward import score_response
 
@@ -37,7 +37,7 @@ def test_splits_share_no_story_whatever_the_seeds(task: Arithmetic, monkeypatch:
     """In so small a world that different seeds do make the same stories."""
     for name in ("NAMES", "ITEMS", "GAIN", "LOSE"):
         monkeypatch.setattr(arithmetic, name, getattr(arithmetic, name)[:1])
-    monkeypatch.setattr(arithmetic, "NUM_STEPS", (1, 1))
+    monkeypatch.setattr(Arithmetic, "num_steps", (1, 1))
     train, again = ({e.prompt for e in task.examples("train", 3000, seed)} for seed in (0, 1))
     test, more = ({e.prompt for e in task.examples("test", 600, seed)} for seed in (0, 2))
     assert train & again and test & more, "the world is too large for this test"
@@ -49,7 +49,7 @@ def test_stories_add_up(task: Arithmetic) -> None:
     for example in task.examples("train", 300):
         start, *amounts = map(int, re.findall(r"\d+", example.prompt))
         steps = STEP.findall(example.reference)
-        assert NUM_STEPS[0] <= len(steps) == len(amounts) <= NUM_STEPS[1]
+        assert task.num_steps[0] <= len(steps) == len(amounts) <= task.num_steps[1]
         value = start
         for amount, (left, sign, right, result) in zip(amounts, steps, strict=True):
             assert (int(left), int(right)) == (value, amount)
