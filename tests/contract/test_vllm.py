@@ -556,7 +556,7 @@ def test_weights_loaded_inside_stay_readable() -> None:
 
 
 def test_vllm_loses_the_temperatures_of_proposals_on_a_cpu() -> None:
-    """Once this fails, `Speculation` of scripts/bench_rollout.py can do without its own `expand`."""
+    """Once this fails, `Speculation` of scripts/ways_of_sampling.py can do without its own `expand`."""
     from vllm.platforms import current_platform
     from vllm.utils.cpu_triton_utils import expand_kernel
 

@@ -1,4 +1,4 @@
-"""scripts/bench_rollout.py: what it makes of the runs that were measured."""
+"""scripts/bench_rollout.py and bench_draft_len.py: what they make of the runs that were measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_draft_len
 import bench_rollout as script
 import pytest
+import ways_of_sampling as ways
 
 
 @pytest.fixture
@@ -19,14 +21,14 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         def way(name: str) -> Any:
             def run(prompts: Any, length: int, turn: int) -> Any:
                 asked.append((name, turn))
-                return script.Run(2.0 * (turn + 1) if name == "ours" else 3.0, 120, 0.5 if name == "ours" else None)
+                return ways.Run(2.0 * (turn + 1) if name == "ours" else 3.0, 120, 0.5 if name == "ours" else None)
 
             return run
 
         return {("two", 0): way("two"), ("ours", 3): way("ours"), ("floor", 3): way("floor")}
 
     monkeypatch.setattr(script, "make_ways", make_ways)
-    monkeypatch.setattr(script, "open_pair", lambda *_: script.Pair("", "", [[1]] * 8, 64))
+    monkeypatch.setattr(script, "open_pair", lambda *_: ways.Pair("", "", [[1]] * 8, 64))
 
     def run(*arguments: str) -> list[tuple[str, int]]:
         asked.clear()
@@ -53,7 +55,19 @@ def test_a_call_goes_on_where_the_last_one_ended(measured) -> None:
 
 def test_short_cells_are_of_several_batches() -> None:
     prompts = [[number] for number in range(8)]
-    assert script.batches(script.Cell(1, 64), prompts) == [[[0]], [[1]], [[2]], [[3]]]
-    assert script.batches(script.Cell(8, 64), prompts) == [prompts]
-    summed = script.Run.sum([script.Run(1.0, 30, 1.0), script.Run(2.0, 10, 0.0)])
-    assert summed == script.Run(3.0, 40, 0.75)
+    assert script.batches(ways.Cell(1, 64), prompts) == [[[0]], [[1]], [[2]], [[3]]]
+    assert script.batches(ways.Cell(8, 64), prompts) == [prompts]
+    summed = ways.Run.sum([ways.Run(1.0, 30, 1.0), ways.Run(2.0, 10, 0.0)])
+    assert summed == ways.Run(3.0, 40, 0.75)
+
+
+def test_auto_is_beside_the_fixed_length_that_is_the_fastest_over_all_turns() -> None:
+    seconds = {"1": (4, 4), "2": (2, 3), "4": (3, 1), "8": (9, 9), "auto": (6, 2)}  # of each turn
+    rows = [
+        {"requests": "8", "length": "64", "top_k": "0", "draft_len": name, "turn": str(turn), "tokens": "12"}
+        | {"seconds": str(taken), "kept": "1.0"}
+        for name, turns in seconds.items()
+        for turn, taken in enumerate(turns)
+    ]
+    line = bench_draft_len.table(rows).splitlines()[-1]
+    assert line == "| 8 x 64 | all | 100% | 3 | 5 | 6 | 1 | 3 | 0.50 | 0.50 |"
