@@ -1,4 +1,4 @@
-"""Arithmetic with five operations in every story, the most that its models were trained on; most stories have fewer."""
+"""Arithmetic with five operations a story, the most that its models were trained on; most stories have fewer."""
 
 from skd_plugin.tasks.arithmetic import Arithmetic
 
