@@ -23,6 +23,7 @@ from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.asked import AskedPrompt, SampledBy
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
+from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import teachers_ids
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.turns import TracingExecutor
@@ -127,13 +128,13 @@ class SKDRollout(HostRollout):
         await super().sleep(level=level)
 
     async def generate_responses(
-        self, prompt: AskedPrompt, *, num_samples: int, **kwargs: Any
+        self, prompt: AskedPrompt, *, num_samples: int, hf_tokenizer: SentOnce, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """OpenRLHF's, of one prompt, by a call for each response, so that it has its number. The traces stay on this
         node, and the responses refer to them.
         """
-        one = super().generate_responses
-        calls = [one(prompt=sample, num_samples=1, **kwargs) for sample in prompt.samples(num_samples)]
+        one, known = super().generate_responses, {**kwargs, "hf_tokenizer": await hf_tokenizer.value()}
+        calls = [one(prompt=sample, num_samples=1, **known) for sample in prompt.samples(num_samples)]
         responses = [response for (response,) in await asyncio.gather(*calls)]
         for response in responses:
             response[TRACE_KEY] = StoredTrace.put(response[TRACE_KEY], self._draft_len)

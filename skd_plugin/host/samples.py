@@ -21,6 +21,7 @@ from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
 from skd_plugin.host.asked import Asking, SampledBy
 from skd_plugin.host.batch import per_token
+from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_of, teacher_prompt, teachers_lengths
 from skd_plugin.host.trace_store import TRACE_KEY
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
@@ -78,6 +79,10 @@ class SKDSamplesGenerator(SamplesGenerator):
             for name in skd.all_teachers
         }
 
+    @cached_property
+    def _sent_tokenizer(self) -> SentOnce:
+        return SentOnce.put(self.tokenizer)
+
     def text(self, response_ids: list[int], prompt: str) -> str:
         """Of a response to this prompt."""
         return response_text(self.tokenizer, response_ids, self._teachers[teacher_of(prompt)].end_ids)
@@ -123,7 +128,7 @@ class SKDSamplesGenerator(SamplesGenerator):
         self, prompts: list[str], labels: list[str], *, images: list[Any], asking: Asking, **kwargs: Any
     ) -> list[Any]:
         """OpenRLHF's, which hands on to the engines what it is given as prompts: those of each teacher to the engines
-        that have it. Results are in the prompts' order.
+        that have it. Results are in the prompts' order. The tokenizer that it gives to each call is sent once.
         """
         for prompt in prompts:
             self._check_length(prompt, kwargs["max_len"], kwargs["max_new_tokens"] or 1)
@@ -131,7 +136,7 @@ class SKDSamplesGenerator(SamplesGenerator):
         refs: list[Any] = [None] * len(prompts)
         for places, engines in self._dispatched(prompts):
             part = copy(self)
-            part.vllm_engines = engines
+            part.vllm_engines, part.tokenizer = engines, self._sent_tokenizer
             sent = super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
                 [asked[i] for i in places],
                 [labels[i] for i in places],

@@ -55,6 +55,7 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
         return [(["source"], [prompt], [""], [None]) for prompt in prompts]
 
     monkeypatch.setattr(host.ray, "get", lambda refs: refs)
+    monkeypatch.setattr(host.ray, "put", lambda value: value)
     monkeypatch.setattr(host.ray, "wait", lambda refs, **_: (refs[-1:], refs[:-1]))  # the last one first
     args = SimpleNamespace(
         rollout=SimpleNamespace(batch_size=2, n_samples_per_prompt=SAMPLES, vllm_generate_batch_size=None),

@@ -131,7 +131,7 @@ HASHES = [  # host code, hash, our file, what we assume of it
     (f"{SAMPLES}._process_response_into_experience", "a9ebfa27f6d5", "host/samples.py",
      "we add the trace to its result"),
     (f"{SAMPLES}._dispatch_prompts_to_vllm", "2c865ad5e5ce", "host/samples.py",
-     "it makes the sampling parameters that the rule overrules"),
+     "it makes the sampling parameters that the rule overrules, and reads self.tokenizer for the engines alone"),
     (f"{MAKER}.make_experience_batch", "9e1bcdcf7db3", "host/samples.py",
      "ours takes its place without any model's forward"),
     (f"{MAKER}.split_rollout_samples", "19bd2be8db3b", "host/samples.py",
@@ -748,6 +748,7 @@ def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPa
 
     from skd_plugin.host.asked import AskedPrompt, Asking, SampledBy
     from skd_plugin.host.samples import SKDSamplesGenerator
+    from skd_plugin.host.sent_once import SentOnce
     from skd_plugin.host.teacher_prompts import PairedPrompt
     from skd_plugin.models import load_tokenizer
     from tests.recipes import PAIR
@@ -756,7 +757,8 @@ def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPa
     sent: list[tuple[int, str, str]] = []
 
     def engine(number: int, load: int) -> Any:
-        def respond(*, prompt: AskedPrompt, label: str, **_: Any) -> str:
+        def respond(*, prompt: AskedPrompt, label: str, hf_tokenizer: Any, **_: Any) -> str:
+            assert hf_tokenizer == SentOnce("a reference"), "the tokenizer goes with each prompt"
             sent.append((number, str(prompt.prompt), label))
             return f"of {prompt.prompt}"
 
@@ -764,6 +766,7 @@ def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPa
         return SimpleNamespace(get_num_unfinished_requests=pending, generate_responses=SimpleNamespace(remote=respond))
 
     monkeypatch.setattr(samples_generator.ray, "get", lambda refs: refs)
+    monkeypatch.setattr(samples_generator.ray, "put", lambda _: "a reference")
     args = SimpleNamespace(
         skd=skd_of_teachers(),
         algo=SimpleNamespace(advantage=SimpleNamespace(is_correction_level="off")),
@@ -785,7 +788,7 @@ def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPa
     assert by_engine[0] == [texts[1], texts[3]], ours
     assert len(by_engine[1]) == 1 and len(by_engine[2]) == 2, f"not by load: {by_engine}; {ours}"
     assert {text: label for _, text, label in sent} == dict(zip(texts, labels, strict=True)), ours
-    assert generator.vllm_engines == engines, ours
+    assert generator.vllm_engines == engines and generator.tokenizer is tokenizer, ours
     generator.vllm_engines = engines[:2]
     del generator._teachers
     with pytest.raises(RuntimeError, match="there are 2 engines, but teachers for 3"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from itertools import count
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -40,6 +40,15 @@ class OneBatch:
         return self._llm.collective_rpc("take_traces", args=([trace_id],))[0][0]
 
 
+class Sent(NamedTuple):
+    """In place of `SentOnce`: there is no Ray."""
+
+    tokenizer: Any
+
+    async def value(self) -> Any:
+        return self.tokenizer
+
+
 @pytest.fixture
 def respond(engine, monkeypatch: pytest.MonkeyPatch):
     """`respond(asked)`: the responses to these prompts, sampled in one batch by OpenRLHF's executor and our actor."""
@@ -67,7 +76,7 @@ def respond(engine, monkeypatch: pytest.MonkeyPatch):
                 "label": "",
                 "sampling_params": SamplingParams(max_tokens=24),
                 "max_length": MAX_LEN,
-                "hf_tokenizer": offline._tokenizer,
+                "hf_tokenizer": Sent(offline._tokenizer),
                 "images": None,
             }
             calls = (actor.generate_responses(prompt=one, num_samples=SAMPLES, **known) for one in asked)
