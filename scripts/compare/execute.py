@@ -20,12 +20,14 @@ from plan import Run
 from session import SESSION, engine_of
 
 from skd_plugin.config.recipe import load_recipe
+from skd_plugin.errors import RecipeError
 from skd_plugin.host.launch import end_with_the_parent
 from skd_plugin.prepare.load_run import load_run
 from skd_plugin.run.lock import owned
 from skd_plugin.run.places import link_places
 from skd_plugin.run.process import run_module
 from skd_plugin.run.supervisor import after_the_earlier_run
+from skd_plugin.tasks import find_task
 from skd_plugin.terminal import plain_console
 
 POLL_S = 0.5
@@ -77,13 +79,22 @@ def execute(runs: list[Run], folder: Path, jobs: int, session_len: int) -> list[
 
 
 def sessions(runs: list[Run], session_len: int) -> list[list[Run]]:
-    """Runs that may share an engine, together, in the order of their first ones; a seed changes no engine."""
+    """Runs that may share an engine, together, in the order of their first ones; a seed changes no engine.
+
+    Raises RecipeError: a recipe has not the task that the plan names, so that nothing would be found of it at the end.
+    """
     alike: dict[str, list[Run]] = {}
     keys: dict[tuple[str, str], str] = {}
     for run in runs:
         kind = (run.cell, run.method)
         if kind not in keys:
-            keys[kind] = json.dumps(engine_of(load_run(run.recipe, run.overrides)), sort_keys=True, default=str)
+            loaded = load_run(run.recipe, run.overrides)
+            known = [find_task(task.name).name for task in loaded.skd.all_tasks]
+            if known and run.task not in known:
+                raise RecipeError(
+                    f"the plan has a task {run.task}, but its recipe {run.recipe.name} measures {', '.join(known)}"
+                )
+            keys[kind] = json.dumps(engine_of(loaded), sort_keys=True, default=str)
         alike.setdefault(keys[kind], []).append(run)
     cut = [group[at : at + session_len] for group in alike.values() for at in range(0, len(group), session_len)]
     return sorted(cut, key=lambda group: runs.index(group[0]))

@@ -111,6 +111,15 @@ def test_a_change_in_a_base_is_another_run(plan, tmp_path):
     assert not execute.is_done(run, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["few-prompts.yaml", "rewards.yaml", "forgetting.yaml"])
+def test_a_plans_task_is_what_its_recipe_measures(name):
+    plan = load_plan(PLAN.with_name(name))
+    first = plan.runs()[0]
+    assert execute.sessions([first], 1) == [[first]]
+    with pytest.raises(RecipeError, match="the plan has a task chains, but its recipe"):
+        execute.sessions([replace(first, task="chains")], 1)
+
+
 def test_cores_are_dealt_out(monkeypatch):
     monkeypatch.setattr(execute.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert execute.core_shares(2) == [{0, 2}, {1, 3}]
