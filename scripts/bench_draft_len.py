@@ -1,6 +1,6 @@
 """`draft_len: auto` beside fixed lengths, in turns: the quickstart's pair, the engine of `skd train` outside Ray.
 
-    python scripts/bench_draft_len.py                  # some four minutes on one core
+    python scripts/bench_draft_len.py                  # some three minutes on one core
     python scripts/bench_draft_len.py --turns 20 --top-k 3
 
 For each K one engine of each length, and one that chooses. A turn runs 64 responses of 64 tokens in each, or as many
