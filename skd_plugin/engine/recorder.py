@@ -64,53 +64,40 @@ class Recorder:
         width = len(_FIGURES) + 2 * entries
         figures_MF = torch.empty(len(token_M), width, dtype=torch.int32, device=token_M.device)
         for rows in in_parts(len(token_M), teacher.values_SV):
-            figures_MF[rows] = _figures(
-                teacher.select(rows),
-                student.select(rows),
-                token_M[rows, None],
-                self.teacher_top_k,
-                entries - self.teacher_top_k,
-                self.loss_temperature,
-            )
+            self._look(figures_MF[rows], token_M[rows, None], teacher.select(rows), student.select(rows))
         return Part(known_MC, Arriving(figures_MF), None if hidden_MJ is None else Arriving(hidden_MJ))
 
-
-def _figures(
-    teacher: LogitRows,
-    student: LogitRows,
-    token_M1: torch.Tensor,
-    teacher_top_k: int,
-    student_top_k: int,
-    loss_temperature: float,
-) -> torch.Tensor:
-    """int32 [M, F]."""
-    teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
-    first = min(OVERLAP, teacher_MV.shape[1])
-    top_MK, ids_MK = teacher_MV.topk(max(teacher_top_k, first), dim=-1)
-    own_MK = student_MV.topk(max(student_top_k, first), dim=-1).indices
-    agreement = _agreement(ids_MK[:, :first], own_MK[:, :first])
-    top_MK, ids_MK, own_MK = top_MK[:, :teacher_top_k], ids_MK[:, :teacher_top_k], own_MK[:, :student_top_k]
-    entries_MK = ids_MK
-    if student_top_k:
-        again_MK = (own_MK[:, :, None] == ids_MK[:, None]).any(-1)
-        top_MK = torch.cat([top_MK, teacher_MV.gather(1, own_MK).masked_fill(again_MK, -torch.inf)], 1)
-        entries_MK = torch.cat([ids_MK, own_MK.masked_fill(again_MK, NOTHING)], 1)
-        ids_MK = torch.cat([ids_MK, own_MK], 1)
-    own_logp_M1, teacher_logp_M1 = student_MV.gather(1, token_M1), teacher_MV.gather(1, token_M1)
-    p_MV = teacher_MV.exp()
-    others_MV = p_MV if loss_temperature == 1 else (teacher_MV / loss_temperature).exp_()
-    columns = [
-        own_logp_M1,
-        teacher_logp_M1,
-        _mean(p_MV, teacher_MV - student_MV),
-        -_mean(student_MV.exp(), student_MV),
-        -_mean(p_MV, teacher_MV),
-        # Masses are sums, and not 1 less the others: that would be what rounding has left.
-        others_MV.scatter_(1, ids_MK, 0.0).scatter_(1, token_M1, 0.0).sum(-1, keepdim=True).log_(),
-        *agreement,
-    ]
-    numbers_MC = torch.cat([*columns, top_MK], dim=1)
-    return torch.cat([numbers_MC.view(torch.int32), entries_MK.int()], dim=1)
+    def _look(self, figures_MF: torch.Tensor, token_M1: torch.Tensor, teacher: LogitRows, student: LogitRows) -> None:
+        """Fills in the figures."""
+        teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
+        first = min(OVERLAP, teacher_MV.shape[1])
+        student_top_k = min(self.student_top_k, student_MV.shape[1])
+        top_MK, ids_MK = teacher_MV.topk(max(self.teacher_top_k, first), dim=-1)
+        own_MK = student_MV.topk(max(student_top_k, first), dim=-1).indices
+        agreement = _agreement(ids_MK[:, :first], own_MK[:, :first])
+        top_MK, ids_MK = top_MK[:, : self.teacher_top_k], ids_MK[:, : self.teacher_top_k]
+        entries_MK = ids_MK
+        if student_top_k:
+            own_MK = own_MK[:, :student_top_k]
+            again_MK = (own_MK[:, :, None] == ids_MK[:, None]).any(-1)
+            top_MK = torch.cat([top_MK, teacher_MV.gather(1, own_MK).masked_fill(again_MK, -torch.inf)], 1)
+            entries_MK = torch.cat([ids_MK, own_MK.masked_fill(again_MK, NOTHING)], 1)
+            ids_MK = torch.cat([ids_MK, own_MK], 1)
+        p_MV = teacher_MV.exp()
+        others_MV = p_MV if self.loss_temperature == 1 else (teacher_MV / self.loss_temperature).exp_()
+        columns = [
+            student_MV.gather(1, token_M1),
+            teacher_MV.gather(1, token_M1),
+            _mean(p_MV, teacher_MV - student_MV),
+            -_mean(student_MV.exp(), student_MV),
+            -_mean(p_MV, teacher_MV),
+            # Masses are sums, and not 1 less the others: that would be what rounding has left.
+            others_MV.scatter_(1, ids_MK, 0.0).scatter_(1, token_M1, 0.0).sum(-1, keepdim=True).log_(),
+            *agreement,
+        ]
+        numbers = torch.cat([*columns, top_MK], dim=1)
+        figures_MF[:, : numbers.shape[1]] = numbers.view(torch.int32)
+        figures_MF[:, numbers.shape[1] :] = entries_MK
 
 
 def _mean(probs_MV: torch.Tensor, values_MV: torch.Tensor) -> torch.Tensor:
