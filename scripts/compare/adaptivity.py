@@ -34,7 +34,7 @@ def _kept(run: Run, folder: Path, count: int) -> list[Row]:
 def _of_run(run: Run, folder: Path, count: int) -> list[Row]:
     from skd_plugin.engine.sampling_rule import SamplingRule
 
-    held_out = HeldOut(run, folder)
+    held_out = HeldOut(folder)
     settings = SamplingRule.of(held_out.rollout).settings
     rows = []
     for step, path in [(0, held_out.first_student), *_checkpoints(folder)]:

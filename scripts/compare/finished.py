@@ -12,7 +12,7 @@ from plan import Finished, Plan, Run
 
 from skd_plugin.run_folder import RunFolder, replace_text
 
-START, TEACHER = "student at the start", "teacher"  # stand where a method does
+START, TEACHER = "student at the start", "the teacher"  # stand where a method does; none has such a name
 
 
 def measure_finished(plan: Plan, folder: Path) -> list[Row]:
@@ -26,13 +26,13 @@ def _of_cell(plan: Plan, cell: str, part: Finished, folder: Path) -> list[Row]:
     runs = [plan.run(cell, method, seed) for seed in plan.seeds for method in plan.comparison.methods]
     runs = [run for run in runs if RunFolder(folder / run.name).model.is_dir()]
     asked = [(run, run.method) for run in runs] + [(run, who) for run in runs[:1] for who in (START, TEACHER)]
-    rows, engines = [], []
+    rows, engine = [], None
     for run, who in asked:
-        path = folder / run.name / f"finished-{run.method if who == run.method else who.split()[0]}.json"
+        path = folder / run.name / f"finished-{who.replace(' ', '-')}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         if known.get("part") != part.model_dump(mode="json"):
-            engines = engines or [HeldOut(run, folder / run.name, part.draft_len)]
-            known = {"part": part.model_dump(mode="json"), "figures": _measure(engines[0], run, who, part, folder)}
+            engine = engine or HeldOut(folder / run.name, part.draft_len)
+            known = {"part": part.model_dump(mode="json"), "figures": _measure(engine, run, who, part, folder)}
             replace_text(path, json.dumps(known))
         rows.append({"task": run.task, "start": run.start, "method": who, "seed": run.seed, **known["figures"]})
     return rows

@@ -12,7 +12,7 @@ from skd_plugin.run_folder import RunFolder
 class HeldOut:
     """Prompts are of the test split; the same prompts and random numbers for every student."""
 
-    def __init__(self, run: Any, folder: Path, draft_len: int | None = None) -> None:
+    def __init__(self, folder: Path, draft_len: int | None = None) -> None:
         """Args: draft_len: default: the run's."""
         from skd_plugin.engine.set_up import set_up_offline
 
@@ -22,10 +22,11 @@ class HeldOut:
         from skd_plugin.engine.arguments import engine_for
         from skd_plugin.engine.offline import SKDEngine
         from skd_plugin.models import load_tokenizer
+        from skd_plugin.prepare.task_prompts import make_task
 
         config = Config.load(RunFolder(folder))
         self.rollout, self.first_student = config.skd.rollout, Path(config.host["actor.model_name_or_path"])
-        self._draft_len, self._task = draft_len or self.rollout.most_drafts, config.skd.task
+        self._draft_len, self._task = draft_len or self.rollout.most_drafts, make_task(config.skd.task)
         student = str(self.first_student)
         self._tokenizer = load_tokenizer(student, "student")
         spec = engine_for(config.skd, {**host_defaults(), **config.host}, student=student, cpu=config.cpu)
@@ -40,12 +41,8 @@ class HeldOut:
     def metrics(self, settings: Any, count: int, seed: int) -> dict[str, float]:
         """Those of roll-outs, by their names, for prompts of the run's task; and `tokens`, the number of all."""
         from skd_plugin.core.metrics import figures_of, rollout_metrics
-        from skd_plugin.tasks import find_task
 
-        task = self._task
-        options = {name: value for name in ("path", "template") if (value := getattr(task, name)) is not None}
-        of_task = find_task(task.name)(**options)
-        answers = self._answers(of_task, settings, self.rollout.max_new_tokens, count, seed)
+        answers = self._answers(self._task, settings, self.rollout.max_new_tokens, count, seed)
         traces = [answer.trace for _, answer in answers]
         metrics = rollout_metrics([figures_of(trace, self._draft_len) for trace in traces])
         return {**metrics, "tokens": sum(map(len, traces))}

@@ -161,7 +161,7 @@ def _finished(plan: Plan, table: list[Row], cell: str) -> list[str]:
     heads = [cell.replace("/", ", "), f"kept in blocks of {part.draft_len}", "tokens a block"]
     heads += [f"{plan.metric_of(cell)} of {harder.stem}"] if harder else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    names = {TEACHER: TEACHER, START: START, **{m: plan.methods[m].label for m in plan.comparison.methods}}
+    names = {TEACHER: "teacher", START: START, **{m: plan.methods[m].label for m in plan.comparison.methods}}
     for method, label in names.items():
         if not (rows := chosen(table, cell, method)):
             continue

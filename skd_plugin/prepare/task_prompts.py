@@ -100,7 +100,7 @@ def _sampling(skd: SKDConfig, config: TaskConfig, given: int | None) -> Sampling
 
 
 def _tasks(skd: SKDConfig) -> list[Task]:
-    tasks = [_make(config) for config in skd.all_tasks]
+    tasks = [make_task(config) for config in skd.all_tasks]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise RecipeError(f"skd.tasks: {max(names, key=names.count)} is there twice; its curves would be one")
@@ -168,7 +168,7 @@ def _task_class(config: TaskConfig) -> type[Task]:
         raise RecipeError(f"skd.task.name: {error}") from error
 
 
-def _make(config: TaskConfig) -> Task:
+def make_task(config: TaskConfig) -> Task:
     """The task, with the recipe's options of it."""
     kind = _task_class(config)
     for package in getattr(kind, "packages", ()):

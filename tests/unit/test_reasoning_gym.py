@@ -13,7 +13,7 @@ from reasoning_gym.factory import DATASETS
 from skd_plugin.config.task import TaskConfig
 from skd_plugin.errors import RecipeError
 from skd_plugin.prepare.load_run import load_run
-from skd_plugin.prepare.task_prompts import _make
+from skd_plugin.prepare.task_prompts import make_task
 from skd_plugin.tasks import Task, TaskError, find_task, reasoning_gym
 from skd_plugin.tasks.base import split_of
 from skd_plugin.tasks.label import Label
@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recipe_may_take_a_checker_that_evaluates() -> None:
     config = TaskConfig(name="reasoning_gym:countdown", evaluating_checker=True)
-    assert _make(config).name == "countdown"
+    assert make_task(config).name == "countdown"
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
