@@ -13,7 +13,6 @@ Writes results/speed/draft_len.csv, one line a run.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from measured import read, write
 from ways_of_sampling import RESULTS, Cell, Ours, open_pair  # sets OMP_NUM_THREADS
 
 FIXED, MOST = (1, 2, 4, 8), 8  # tokens; the most that auto may choose
@@ -95,14 +95,8 @@ def main() -> None:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         set_up_offline()
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in measure(given.cells, given.top_k, given.turns):
-                writer.writerow({name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()})
-                file.flush()
-    with path.open(newline="") as file:
-        print(table(list(csv.DictReader(file))))
+        write(path, COLUMNS, measure(given.cells, given.top_k, given.turns))
+    print(table(read(path)))
 
 
 if __name__ == "__main__":

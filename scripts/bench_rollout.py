@@ -27,7 +27,6 @@ Writes results/speed/rollout.csv, one line a run, and rollout.png. A call goes o
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import tempfile
@@ -36,6 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from measured import read, write
 from ways_of_sampling import PAIRS, RESULTS, Cell, Run, make_ways, open_pair
 
 COLUMNS = ("pair", "turn", "requests", "length", "way", "top_k", "draft_len", "seconds", "tokens", "kept")
@@ -176,19 +176,11 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     given = parser.parse_args()
     path = given.out / "rollout.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = read(path)
     if not given.draw:
         whole = ("turn", "requests", "length", "top_k", "draft_len")
         there = {tuple(int(row[c]) if c in whole else row[c] for c in COLUMNS[:7]) for row in rows}
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if not file.tell():
-                writer.writeheader()
-            for row in measure(given, there):
-                writer.writerow({name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()})
-                file.flush()
-                print(row, flush=True)
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = write(path, COLUMNS, measure(given, there), keep=rows)
     found = summaries(rows)
     print(table(found))
     draw(found, given.out / "rollout.png")

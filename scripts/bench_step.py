@@ -1,22 +1,25 @@
 """A step of training beside TRL's: the same prompts, models, batch, lengths and loss, in turns.
 
     python scripts/bench_step.py                       # TRL goes into .cache/trl, beside this environment's torch
-    python scripts/bench_step.py --trl-python PYTHON   # one that has it
-    python scripts/bench_step.py --draw                # only the picture and the table, of the CSV that is there
+    python scripts/bench_step.py --pair smollm2 --turns 1 --steps 4     # after scripts/make_smollm2_pair.py
+    python scripts/bench_step.py skd.rollout.draft_len=4                # with other options of `skd train`
+    python scripts/bench_step.py --draw                # only the picture and the ratios, of the CSV that is there
 
-Ours is `skd train` on recipes/quickstart.yaml: 64 prompts, responses of up to 96 tokens, one update, KL(p‖q), float32.
-TRL's DistillationTrainer does the same on-policy, with transformers' generate and beta 0, which is that divergence.
-Each repeat starts both anew, and takes the median over its steps but the first ones. A step is from the end of one to
-the end of the next: sampling, update, and for us the weights' way into the engine. Ratios are of the two that ran in
-one turn, which share whatever else the machine does.
+Ours is `skd train` on recipes/quickstart.yaml: 64 prompts, responses of up to 96 tokens, one update, KL(p‖q), float32;
+with `--pair smollm2` on recipes/smollm2.yaml, 64 prompts and up to 48 tokens too. TRL's DistillationTrainer and its
+GKDTrainer do the same on-policy, with transformers' generate and beta 0, which is that divergence. Each repeat starts
+all of them anew, and takes the median over its steps but the first ones. A step is from the end of one to the end of
+the next: sampling, update, and for us the weights' way into the engine. Ratios are of those that ran in one turn and
+share whatever else the machine does. Responses end where their model ends them, so that the tokens differ.
 
-Writes results/speed/step.csv, one line a turn, and step.png.
+Ours has a thread a process, or as many as OMP_NUM_THREADS says; TRL has what torch takes, which is all cores.
+
+Writes results/speed/step.csv, one line a turn and trainer, in place of the lines of the same pair, and step.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -30,31 +33,51 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+
+from measured import read, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "speed"
-RECIPE = ROOT / "recipes" / "quickstart.yaml"
 TRL = ("trl==1.16.0", "accelerate==1.15.0")
-BATCH, MICRO_BATCH, NEW_TOKENS, LEARNING_RATE = 64, 32, 96, 1.5e-3  # the recipe's
-WARM_UP = 3  # steps that are not counted
-COLUMNS = ("turn", "trainer", "step_s", "tokens", "tokens_per_s", "host")
+TRAINERS = ("distillation", "gkd")  # of TRL
+BATCH = 64
+COLUMNS = ("pair", "turn", "trainer", "options", "threads", "step_s", "tokens", "tokens_per_s")
 
 
-def our_steps(folder: Path, steps: int, options: list[str]) -> list[dict[str, float]]:
+class Pair(NamedTuple):
+    """Two models, and how their recipe trains them."""
+
+    models: Path
+    recipe: str
+    micro_batch: int
+    new_tokens: int
+    learning_rate: float
+    warm_up: int  # steps that are not counted
+
+    def options(self, steps: int) -> list[str]:
+        """Of `skd train`, for so many steps and nothing else."""
+        if self.recipe == "quickstart.yaml":
+            prompts = [f"skd.task.train_prompts={BATCH * steps}", "skd.task.eval_prompts=8", "skd.eval.teacher=false"]
+        else:
+            batches = [f"openrlhf.{part}.batch_size={BATCH}" for part in ("rollout", "train")]
+            prompts = [f"openrlhf.data.max_samples={BATCH * steps}", *batches]
+        return [*prompts, "skd.eval.at_start=false", "openrlhf.eval.steps=-1"]
+
+
+PAIRS = {
+    "quickstart": Pair(ROOT / "recipes" / "models" / "arithmetic", "quickstart.yaml", 32, 96, 1.5e-3, 3),
+    "smollm2": Pair(ROOT / ".cache" / "smollm2", "smollm2.yaml", 8, 48, 5e-4, 1),
+}
+
+
+def our_steps(pair: Pair, folder: Path, steps: int, options: list[str]) -> list[dict[str, float]]:
     """Seconds and response tokens of each step of a run of ours."""
-    arguments = [
-        f"skd.run_dir={folder}",
-        f"skd.task.train_prompts={BATCH * steps}",
-        "skd.task.eval_prompts=8",
-        "skd.eval.teacher=false",
-        "skd.eval.at_start=false",
-        *options,
-    ]
+    arguments = [f"skd.run_dir={folder}", *pair.options(steps), *options]
     run = "import sys; from skd_plugin.cli import main; sys.exit(main())"
     # Ray gives way to everything else on a machine (niceness 15), which TRL does not.
     environment = {**os.environ, "RAY_worker_niceness": "0"}
-    call([sys.executable, "-c", run, "train", str(RECIPE), *arguments], environment)
+    call([sys.executable, "-c", run, "train", str(ROOT / "recipes" / pair.recipe), *arguments], environment)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {"step_s": record["time/step"], "tokens": BATCH * record["skd/response_len"]}
@@ -63,11 +86,11 @@ def our_steps(folder: Path, steps: int, options: list[str]) -> list[dict[str, fl
     ]
 
 
-def trl_steps(python: Path, prompts: Path, models: Path, steps: int) -> list[dict[str, float]]:
+def trl_steps(python: Path, job: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.NamedTemporaryFile(suffix=".json") as told:
-        job = {"prompts": str(prompts), "models": str(models), "steps": steps, "out": told.name}
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        call([str(python), __file__, "--as-trl", json.dumps(job)], environment)
+        own = ("PYTHONPATH", "OMP_NUM_THREADS")
+        environment = {name: value for name, value in os.environ.items() if name not in own}
+        call([str(python), __file__, "--as-trl", json.dumps({**job, "out": told.name})], environment)
         return json.loads(Path(told.name).read_text())
 
 
@@ -80,10 +103,9 @@ def call(command: list[str], environment: Any) -> None:
 
 def run_trl(job: dict[str, Any]) -> None:
     """In the environment that has TRL."""
-    from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]
 
+    pair = PAIRS[job["pair"]]
     ends: list[float] = []
     counted: list[float] = []
 
@@ -91,48 +113,85 @@ def run_trl(job: dict[str, Any]) -> None:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
+    tokenizer = AutoTokenizer.from_pretrained(pair.models / "student", padding_side="left")
+    lines = Path(job["prompts"]).read_text().splitlines()
+    texts = [json.loads(line)["input"] for line in lines][: BATCH * job["steps"]]
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "output_dir": folder,
+            "per_device_train_batch_size": pair.micro_batch,
+            "gradient_accumulation_steps": BATCH // pair.micro_batch,
+            "max_steps": job["steps"],
+            "learning_rate": pair.learning_rate,
+            "beta": 0.0,  # KL(p‖q)
+            "temperature": 1.0,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "model_init_kwargs": {"dtype": "float32"},
+            "teacher_model_init_kwargs": {"dtype": "float32"},
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        make = distillation_trainer if job["trainer"] == "distillation" else gkd_trainer
+        trainer = make(pair, common, texts, tokenizer, counted)
+        trainer.add_callback(Watch())
+        ends.append(time.perf_counter())
+        trainer.train()
+    seconds = [after - before for before, after in pairwise(ends)]
+    in_step = len(counted) // len(seconds)  # a step is all of these at once, or one a micro-batch
+    tokens = [sum(counted[place * in_step : (place + 1) * in_step]) for place in range(len(seconds))]
+    steps = [{"step_s": one, "tokens": number} for one, number in zip(seconds, tokens, strict=True)]
+    Path(job["out"]).write_text(json.dumps(steps))
+
+
+def distillation_trainer(
+    pair: Pair, common: dict[str, Any], texts: list[str], tokenizer: Any, counted: list[float]
+) -> Any:
+    """Args: counted: gets the response tokens of each batch."""
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-not-found]
+
     class Counting(DistillationTrainer):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             made = super()._generate_and_score_completions(inputs)
             counted.append(float(made["completion_mask"].sum()))
             return made
 
-    student, teacher = (f"{job['models']}/{name}" for name in ("student", "teacher"))
-    lines = Path(job["prompts"]).read_text().splitlines()
-    prompts = [json.loads(line)["input"] for line in lines][: BATCH * job["steps"]]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = DistillationConfig(
-            output_dir=folder,
-            per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=BATCH // MICRO_BATCH,
-            max_completion_length=NEW_TOKENS,
-            max_steps=job["steps"],
-            learning_rate=LEARNING_RATE,
-            beta=0.0,  # KL(p‖q)
-            temperature=1.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            teacher_model_init_kwargs={"dtype": "float32"},
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = Counting(
-            model=student,
-            teacher_model=teacher,
-            args=settings,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(student, padding_side="left"),
-            callbacks=[Watch()],
-        )
-        ends.append(time.perf_counter())
-        trainer.train()
-    seconds = [after - before for before, after in pairwise(ends)]
-    steps = [{"step_s": one, "tokens": tokens} for one, tokens in zip(seconds, counted, strict=True)]
-    Path(job["out"]).write_text(json.dumps(steps))
+    return Counting(
+        model=str(pair.models / "student"),
+        teacher_model=str(pair.models / "teacher"),
+        args=DistillationConfig(**common, max_completion_length=pair.new_tokens),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer,
+    )
+
+
+def gkd_trainer(pair: Pair, common: dict[str, Any], texts: list[str], tokenizer: Any, counted: list[float]) -> Any:
+    """Args: counted: gets the response tokens of each micro-batch."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # type: ignore[import-not-found]
+
+    class Counting(GKDTrainer):  # type: ignore[misc]
+        @staticmethod
+        def generate_on_policy_outputs(*args: Any, **kwargs: Any) -> Any:
+            made = GKDTrainer.generate_on_policy_outputs(*args, **kwargs)
+            counted.append(float((made[2] != -100).sum()))
+            return made
+
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return Counting(
+        model=str(pair.models / "student"),
+        teacher_model=str(pair.models / "teacher"),
+        args=GKDConfig(**common, max_new_tokens=pair.new_tokens, lmbda=1.0),
+        train_dataset=Dataset.from_dict({"prompt": texts, "input_ids": ids}),
+        processing_class=tokenizer,
+    )
 
 
 def make_trl(folder: Path) -> Path:
@@ -149,38 +208,49 @@ def make_trl(folder: Path) -> Path:
     return python
 
 
-def measure(python: Path, steps: int, turns: int, options: list[str]) -> Iterator[dict[str, Any]]:
+def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Lines of the table, as they are measured."""
-    host = f"{os.cpu_count()} cores"
-    for turn in range(turns):
+    pair = PAIRS[given.pair]
+    python = given.trl_python or make_trl(ROOT / ".cache" / "trl")
+    threads = {"ours": os.environ.get("OMP_NUM_THREADS", "1")}
+    for turn in range(given.turns):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
-            taken = {"ours": our_steps(folder, steps, options)}
-            prompts, models = folder / "data" / "train.jsonl", ROOT / "recipes" / "models" / "arithmetic"
-            taken["trl"] = trl_steps(python, prompts, models, steps)
+            taken = {"ours": our_steps(pair, folder, given.steps, given.options)}
+            own = folder / "data" / "train.jsonl"  # of a task
+            prompts = own if own.exists() else pair.models / "train.jsonl"
+            for trainer in given.beside:
+                job = {"pair": given.pair, "prompts": str(prompts), "steps": given.steps, "trainer": trainer}
+                taken[trainer] = trl_steps(python, job)
         for trainer, of_steps in taken.items():
-            step_s, tokens = (median(one[name] for one in of_steps[WARM_UP:]) for name in ("step_s", "tokens"))
-            yield dict(zip(COLUMNS, (turn, trainer, step_s, tokens, tokens / step_s, host), strict=True))
+            step_s, tokens = (median(one[name] for one in of_steps[pair.warm_up :]) for name in ("step_s", "tokens"))
+            told = " ".join(given.options) if trainer == "ours" else ""
+            row = (given.pair, turn, trainer, told, threads.get(trainer, os.cpu_count()), step_s, tokens)
+            yield dict(zip(COLUMNS, (*row, tokens / step_s), strict=True))
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds of TRL's step over ours, of each turn."""
-    seconds = {(row["turn"], row["trainer"]): float(row["step_s"]) for row in rows}
-    own = {turn: of_turn for (turn, trainer), of_turn in seconds.items() if trainer == "ours"}
-    return [seconds[turn, "trl"] / of_turn for turn, of_turn in own.items() if (turn, "trl") in seconds]
+def ratios(rows: list[dict[str, Any]], pair: str, trainer: str) -> list[float]:
+    """Seconds of a step of TRL's trainer over ours, of each turn that has both."""
+    seconds = {(row["turn"], row["trainer"]): float(row["step_s"]) for row in rows if row["pair"] == pair}
+    own = {turn: of_turn for (turn, name), of_turn in seconds.items() if name == "ours"}
+    return [seconds[turn, trainer] / of_turn for turn, of_turn in own.items() if (turn, trainer) in seconds]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5, 3))
-    for place, trainer in enumerate(("ours", "trl")):
-        seconds = [float(row["step_s"]) for row in rows if row["trainer"] == trainer]
-        axis.bar(place, median(seconds), width=0.6)
-        axis.plot([place] * len(seconds), seconds, "k.")
-    axis.set_xticks([0, 1], ["skd train", "TRL DistillationTrainer"])
-    axis.set_ylabel("seconds a step")
-    axis.set_title("64 prompts, quickstart pair")
+    pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
+    figure, axes = plt.subplots(1, len(pairs), figsize=(4.5 * len(pairs), 3), squeeze=False)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        for place, trainer in enumerate(("ours", *TRAINERS)):
+            of_trainer = [row for row in rows if row["pair"] == pair and row["trainer"] == trainer]
+            seconds = [float(row["step_s"]) for row in of_trainer]
+            if seconds:
+                axis.bar(place, median(seconds), width=0.6)
+                axis.plot([place] * len(seconds), seconds, "k.")
+        axis.set_xticks(range(3), ["skd train", "TRL\nDistillationTrainer", "TRL\nGKDTrainer"], fontsize=8)
+        axis.set_ylabel("seconds a step")
+        axis.set_title(f"{BATCH} prompts, {pair} pair")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -189,31 +259,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--pair", choices=[*PAIRS], default="quickstart")
+    parser.add_argument("--beside", nargs="+", choices=TRAINERS, default=[*TRAINERS], help="of TRL")
     parser.add_argument("--trl-python", type=Path, help="python of an environment with TRL")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help=f"of each turn; the first {WARM_UP} are not counted")
+    parser.add_argument("--steps", type=int, default=12, help="of each turn; the first are not counted")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--as-trl", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("options", nargs="*", help="of skd train, as skd.rollout.draft_len=4")
-    options = parser.parse_args()
-    if options.as_trl:
-        return run_trl(options.as_trl)
-    table = options.out / "step.csv"
-    if not options.draw:
-        python = options.trl_python or make_trl(ROOT / ".cache" / "trl")
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in measure(python, options.steps, options.turns, options.options):
-                writer.writerow({name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()})
-                file.flush()
-                print(row, flush=True)
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = ratios(rows)
-    print(f"a step of TRL's takes {median(found):.2f} of ours ({min(found):.2f} to {max(found):.2f})")
-    draw(rows, options.out / "step.png")
+    given = parser.parse_args()
+    if given.as_trl:
+        return run_trl(given.as_trl)
+    table = given.out / "step.csv"
+    rows = read(table)
+    if not given.draw:
+        rows = write(table, COLUMNS, measure(given), keep=[row for row in rows if row["pair"] != given.pair])
+    for pair in PAIRS:
+        for trainer in TRAINERS:
+            if found := ratios(rows, pair, trainer):
+                spread = f"({min(found):.2f} to {max(found):.2f})"
+                print(f"{pair}: a step of TRL's {trainer} takes {median(found):.2f} of ours {spread}")
+    draw(rows, given.out / "step.png")
 
 
 if __name__ == "__main__":

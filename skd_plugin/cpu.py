@@ -6,6 +6,7 @@ OpenRLHF needs there is in host/on_cpu.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,20 @@ import torch.distributed.device_mesh as device_mesh
 
 from skd_plugin.seams import rebind
 
-ENV = {  # of every process of a run on CPU
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's worker lives in its core process: one process less
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_TARGET_DEVICE": "cpu",
-}
-
 LOGICAL_GPUS = 8  # declared to Ray: OpenRLHF reserves one for each actor
+
+
+def environment() -> dict[str, str]:
+    """Of every process of a run on CPU. Each has one thread, for small models gain nothing by more, or OMP_NUM_THREADS
+    of the shell.
+    """
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's worker lives in its core process: one process less
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_TARGET_DEVICE": "cpu",
+    }
 
 
 def install() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
+from collect import Row
 from held_out import HeldOut
+from kept import keep, recall
 from plan import Plan, Run
 
-from skd_plugin.run_folder import RunFolder, replace_text
-
-Row = dict[str, Any]
+from skd_plugin.run_folder import RunFolder
 
 
 def measure_adaptivity(plan: Plan, folder: Path) -> list[Row]:
@@ -24,11 +22,8 @@ def measure_adaptivity(plan: Plan, folder: Path) -> list[Row]:
 
 
 def _kept(run: Run, folder: Path, count: int) -> list[Row]:
-    """Measured once a run, and kept in its folder."""
-    path = folder / f"adaptivity-{count}.json"
-    if not path.exists():
-        replace_text(path, json.dumps(_of_run(run, folder, count)))
-    return json.loads(path.read_text())
+    path, asked = folder / "adaptivity.json", {"prompts": count}
+    return recall(path, asked) or keep(path, asked, _of_run(run, folder, count))
 
 
 def _of_run(run: Run, folder: Path, count: int) -> list[Row]:

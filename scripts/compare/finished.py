@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from collect import Row
 from held_out import HeldOut
+from kept import keep, recall
 from plan import Finished, Plan, Run
 
-from skd_plugin.run_folder import RunFolder, replace_text
+from skd_plugin.run_folder import RunFolder
 
 START, TEACHER = "student at the start", "the teacher"  # stand where a method does; none has such a name
 
@@ -26,15 +26,14 @@ def _of_cell(plan: Plan, cell: str, part: Finished, folder: Path) -> list[Row]:
     runs = [plan.run(cell, method, seed) for seed in plan.seeds for method in plan.comparison.methods]
     runs = [run for run in runs if RunFolder(folder / run.name).model.is_dir()]
     asked = [(run, run.method) for run in runs] + [(run, who) for run in runs[:1] for who in (START, TEACHER)]
-    rows, engine = [], None
+    rows, engine, wanted = [], None, part.model_dump(mode="json")
     for run, who in asked:
         path = folder / run.name / f"finished-{who.replace(' ', '-')}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("part") != part.model_dump(mode="json"):
+        figures = recall(path, wanted)
+        if figures is None:
             engine = engine or HeldOut(folder / run.name, part.draft_len)
-            known = {"part": part.model_dump(mode="json"), "figures": _measure(engine, run, who, part, folder)}
-            replace_text(path, json.dumps(known))
-        rows.append({"task": run.task, "start": run.start, "method": who, "seed": run.seed, **known["figures"]})
+            figures = keep(path, wanted, _measure(engine, run, who, part, folder))
+        rows.append({"task": run.task, "start": run.start, "method": who, "seed": run.seed, **figures})
     return rows
 
 

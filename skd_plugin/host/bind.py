@@ -121,7 +121,7 @@ def ray_options(run: Run, *, own_ray: bool) -> dict[str, Any]:
     env[trust.REMOTE_CODE] = os.environ.get(trust.REMOTE_CODE, "0")
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     if run.cpu:
-        env |= cpu.ENV
+        env |= cpu.environment()
         options["runtime_env"]["worker_process_setup_hook"] = "skd_plugin.host.on_cpu.install"
         options |= {"num_gpus": cpu.LOGICAL_GPUS, "num_cpus": 16, "include_dashboard": False}
     if own_ray:

@@ -57,7 +57,7 @@ def prepare_process(run: Run, *, own_ray: bool) -> None:
     trust.allow(remote_code=run.skd.trust_remote_code, pickle_weights=run.skd.pickle_weights)
     os.environ["PATH"] = own_programs_first(os.environ.get("PATH", ""))
     if run.cpu:
-        os.environ.update(cpu.ENV)
+        os.environ.update(cpu.environment())
         on_cpu.install()
     if own_ray:
         close_ray()

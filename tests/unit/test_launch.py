@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from skd_plugin import cpu
 from skd_plugin.host.launch import _report_to, import_user_code, own_programs_first
 from skd_plugin.run_folder import Status
 
@@ -58,3 +59,13 @@ def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: 
     _report_to(gone)(KeyError, KeyError("the first"), None)
     said = capsys.readouterr().err
     assert f"could not write {gone.path}: " in said and "KeyError: 'the first'" in said
+
+
+@pytest.mark.parametrize(("of_the_shell", "threads"), [(None, "1"), ("2", "2")])
+def test_processes_on_a_cpu_have_one_thread_or_as_many_as_the_shell_says(
+    monkeypatch: pytest.MonkeyPatch, of_the_shell: str | None, threads: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if of_the_shell:
+        monkeypatch.setenv("OMP_NUM_THREADS", of_the_shell)
+    assert cpu.environment()["OMP_NUM_THREADS"] == threads
