@@ -7,10 +7,16 @@ OpenRLHF hands its tokenizer to each call of `generate_responses`. Of 150,000 to
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+# Through these go all calls of a tokenizer. Where one thread encodes and another sets its padding or truncation, the
+# Rust below raises "Already borrowed"; and agents may have threads, whose samples share what is sent once.
+_OF_TOKENIZERS = ("_encode_plus", "_decode")
 
 _read: dict[ray.ObjectRef, asyncio.Future[Any]] = {}  # in this process
 
@@ -32,4 +38,17 @@ class SentOnce:
 
 
 async def _fetch(ref: ray.ObjectRef) -> Any:
-    return await ref
+    value = await ref
+    lock = threading.RLock()
+    for name in _OF_TOKENIZERS:
+        if hasattr(value, name):
+            setattr(value, name, _one_at_a_time(getattr(value, name), lock))
+    return value
+
+
+def _one_at_a_time(method: Callable[..., Any], lock: threading.RLock) -> Callable[..., Any]:
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return method(*args, **kwargs)
+
+    return locked

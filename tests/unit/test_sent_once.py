@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from skd_plugin.host.sent_once import SentOnce
+from skd_plugin.models import load_tokenizer
+from tests.recipes import PAIR
 
 
 class Ref:
@@ -44,6 +47,20 @@ def test_calls_share_what_the_first_one_reads() -> None:
 def test_what_is_lost_is_an_error_for_every_call() -> None:
     sent = SentOnce(Ref(ConnectionError("its owner has died")))
     assert [str(found) for found in ask(sent, sent)] == ["its owner has died"] * 2
+
+
+def test_a_tokenizer_bears_the_threads_of_agents() -> None:
+    """Without its lock two of them raise "Already borrowed", nearly each time."""
+    (tokenizer,) = ask(SentOnce(Ref(load_tokenizer(str(PAIR / "student"), "student"))))
+    texts = ["tom has 47 coins . " * 100] * 8
+
+    def lengths(options: dict[str, Any]) -> set[int]:
+        return {len(ids) for _ in range(10) for ids in tokenizer(texts, **options).input_ids}
+
+    cut = {"truncation": True, "max_length": 50, "padding": True}
+    with ThreadPoolExecutor(2) as pool:
+        whole, short = pool.map(lengths, [{}, cut])
+    assert min(whole) > 200 and short == {50}
 
 
 @pytest.fixture(autouse=True)
