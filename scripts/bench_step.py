@@ -184,7 +184,9 @@ def gkd_trainer(pair: Pair, common: dict[str, Any], texts: list[str], tokenizer:
             counted.append(float((made[2] != -100).sum()))
             return made
 
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    # Of references it only takes the number of tokens, by which it divides the loss.
+    reference = [tokenizer.eos_token_id] * (pair.new_tokens // 2)
+    ids = [own + reference for own in tokenizer(texts, add_special_tokens=False).input_ids]
     return Counting(
         model=str(pair.models / "student"),
         teacher_model=str(pair.models / "teacher"),
