@@ -71,8 +71,8 @@ def draw_differences(plan: Plan, table: list[Row], path: Path) -> None:
             axes.tick_params(labelleft=place == 0)
         reference = plan.methods[plan.comparison.against].label
         grid[0, place].set_title(cell.replace("/", ", ") + " start", fontsize=10)
-        grid[0, place].set_xlabel(f"{plan.metric_of(cell)} minus {reference}'s, points")
-        grid[1, place].set_xlabel(f"KL minus {reference}'s, nats a token")
+        grid[0, place].set_xlabel(f"{plan.metric_of(cell)}, points\nminus {reference}")
+        grid[1, place].set_xlabel(f"KL, nats a token\nminus {reference}")
     figure.savefig(path, dpi=150)
 
 
