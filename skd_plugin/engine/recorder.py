@@ -118,13 +118,19 @@ def to_trace(parts: Sequence[tuple[Part, int, int]]) -> Trace:
     figures_RF = torch.cat([part.figures_MF.read()[start:end] for part, start, end in parts])
     hidden = [part.hidden_MJ.read()[start:end] for part, start, end in parts if part.hidden_MJ is not None]
     count = (figures_RF.shape[1] - len(_FIGURES)) // 2
-    # Fields of their own memory: a trace goes to other processes field by field.
-    own = dict(zip(_KNOWN, (column.clone() for column in known_RC.T), strict=True))
+    own = dict(zip(_KNOWN, map(_own, known_RC.T), strict=True))
     numbers_RF = figures_RF.view(torch.float32)
-    own |= {name: numbers_RF[:, place].clone() for place, name in enumerate(_FIGURES)}
+    own |= {name: _own(numbers_RF[:, place]) for place, name in enumerate(_FIGURES)}
     return Trace(
         **own | {"source": own["source"].to(torch.uint8)},
-        teacher_topk_logp=numbers_RF[:, len(_FIGURES) : -count].clone(),
-        teacher_topk_ids=figures_RF[:, -count:].clone(),
+        teacher_topk_logp=_own(numbers_RF[:, len(_FIGURES) : -count]),
+        teacher_topk_ids=_own(figures_RF[:, -count:]),
         **({"teacher_hidden": torch.cat(hidden)} if hidden else {}),
     )
+
+
+def _own(columns: torch.Tensor) -> torch.Tensor:
+    """Of its own memory, for a trace goes to other processes field by field; and in one piece also where it is a
+    single token, which a plain copy leaves at the table's stride, and vLLM cannot send.
+    """
+    return columns.clone(memory_format=torch.contiguous_format)

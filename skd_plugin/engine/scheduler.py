@@ -16,12 +16,14 @@ from vllm.v1.request import Request
 
 from skd_plugin.core.draft_length import DraftLength
 from skd_plugin.engine.prefix_cache import key_by_student
+from skd_plugin.engine.set_up import end_with_its_threads
 
 
 class SKDScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         key_by_student()  # here, because this is made in the process of the engine, whichever that is
+        end_with_its_threads()
         self._without_last: WeakSet[Request] = WeakSet()  # preempted, and not yet back where they were
         self._seconds = 0.0  # spent here, and not yet told to the worker
         options = self.vllm_config.additional_config

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
+import threading
 
 from skd_plugin.seams import rebind
+
+ENGINE_PROCESS = "EngineCore"  # how the names of vLLM's processes begin that hold an engine and nothing else
 
 
 def set_up_offline() -> None:
@@ -26,3 +31,17 @@ def set_up_skd() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # of use_v2_model_runner, in whichever process that is asked
     allow_padding()
     rebind(output_processor, "IncrementalDetokenizer", ResponseDetokenizer)
+
+
+def end_with_its_threads() -> None:
+    """In a process that holds an engine and nothing else: where one of its threads ends by an error, the process ends,
+    and vLLM tells all who wait for an answer. Else it goes on without the thread, and they wait for ever.
+    """
+    if multiprocessing.current_process().name.startswith(ENGINE_PROCESS):
+        threading.excepthook = _end_process
+
+
+def _end_process(args: threading.ExceptHookArgs) -> None:
+    threading.__excepthook__(args)
+    sys.stderr.flush()
+    os._exit(1)

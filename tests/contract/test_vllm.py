@@ -72,6 +72,8 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "it turns rows with -1 into token lists"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "75c331c7ca81", "engine/drafter.py",
      "loadable_weights puts its own in place, which must set whatever the layers call"),
+    ("vllm.v1.engine.core:EngineCoreProc.process_output_sockets", "35b0a93499b4", "engine/set_up.py",
+     "what goes wrong in it ends its thread, and not the process of the engine"),
     ("vllm.config:VllmConfig.use_v2_model_runner", "dc5e45254fad", "engine/set_up.py",
      "VLLM_USE_V2_MODEL_RUNNER=0 must choose the V1 runner"),
 ]  # fmt: skip
@@ -565,3 +567,10 @@ def test_vllm_loses_the_temperatures_of_proposals_on_a_cpu() -> None:
     expanded = torch.full((3,), 7.0)
     expand_kernel[(2,)](expanded, torch.tensor([0.5, 2.0]), torch.tensor([1, 3]), 0, 1, MAX_NUM_TOKENS=128)
     assert expanded.tolist() == [7.0, 7.0, 7.0]
+
+
+def test_a_process_of_an_engine_is_known_by_its_name() -> None:
+    from skd_plugin.engine.set_up import ENGINE_PROCESS
+
+    source = inspect.getsource(importlib.import_module("vllm.v1.engine.utils").CoreEngineProcManager)
+    assert f'else "{ENGINE_PROCESS}"' in source and f'f"{ENGINE_PROCESS}_DP' in source

@@ -109,3 +109,12 @@ def test_a_field_has_memory_of_its_own() -> None:
     trace = trace_of(logits(1), logits(2))
     for tensor in vars(trace).values():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_trace_of_one_token_is_one_of_many_places() -> None:
+    """A column of a table of one row keeps the table's stride in a plain copy, and vLLM cannot send it."""
+    known = torch.zeros(1, 5, dtype=torch.int32)
+    rows = [LogitRows.of(logits(seed)[:1]) for seed in (1, 2)]
+    part = Recorder(TOP_K, 0, 1.0).record(known, known[:, 0].long(), *rows, None)
+    for name, tensor in vars(to_trace([(part, 0, 1)])).items():
+        assert tensor.flatten().stride() == (1,), name
