@@ -35,7 +35,8 @@ def set_up_skd() -> None:
 
 def end_with_its_threads() -> None:
     """In a process that holds an engine and nothing else: where one of its threads ends by an error, the process ends,
-    and vLLM tells all who wait for an answer. Else it goes on without the thread, and they wait for ever.
+    and vLLM tells all who wait for an answer. Else it goes on without the thread (`process_output_sockets`, where a
+    result cannot be written), and they wait for ever.
     """
     if multiprocessing.current_process().name.startswith(ENGINE_PROCESS):
         threading.excepthook = _end_process

@@ -159,8 +159,8 @@ def table(plan, tmp_path):
 def test_a_row_counts_what_was_computed(plan, table):
     row = collect.chosen(table, "arithmetic/cold", "skd")[0]
     assert (row["updates"], row["tokens"]) == (8, 1280)
-    # Half of the proposals were thrown away: 2,560 of them, in 1,280 blocks of two, three positions each.
-    assert (row["student_tokens"], row["teacher_tokens"]) == (2560, 3840)
+    # Half of the proposals were thrown away: 2,560 of them, in 640 blocks of four, five positions each.
+    assert (row["student_tokens"], row["teacher_tokens"]) == (2560, 3200)
     assert (row["rollout_s"], row["train_s"], row["teacher_score"], row["score_at_start"]) == (2.0, 1.0, 0.99, 0.1)
 
 

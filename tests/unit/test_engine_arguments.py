@@ -176,7 +176,7 @@ def test_arguments_of_a_recipe(overrides, monkeypatch) -> None:
     assert first == second
     assert (first["model"], first["speculative_config"]["model"]) == (TEACHER, STUDENT)
     assert first["max_num_seqs"] == 8 and not first["trust_remote_code"] and first["tensor_parallel_size"] == 1
-    assert first["max_model_len"] == 176 + 2 * 2 + 1 and not first["async_scheduling"]
+    assert first["max_model_len"] == 176 + 2 * 4 + 1 and not first["async_scheduling"]
     assert not {"logprobs_mode", "max_logprobs"} & first.keys()
     if overrides[-1] == "skd.device=cpu":
         assert (first["dtype"], first["enforce_eager"]) == ("float32", True)

@@ -262,7 +262,7 @@ def test_the_file_is_strict_json_and_the_table_shows_it(plan, found):
     shown = console.file.getvalue()
     assert "greedy accuracy, %" in shown
     assert "50.0 [0.0, 100.0]" in shown and "+50.0 [+0.0, +100.0]" in shown
-    assert "tokens_per_forward@2" in shown and "tokens_per_forward@8" not in shown
+    assert "tokens_per_forward@4" in shown and "tokens_per_forward@8" not in shown
     assert "arithmetic/student" in shown and "difference" in shown
 
 
