@@ -1,7 +1,11 @@
 """What SKD's sampler costs beside the models' forwards: time, memory, bytes, waits. Needs torch and pydantic, no vLLM.
 
     python scripts/bench_sampler.py                                # a CPU, with a vocabulary that it can bear
-    python scripts/bench_sampler.py --device cuda --vocab 151936 --dtype bfloat16
+    python scripts/bench_sampler.py --device cuda --vocab 151936 --dtype bfloat16 --kernels torch triton
+    TRITON_INTERPRET=1 PYTHONPATH=.venv/triton python scripts/bench_sampler.py --kernels triton --repeats 1
+
+The last counts memory, bytes and operators with Triton's kernels where there is no GPU (scripts/test.sh has put Triton
+there); its times are those of Triton's interpreter, and say nothing.
 
 A step is: --draft-len tokens drawn from the student's logits for every request, then the verification of all blocks:
 gate, replacements, record. The models' logits are made beforehand; they are not counted, but what the sampler keeps of
@@ -22,6 +26,7 @@ import time
 import types
 from collections import Counter
 from importlib.machinery import ModuleSpec
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -83,7 +88,7 @@ class Counted(TorchDispatchMode):
             self.waits[name] += 1
         made = func(*args, **kwargs)
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view() and name != "set_":
                 self.bytes += tensor.numel() * tensor.element_size()
         return made
 
@@ -91,8 +96,9 @@ class Counted(TorchDispatchMode):
 class Step:
     """The engine around the sampler, for requests that all have drafts."""
 
-    def __init__(self, options: argparse.Namespace, requests: int) -> None:
+    def __init__(self, options: argparse.Namespace, requests: int, kernels: str) -> None:
         from skd_plugin.core.sampling import SamplingSettings
+        from skd_plugin.engine.kernels import rows_of
         from skd_plugin.engine.recorder import Recorder
         from skd_plugin.engine.request import RequestParams
         from skd_plugin.engine.request_table import RequestTable
@@ -127,7 +133,10 @@ class Step:
             input_batch=batch,
             discard_request_mask=SimpleNamespace(np=np.zeros(requests, bool)),
         )
-        self.sampler = SKDSampler(self.runner, self.table, Recorder(min(TEACHER_TOP_K, options.vocab), 0, 1.0))
+        recorder = Recorder(min(TEACHER_TOP_K, options.vocab), 0, 1.0)
+        dtype = getattr(torch, options.dtype)
+        rows = rows_of(kernels, self.device, dtype, options.vocab, recorder.wanted)
+        self.sampler = SKDSampler(self.runner, self.table, recorder, rows=rows)
         self.make_logits()
 
     def make_logits(self) -> None:
@@ -246,6 +255,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draft-len", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the logits")
+    parser.add_argument(
+        "--kernels", nargs="+", default=["auto"], choices=["auto", "torch", "triton"], help="skd.rollout.kernels"
+    )
     parser.add_argument("--gate", default="top_k")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the gate, if it has one")
     parser.add_argument("--top-k", type=int, default=25)
@@ -263,9 +275,9 @@ def main() -> None:
     pretend_vllm()
     torch.set_num_threads(options.threads)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
-    for requests in options.batch:
+    for requests, kernels in product(options.batch, options.kernels):
         with torch.no_grad():
-            found = measure(Step(options, requests), options.device, options.repeats)
+            found = measure(Step(options, requests, kernels), options.device, options.repeats)
         setting = {
             "label": options.label,
             "machine": machine,
@@ -273,6 +285,7 @@ def main() -> None:
             "draft_len": options.draft_len,
             "vocab": options.vocab,
             "dtype": options.dtype,
+            "kernels": kernels,
             "gate": options.gate,
             "top_k": options.top_k,
             "top_p": options.top_p,

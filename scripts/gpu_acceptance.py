@@ -126,6 +126,23 @@ def stages(*, hub: bool, cpu: bool) -> list[Stage]:
             pages=("docs/faq.md",),
         ),
         tests(
+            "sampler",
+            "Triton's kernels, against float64 and against torch's operators, and in an engine",
+            ["tests/kernels/test_triton_rows.py", "tests/kernels/test_engine.py"],
+            240,
+            needs="triton",
+        ),
+        Stage(
+            "sampler-speed",
+            "time, memory and waits of the sampler with torch's operators and with Triton's kernels",
+            "scripts.bench_sampler --device cuda --vocab 151936 --dtype bfloat16 --kernels torch triton".split(),
+            240,
+            keep=r"^label",
+            on_cpu=False,
+            needs="triton",
+            pages=("docs/gpus.md",),
+        ),
+        tests(
             "models",
             "attention windows, other architectures, traces, a student's own prompt",
             ["tests/engine/test_attention.py", "tests/engine/test_weights.py", "tests/engine/test_trace.py"],

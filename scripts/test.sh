@@ -5,6 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
+if [ ! -e .venv/triton ]; then # where tests/kernels look for it: a gigabyte, of no use to anything else without a GPU
+    python=${PYTHON:-python3.11}
+    command -v "$python" >/dev/null || python=python3
+    source scripts/uv.sh
+    "${uv[@]}" pip install --quiet --python .venv --no-deps --target .venv/triton triton==3.9.0
+fi
 export PYTHONDONTWRITEBYTECODE= # a run starts five processes that import thousands of modules each: keep what is compiled
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
@@ -23,7 +29,8 @@ beside() {
 one_run=(tests/e2e/test_{resume,sources,tasks,train}.py)
 beside contract tests/contract
 beside engine tests/engine
-beside others --ignore tests/e2e --ignore tests/contract --ignore tests/engine
+beside others --ignore tests/e2e --ignore tests/contract --ignore tests/engine --ignore tests/kernels
+beside kernels tests/kernels
 beside one_run "${one_run[@]}"
 status=0
 .venv/bin/python -m pytest tests/e2e "${one_run[@]/#/--ignore=}" || status=$?

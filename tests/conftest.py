@@ -142,8 +142,8 @@ def engine(tiny_pair: Path):
     """
     engines = {}
 
-    def get(draft_len: int, pair: Path = tiny_pair, *, teacher_hidden: bool = False, **others):
-        key = (draft_len, pair, teacher_hidden, *sorted(others.items()))
+    def get(draft_len: int, pair: Path = tiny_pair, *, teacher_hidden: bool = False, kernels: str = "auto", **others):
+        key = (draft_len, pair, teacher_hidden, kernels, *sorted(others.items()))
         if key not in engines:
             from skd_plugin.engine.offline import SKDEngine
             from tests.specs import make_spec
@@ -163,6 +163,7 @@ def engine(tiny_pair: Path):
                 student_top_k=3,
                 loss_temperature=LOSS_TEMPERATURE,
                 teacher_hidden=teacher_hidden,
+                kernels=kernels,
                 joins_ends=True,  # as a recipe does; what differs is for a pair that ends in two ways
                 options=defaults | others,
             )

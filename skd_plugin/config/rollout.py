@@ -91,6 +91,17 @@ class RolloutConfig(Section):
         description="tokens at which responses are cut in training, below max_new_tokens; evaluations are not. With "
         "target_acceptance it grows where more is accepted",
     )
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="what reads the logits. "
+        + explained(
+            {
+                "auto": "triton on a GPU where it is installed, else torch",
+                "torch": "PyTorch's operators",
+                "triton": "two kernels, each one pass over the logits; compared with torch at the start",
+            }
+        ),
+    )
     seed: int = Field(0, description="same seed, same prompt: same tokens, whatever else is in the batch")
 
     @property

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from skd_plugin.core.proposals import Proposals, teacher_rank
+from skd_plugin.core.logit_rows import rank
+from skd_plugin.core.proposals import Proposals
+from skd_plugin.core.top_k import top_k
 
 
 def from_teacher(proposals: Proposals) -> torch.Tensor:
@@ -55,6 +57,11 @@ class Gate:
     def replaces_from_teacher(self) -> bool:
         """Rejected proposals give way to a draw from p, so p may as well be its argmax."""
         return self.replacement is from_teacher
+
+    @property
+    def keeps_without_logits(self) -> bool:
+        """What it keeps depends on the rank and on chance alone."""
+        return self.keep in (keep_top_k, keep_by_chance)
 
     @property
     def can_flag(self) -> bool:
@@ -112,7 +119,7 @@ def keep_where_margin(proposals: Proposals) -> torch.Tensor:
     The sureness is of the prefix, not of the token: m = q where sure, m_K elsewhere. Above 1 it is `keep_top_k`, at 0
     the student.
     """
-    first_N, second_N = proposals.student_logp_NV.topk(2, dim=-1).values.exp().unbind(-1)
+    first_N, second_N = top_k(proposals.student_logp_NV, 2)[0].exp().unbind(-1)
     return (first_N - second_N >= proposals.settings.threshold) | keep_top_k(proposals)
 
 
@@ -133,7 +140,7 @@ def keep_where_foreseen(proposals: Proposals) -> torch.Tensor:
     of Relay-OPD (arXiv 2607.26057), which looks at a list of words only. K = V is the student, K = 0 is `top_k` of 1.
     """
     first_N = proposals.teacher_logits_NV.argmax(-1)
-    foreseen_N = teacher_rank(proposals.student_logp_NV, first_N) < proposals.top_k_N
+    foreseen_N = rank(proposals.student_logp_NV, first_N) < proposals.top_k_N
     return foreseen_N | (proposals.draft_N == first_N)
 
 
@@ -154,7 +161,7 @@ def in_top_k(logits_NV: torch.Tensor, top_k_N: torch.Tensor, highest: int) -> to
     Args:
         highest: no K is above it.
     """
-    largest_NK = logits_NV.topk(min(max(highest, 1), logits_NV.shape[1]), dim=-1).values
+    largest_NK = top_k(logits_NV, min(max(highest, 1), logits_NV.shape[1]))[0]
     last_N1 = largest_NK.gather(1, (top_k_N - 1).clamp(0, largest_NK.shape[1] - 1)[:, None])
     above_NV, tied_NV = logits_NV > last_N1, logits_NV == last_N1
     free_N1 = top_k_N[:, None] - above_NV.sum(-1, keepdim=True)  # places for those that are as large as the last

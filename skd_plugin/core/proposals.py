@@ -41,17 +41,23 @@ class Proposals:
             settings=self.settings.select(rows),
         )
 
-    def in_parts(self, rows: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor | slice, Proposals]]:
-        """Some proposals at a time, as many as may be read at once, with the rows that they are.
+    def some(self, rows: torch.Tensor | None) -> tuple[torch.Tensor | slice, Proposals]:
+        """Some of the proposals, with the rows that they are.
 
         Args:
             rows: int64, those that are wanted; None for all.
         """
-        count = len(self.draft_N) if rows is None else len(rows)
-        parts = in_parts(count, self.teacher.values_SV)
+        return (slice(None), self) if rows is None else (rows, self.select(rows))
+
+    def in_parts(self, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | slice, Proposals]]:
+        """The same, as many at a time as may be read at once."""
+        parts = in_parts(len(self.draft_N) if rows is None else len(rows), self.teacher.values_SV)
+        if rows is None and len(parts) == 1:
+            yield self.some(None)
+            return
         for part in parts:
             own = part if rows is None else rows[part]
-            yield own, self if rows is None and len(parts) == 1 else self.select(own)
+            yield own, self.select(own)
 
     @cached_property
     def top_k_N(self) -> torch.Tensor:
@@ -64,7 +70,7 @@ class Proposals:
     @cached_property
     def rank_N(self) -> torch.Tensor:
         """Rank of the proposal on the teacher's raw logits, 0 the most probable."""
-        return teacher_rank(self.teacher_logits_NV, self.draft_N)
+        return self.teacher.rank(self.draft_N)
 
     @cached_property
     def teacher_logits_NV(self) -> torch.Tensor:
@@ -108,25 +114,6 @@ class Proposals:
     def coin_N(self) -> torch.Tensor:
         """Uniform numbers for gates that toss a coin; a stream of their own."""
         return rng.uniform(self.seed_N, self.position_N, rng.COIN)
-
-
-def teacher_rank(teacher_logits_NV: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
-    """Rank of a token under the teacher: 0 is the most probable; the lower id goes first among equal logits.
-
-    Args:
-        teacher_logits_NV: float32, in which a count is exact up to 2^24.
-
-    Returns:
-        int64 [N].
-    """
-    own_N1, token_N1 = teacher_logits_NV.gather(1, token_N[:, None]), token_N[:, None].to(teacher_logits_NV.dtype)
-    ids_V = torch.arange(teacher_logits_NV.shape[1], dtype=teacher_logits_NV.dtype, device=token_N.device)
-    # Ones and zeros in the type of the logits: a sum of bools would be one of 64-bit integers.
-    one_NV, before_NV = torch.empty_like(teacher_logits_NV), torch.empty_like(teacher_logits_NV)
-    above_N = torch.gt(teacher_logits_NV, own_N1, out=one_NV).sum(-1)
-    torch.eq(teacher_logits_NV, own_N1, out=one_NV)
-    tied_before_N = one_NV.mul_(torch.lt(ids_V, token_N1, out=before_NV)).sum(-1)
-    return (above_N + tied_before_N).long()
 
 
 def decayed_top_k(top_k_N: torch.Tensor, age_N: torch.Tensor, decay_len_N: torch.Tensor) -> torch.Tensor:

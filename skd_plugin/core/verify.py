@@ -45,7 +45,9 @@ def judge_groups(groups: Sequence[Group], proposals: Proposals) -> Verdict:
     token_N, rank_N = proposals.draft_N.clone(), torch.empty_like(proposals.draft_N)
     source_N, kept_N = torch.zeros_like(rank_N), torch.ones_like(rank_N, dtype=torch.bool)
     for group in groups:
-        for rows, part in proposals.in_parts(_numbers(group.rows, token_N.device)):
+        own_N = _numbers(group.rows, token_N.device)
+        at_once = group.gate is None or group.gate.keeps_without_logits
+        for rows, part in [proposals.some(own_N)] if at_once else proposals.in_parts(own_N):
             rank_N[rows] = part.rank_N
             if group.gate is None:
                 source_N[rows] = Source.REFERENCE

@@ -38,6 +38,7 @@ class EngineSpec:
     options: dict[str, Any]  # EngineArgs of the user's (skd.vllm), which win over all others
     teacher_moves: bool = False  # whether it may get new weights
     draft_len_auto: bool = False  # the engine chooses how many, up to `draft_len`
+    kernels: str = "auto"  # what reads the models' logits (engine/kernels.py)
     joins_ends: bool = False  # whether the tokens that end a turn are one, where the two models have others
     # Tokens of the longest sequence of an engine with the student alone, whose teacher is elsewhere; None: it has both
     alone_len: int | None = None
@@ -77,6 +78,7 @@ class EngineSpec:
                 "skd_teacher_moves": self.teacher_moves,
                 "skd_draft_len_auto": self.draft_len_auto,
                 "skd_end_ids": list(self.end_ids),
+                "skd_kernels": self.kernels,
             },
             "async_scheduling": False,
             # One group of caches for all layers: vLLM hands the student's layers what it knows of the first group.
@@ -90,7 +92,10 @@ class EngineSpec:
             "model": self.student,
             "worker_cls": STUDENT_WORKER_CLS,
             "scheduler_cls": SCHEDULER_CLS,
-            "additional_config": {"skd_vocab_size": common_vocab_size(self.teacher, self.student)},
+            "additional_config": {
+                "skd_vocab_size": common_vocab_size(self.teacher, self.student),
+                "skd_kernels": self.kernels,
+            },
             "async_scheduling": False,
             "max_model_len": context_needed(self.alone_len, 0),
         }
@@ -151,6 +156,7 @@ class EngineDescription(TypedDict):
     student_top_k: int
     loss_temperature: float
     end_ids: list[int]  # tokens that are one end event; empty: nothing is joined
+    kernels: str  # name of the class that reads the models' logits
     quantization: str | None  # vLLM's name of how the teacher's weights are rounded; None: they are full
     dtype: str  # of the weights, as torch names it
     vocab_size: int  # ids that both models have
@@ -176,6 +182,7 @@ def engine_for(skd: SKDConfig, options: Mapping[str, Any], *, student: str, cpu:
         student_top_k=skd.loss.student_top_k,
         loss_temperature=skd.loss.temperature,
         teacher_hidden=skd.loss.vocabulary == "full",
+        kernels=skd.rollout.kernels,
         joins_ends=skd.joins_ends,
         cpu=cpu,
         openrlhf={

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from skd_plugin.core.copies import Arriving
-from skd_plugin.core.logit_rows import LogitRows, in_parts
+from skd_plugin.core.logit_rows import LogitRows, Wanted
 from skd_plugin.core.trace import NOTHING, OVERLAP, Trace
 
 _KNOWN = ("response_ids", "source", "rejected_ids", "draft_rank", "student_version")  # columns of `Part.known_MC`
@@ -60,50 +60,33 @@ class Recorder:
             teacher, student: the logits [M] at their places. Each row is read once.
             hidden_MJ: what the teacher's head made its logits of; None: not kept.
         """
-        entries = self.teacher_top_k + min(self.student_top_k, student.values_SV.shape[1])
-        width = len(_FIGURES) + 2 * entries
-        figures_MF = torch.empty(len(token_M), width, dtype=torch.int32, device=token_M.device)
-        for rows in in_parts(len(token_M), teacher.values_SV):
-            self._look(figures_MF[rows], token_M[rows, None], teacher.select(rows), student.select(rows))
+        seen = teacher.look(student, token_M, self.wanted)
+        student_kept = min(self.student_top_k, student.values_SV.shape[1])
+        top_MK, ids_MK = seen.teacher_top_NK[:, : self.teacher_top_k], seen.teacher_ids_NK[:, : self.teacher_top_k]
+        if student_kept:
+            own_MC = seen.student_ids_NC[:, :student_kept]
+            again_MC = (own_MC[:, :, None] == ids_MK[:, None]).any(-1)
+            own_logp_MC = seen.teacher_own_NC[:, :student_kept].masked_fill(again_MC, -torch.inf)
+            top_MK = torch.cat([top_MK, own_logp_MC], 1)
+            ids_MK = torch.cat([ids_MK, own_MC.masked_fill(again_MC, NOTHING)], 1)
+        columns = [
+            seen.student_logp_N1,
+            seen.teacher_logp_N1,
+            seen.kl_N1,
+            seen.student_entropy_N1,
+            seen.teacher_entropy_N1,
+            seen.rest_N1,
+            *_agreement(seen.teacher_ids_NK[:, :OVERLAP], seen.student_ids_NC[:, :OVERLAP]),
+            top_MK,
+        ]
+        figures_MF = torch.cat([torch.cat(columns, dim=1).view(torch.int32), ids_MK.int()], dim=1)
         return Part(known_MC, Arriving(figures_MF), None if hidden_MJ is None else Arriving(hidden_MJ))
 
-    def _look(self, figures_MF: torch.Tensor, token_M1: torch.Tensor, teacher: LogitRows, student: LogitRows) -> None:
-        """Fills in the figures."""
-        teacher_MV, student_MV = teacher.read().log_softmax(-1), student.read().log_softmax(-1)
-        first = min(OVERLAP, teacher_MV.shape[1])
-        student_top_k = min(self.student_top_k, student_MV.shape[1])
-        top_MK, ids_MK = teacher_MV.topk(max(self.teacher_top_k, first), dim=-1)
-        own_MK = student_MV.topk(max(student_top_k, first), dim=-1).indices
-        agreement = _agreement(ids_MK[:, :first], own_MK[:, :first])
-        top_MK, ids_MK = top_MK[:, : self.teacher_top_k], ids_MK[:, : self.teacher_top_k]
-        entries_MK = ids_MK
-        if student_top_k:
-            own_MK = own_MK[:, :student_top_k]
-            again_MK = (own_MK[:, :, None] == ids_MK[:, None]).any(-1)
-            top_MK = torch.cat([top_MK, teacher_MV.gather(1, own_MK).masked_fill(again_MK, -torch.inf)], 1)
-            entries_MK = torch.cat([ids_MK, own_MK.masked_fill(again_MK, NOTHING)], 1)
-            ids_MK = torch.cat([ids_MK, own_MK], 1)
-        p_MV = teacher_MV.exp()
-        others_MV = p_MV if self.loss_temperature == 1 else (teacher_MV / self.loss_temperature).exp_()
-        columns = [
-            student_MV.gather(1, token_M1),
-            teacher_MV.gather(1, token_M1),
-            _mean(p_MV, teacher_MV - student_MV),
-            -_mean(student_MV.exp(), student_MV),
-            -_mean(p_MV, teacher_MV),
-            # Masses are sums, and not 1 less the others: that would be what rounding has left.
-            others_MV.scatter_(1, ids_MK, 0.0).scatter_(1, token_M1, 0.0).sum(-1, keepdim=True).log_(),
-            *agreement,
-        ]
-        numbers = torch.cat([*columns, top_MK], dim=1)
-        figures_MF[:, : numbers.shape[1]] = numbers.view(torch.int32)
-        figures_MF[:, numbers.shape[1] :] = entries_MK
-
-
-def _mean(probs_MV: torch.Tensor, values_MV: torch.Tensor) -> torch.Tensor:
-    """Mean of the values [M, 1], in whose place it writes. What has no probability adds nothing, infinite or not."""
-    product_MV = values_MV.mul_(probs_MV)
-    return product_MV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1, keepdim=True)
+    @property
+    def wanted(self) -> Wanted:
+        """Of the two models' rows."""
+        first = max(self.teacher_top_k, OVERLAP), max(self.student_top_k, OVERLAP)
+        return Wanted(*first, self.teacher_top_k, self.student_top_k, self.loss_temperature)
 
 
 def _agreement(theirs_MC: torch.Tensor, own_MC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,15 +33,21 @@ class SKDSampler:
     """
 
     def __init__(
-        self, runner: Any, table: RequestTable, recorder: Recorder | None, hidden_SJ: torch.Tensor | None = None
+        self,
+        runner: Any,
+        table: RequestTable,
+        recorder: Recorder | None,
+        hidden_SJ: torch.Tensor | None = None,
+        rows: type[LogitRows] = LogitRows,
     ) -> None:
         """
         Args:
             recorder: None: no trace is kept.
+            rows: how logits are read.
             hidden_SJ: what the teacher's head made the logits of, row by row; a sampler that has it is one step's.
         """
         self._runner, self._table, self._recorder = runner, table, recorder
-        self._hidden_SJ = hidden_SJ
+        self._hidden_SJ, self._rows = hidden_SJ, rows
 
     def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         with self._table.clock.part("sample"):
@@ -81,8 +87,8 @@ class SKDSampler:
         on_device, entry, position, student_row = to_device(sent, logits.device)
         proposals = Proposals(
             draft_N=metadata.draft_token_ids[entry].long(),
-            teacher=LogitRows(logits, metadata.target_logits_indices[entry], self._table.ends_E),
-            student=LogitRows(student_SV, student_row),
+            teacher=self._rows(logits, metadata.target_logits_indices[entry], self._table.ends_E),
+            student=self._rows(student_SV, student_row),
             position_N=position,
             seed_N=batch.seed_B[on_device],
             prompt_len_N=batch.prompt_len_B[on_device],

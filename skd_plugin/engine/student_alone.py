@@ -15,10 +15,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.copies import to_device
-from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.trace import NOTHING, OVERLAP, Source
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.engine.drafter import loadable_weights
+from skd_plugin.engine.kernels import rows_of
 from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
@@ -55,7 +55,7 @@ class StudentSampler(SKDSampler):
             token_N = follow(batch.forced_BF[rows], place, token_N)
         drawn_N = token_N.cpu()
         if self._recorder is not None:
-            own = LogitRows(logits_BV, rows)
+            own = self._rows(logits_BV, rows)
             part = self._recorder.record(self._known(batch, rows_N, drawn_N), token_N, own, own, None)
             counts_B = torch.zeros(len(batch.params), dtype=torch.int64).index_fill_(0, rows_N, 1)
             self._table.record(batch, counts_B.tolist(), part)
@@ -81,11 +81,16 @@ class StudentWorker(RecordingWorker):
                 "the student's sampler lives in vLLM's V1 model runner with synchronous scheduling; set "
                 "VLLM_USE_V2_MODEL_RUNNER=0, and start the engine with the arguments of skd_plugin.engine.arguments"
             )
-        vocab_size = self.vllm_config.additional_config["skd_vocab_size"]
+        options = self.vllm_config.additional_config
+        vocab_size = options["skd_vocab_size"]
         top_k = min(OVERLAP, vocab_size)
         self._skd_requests = RequestTable(runner.requests, runner.device, top_k, vocab_size)
-        self._skd_recorder = Recorder(top_k, 0, 1.0) if self.rank == 0 else None
-        runner._sample = StudentSampler(runner, self._skd_requests, self._skd_recorder)
+        recorder = Recorder(top_k, 0, 1.0)
+        self._skd_recorder = recorder if self.rank == 0 else None
+        self._skd_rows = rows_of(
+            options["skd_kernels"], runner.device, runner.model_config.dtype, vocab_size, recorder.wanted
+        )
+        runner._sample = StudentSampler(runner, self._skd_requests, self._skd_recorder, rows=self._skd_rows)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with loadable_weights():
@@ -115,6 +120,7 @@ class StudentWorker(RecordingWorker):
             "student_top_k": 0,
             "loss_temperature": 1.0,
             "end_ids": [],
+            "kernels": self._skd_rows.__qualname__,
             "quantization": config.quantization,
             "dtype": str(config.dtype).removeprefix("torch."),
             "vocab_size": vocab_size,

@@ -16,6 +16,7 @@ from skd_plugin.core.trace import Trace
 from skd_plugin.engine import vocabulary
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.engine.drafter import SKDDrafter, loadable_weights
+from skd_plugin.engine.kernels import rows_of
 from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
@@ -75,12 +76,9 @@ class SKDWorker(RecordingWorker):
         runner = self.model_runner
         _check_runner(runner)
         options = self.vllm_config.additional_config
+        vocab_size = vocabulary.sizes(self.vllm_config).common
         self._skd_requests = RequestTable(
-            runner.requests,
-            runner.device,
-            options["skd_teacher_top_k"],
-            vocabulary.sizes(self.vllm_config).common,
-            options["skd_end_ids"],
+            runner.requests, runner.device, options["skd_teacher_top_k"], vocab_size, options["skd_end_ids"]
         )
         recorder = Recorder(
             options["skd_teacher_top_k"], options["skd_student_top_k"], options["skd_loss_temperature"]
@@ -88,7 +86,10 @@ class SKDWorker(RecordingWorker):
         # The ranks of an engine sample the same tokens, each for itself, and the first is asked for their traces.
         self._skd_recorder = recorder if self.rank == 0 else None
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
-        runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder)
+        self._skd_rows = rows_of(
+            options["skd_kernels"], runner.device, runner.model_config.dtype, vocab_size, recorder.wanted
+        )
+        runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, rows=self._skd_rows)
         self._skd_hidden = options["skd_teacher_hidden"]
         self._skd_teacher_moves = options["skd_teacher_moves"]
 
@@ -96,7 +97,9 @@ class SKDWorker(RecordingWorker):
         runner, state = self.model_runner, self.model_runner.execute_model_state
         if self._skd_hidden and state is not None:
             # The runner drops its record of the teacher's forward before it samples, so the sampler brings it along.
-            runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, state.sample_hidden_states)
+            runner._sample = SKDSampler(
+                runner, self._skd_requests, self._skd_recorder, state.sample_hidden_states, self._skd_rows
+            )
         return super().sample_tokens(grammar_output)
 
     def load_student(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -130,6 +133,7 @@ class SKDWorker(RecordingWorker):
             "student_top_k": options["skd_student_top_k"],
             "loss_temperature": options["skd_loss_temperature"],
             "end_ids": [] if self._skd_requests.ends_E is None else self._skd_requests.ends_E.tolist(),
+            "kernels": self._skd_rows.__qualname__,
             "quantization": runner.model_config.quantization,
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "vocab_size": sizes.common,

@@ -8,8 +8,8 @@ from scipy import stats
 
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.gates import GATES
-from skd_plugin.core.logit_rows import LogitRows
-from skd_plugin.core.proposals import Proposals, teacher_rank
+from skd_plugin.core.logit_rows import LogitRows, rank
+from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import NOTHING
 from skd_plugin.core.verify import assemble_block
@@ -26,13 +26,13 @@ def slow_rank(logits: list[float], token: int) -> int:
 def test_teacher_rank_is_the_place_in_the_sorted_row(logits):
     """Small integers make many ties; ranks stay a permutation, so a top-K set has K members."""
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(logits), -1)
-    ranks = teacher_rank(rows, torch.arange(len(logits))).tolist()
+    ranks = rank(rows, torch.arange(len(logits))).tolist()
     assert ranks == [slow_rank(logits, token) for token in range(len(logits))]
 
 
 def test_teacher_rank_of_equal_logits_follows_the_id():
     logits = torch.tensor([[2.0, 5.0, 5.0, 2.0]]).expand(4, -1)
-    assert teacher_rank(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
+    assert rank(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
 
 
 def kept_by_top_k(logits_V: torch.Tensor, draft_N: torch.Tensor, top_k: list[int]) -> torch.Tensor:

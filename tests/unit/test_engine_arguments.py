@@ -144,6 +144,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
         "skd_teacher_moves": False,
         "skd_draft_len_auto": False,
         "skd_end_ids": [],
+        "skd_kernels": "auto",
     }
     assert first["additional_config"] == config
     assert rollout == {
@@ -161,6 +162,7 @@ def test_commands_start_the_engine_of_the_run(overrides, monkeypatch, tmp_path) 
             "skd_teacher_moves": False,
             "skd_draft_len_auto": False,
             "skd_end_ids": [],
+            "skd_kernels": "auto",
         },
     }
     assert checked(overrides).arguments() == {

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from skd_plugin.core import rng, sampling
 from skd_plugin.core.blend import geometric_blend
 from skd_plugin.core.gates import GATES, in_top_k
-from skd_plugin.core.logit_rows import LogitRows
-from skd_plugin.core.proposals import Proposals, decayed_top_k, teacher_rank
+from skd_plugin.core.logit_rows import LogitRows, rank
+from skd_plugin.core.proposals import Proposals, decayed_top_k
 from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.core.trace import Source
 from skd_plugin.core.verify import assemble_block, judge
@@ -177,7 +177,7 @@ def test_the_students_second_answer_has_its_own_random_numbers(first):
 def test_in_top_k_of_rows_with_ties(rows):
     """The lower id goes first among equals, as in a rank."""
     logits, top_k = torch.tensor([row for row, _ in rows]).float(), torch.tensor([k for _, k in rows])
-    ranks = torch.stack([teacher_rank(logits, torch.full((len(rows),), token)) for token in range(5)], dim=1)
+    ranks = torch.stack([rank(logits, torch.full((len(rows),), token)) for token in range(5)], dim=1)
     assert torch.equal(in_top_k(logits, top_k, int(top_k.max())), ranks < top_k[:, None])
 
 

@@ -18,10 +18,16 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(COUNT, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def trace_of(teacher: torch.Tensor, student: torch.Tensor, tau: float = 1.0, own: int = 0) -> Trace:
+def trace_of(
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    tau: float = 1.0,
+    own: int = 0,
+    rows: type[LogitRows] = LogitRows,
+) -> Trace:
     token = torch.arange(COUNT) * 5
     known = torch.stack([token, torch.zeros_like(token), token, token, token], dim=1).int()
-    part = Recorder(TOP_K, own, tau).record(known, token, LogitRows.of(teacher), LogitRows.of(student), None)
+    part = Recorder(TOP_K, own, tau).record(known, token.to(teacher.device), rows.of(teacher), rows.of(student), None)
     return to_trace([(part, 0, COUNT)])
 
 

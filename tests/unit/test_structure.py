@@ -122,6 +122,7 @@ LIBRARIES = {
     "peft": {"adapters"},
     "httpx": {"served"},
     "google": {"served"},
+    "triton": {"engine"},
 }
 
 

@@ -1,0 +1,84 @@
+"""Which programs read the models' logits: torch's operators, or kernels of Triton (engine/triton_rows.py)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted
+
+ROWS = 4  # of each model on which they are compared
+MOST_APART = 1e-3  # nats; their sums are of float32, in another order
+
+
+def rows_of(
+    kernels: str, device: torch.device, dtype: torch.dtype, vocab_size: int, wanted: Wanted
+) -> type[LogitRows]:
+    """How an engine reads its logits. Triton's kernels are compiled and compared with torch here, at the start.
+
+    Args:
+        kernels: `skd.rollout.kernels`.
+        device: the engine's.
+        dtype: of the logits.
+        vocab_size: entries of a row.
+        wanted: by the engine's recorder.
+
+    Raises:
+        RuntimeError: Triton is asked for and not installed, cannot compile its kernels, or finds something else.
+    """
+    if kernels == "torch" or (kernels == "auto" and (device.type == "cpu" or find_spec("triton") is None)):
+        return LogitRows
+    if find_spec("triton") is None:
+        raise RuntimeError("skd.rollout.kernels is triton, which is not installed; install it, or use kernels: auto")
+    from triton.errors import TritonError
+
+    from skd_plugin.engine.triton_rows import TritonRows
+
+    try:
+        apart = _apart(TritonRows, device, dtype, vocab_size, wanted)
+    except TritonError as error:
+        raise RuntimeError(
+            f"Triton cannot compile or run the sampler's kernels on {device}: {error}. Use skd.rollout.kernels: "
+            "torch, which takes longer and finds the same"
+        ) from error
+    too_far = {name: value for name, value in apart.items() if not value <= MOST_APART}
+    if too_far:
+        name, value = max(too_far.items(), key=lambda item: item[1])
+        raise RuntimeError(
+            f"on random logits Triton's kernels and torch's operators differ by {value:.2g} in {name}, of at most "
+            f"{MOST_APART:g}: one of them is wrong on {device}. Use skd.rollout.kernels: torch, and report it"
+        )
+    return TritonRows
+
+
+def _apart(
+    rows: type[LogitRows], device: torch.device, dtype: torch.dtype, vocab_size: int, wanted: Wanted
+) -> dict[str, float]:
+    """How far both are apart in each figure, on logits of float32 and then on the engine's own."""
+    generator = torch.Generator().manual_seed(0)
+    teacher_NV, student_NV = (torch.randn(ROWS, vocab_size, generator=generator).mul_(4).to(device) for _ in range(2))
+    token_N = torch.randint(vocab_size, (ROWS,), generator=generator).to(device)
+    apart: dict[str, float] = {}
+    for kind in dict.fromkeys([torch.float32, dtype]):
+        given = teacher_NV.to(kind), student_NV.to(kind), token_N, wanted
+        for name, one, other in zip(Seen._fields, _figures(LogitRows, *given), _figures(rows, *given), strict=True):
+            # Where many entries are as high as each other the student's last may be others, and so what is left, too.
+            if name != "rest_N1" or kind == torch.float32:
+                apart[name] = max(apart.get(name, 0.0), (one.double() - other.double()).abs().max().item())
+        ranks_N = [some.of(given[0]).rank(token_N) for some in (LogitRows, rows)]
+        apart["rank"] = max(apart.get("rank", 0.0), (ranks_N[0] - ranks_N[1]).abs().max().item())
+    return apart
+
+
+def _figures(
+    rows: type[LogitRows], teacher_NV: torch.Tensor, student_NV: torch.Tensor, token_N: torch.Tensor, wanted: Wanted
+) -> Seen:
+    """What is the same whichever of equal entries comes first: their logits in place of ids."""
+    seen = rows.of(teacher_NV).look(rows.of(student_NV), token_N, wanted)
+    return seen._replace(
+        rest_N1=seen.rest_N1.exp(),  # 0 where a small vocabulary is named as a whole
+        teacher_ids_NK=teacher_NV.gather(1, seen.teacher_ids_NK),
+        student_ids_NC=student_NV.gather(1, seen.student_ids_NC),
+        teacher_own_NC=seen.teacher_own_NC - teacher_NV.gather(1, seen.student_ids_NC).float(),
+    )

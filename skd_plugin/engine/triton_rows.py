@@ -1,0 +1,288 @@
+"""The passes over rows of logits as one kernel each, for a GPU. What they find is `LogitRows`' to rounding.
+
+`rank` reads the teacher's rows once. `look` reads the teacher's and the student's once: a row is cut into pieces (as
+in core/top_k.py), and of each piece come its highest entry and its mass, of the row what log-sum-exp, KL and entropies
+need. Everything else is short rows, in torch. Where torch makes a pass, or two, for each operator, nothing of the
+size of the logits is written.
+
+Shapes: N rows, V entries, P pieces of L entries, K and C entries at the top of the teacher and of the student,
+X pieces that are looked into, E tokens that end a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted
+from skd_plugin.core.top_k import piece_len
+
+ENTRIES = tl.constexpr(2048)  # of a row that a program reads at once
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of an end token whose probability another has (core/end_event.py)
+
+
+class TritonRows(LogitRows):
+    def rank(self, token_N: torch.Tensor) -> torch.Tensor:
+        rank_N = torch.empty(len(token_N), dtype=torch.int32, device=token_N.device)
+        if len(token_N):
+            own_N = self.at(token_N[:, None]).squeeze(1)
+            _rank[(len(token_N),)](*self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends)
+        return rank_N.long()
+
+    def look(self, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
+        assert isinstance(student, TritonRows)
+        count, size, token_N1 = len(token_N), self.vocab_size, token_N[:, None]
+        teacher_top, student_top = min(wanted.teacher_top, size), min(wanted.student_top, size)
+        length = min(piece_len(size, max(teacher_top, student_top)), ENTRIES.value)
+        pieces = triton.cdiv(size, length)
+        figures_7N = torch.empty(7, count, device=token_N.device)
+        teacher_NP, student_NP, mass_NP = torch.empty(3, count, pieces, device=token_N.device)
+        teacher_own_N1, student_own_N1 = self.at(token_N1), student.at(token_N1)
+        # As far apart are the logits elsewhere, too, where the models agree; so little of the divergence cancels.
+        shift_N1 = teacher_own_N1 - student_own_N1
+        shift_N1 = torch.where(shift_N1.abs() < -LOWEST.value, shift_N1, 0.0)
+        _look[(count,)](
+            *self._arguments(),
+            *student._arguments(),
+            shift_N1,
+            figures_7N,
+            teacher_NP,
+            student_NP,
+            mass_NP,
+            size,
+            pieces,
+            count,
+            1 / wanted.temperature,
+            ENDS=self._ends,
+            STUDENT_ENDS=student._ends,
+            LENGTH=length,
+            PIECES=ENTRIES.value // length,
+            TEMPERED=wanted.temperature != 1,
+        )
+        highest, mass, centred, apart, own_highest, own_mass, own_centred = figures_7N[:, :, None]
+        teacher = _Normal(highest, mass.log())
+        student_normal = _Normal(own_highest, own_mass.log())
+        top_NK, ids_NK, piece_NX = self._top(teacher_NP, teacher_top, length)
+        _, own_NC, _ = student._top(student_NP, student_top, length)
+        named_NX = torch.cat([ids_NK[:, : wanted.teacher_kept], own_NC[:, : wanted.student_kept], token_N1], 1)
+
+        def tempered(values: torch.Tensor) -> torch.Tensor:
+            return (teacher(values) / wanted.temperature).exp()
+
+        return Seen(
+            student_logp_N1=student_normal(student_own_N1),
+            teacher_logp_N1=teacher(teacher_own_N1),
+            kl_N1=apart / mass + (shift_N1 - (highest - own_highest)) + (student_normal.log_mass - teacher.log_mass),
+            student_entropy_N1=student_normal.log_mass - own_centred / own_mass,
+            teacher_entropy_N1=teacher.log_mass - centred / mass,
+            rest_N1=self._rest(tempered(teacher_NP) * mass_NP, piece_NX, named_NX, length, tempered).log(),
+            teacher_top_NK=teacher(top_NK),
+            teacher_ids_NK=ids_NK,
+            teacher_own_NC=teacher(self.at(own_NC)),
+            student_ids_NC=own_NC,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values_SV.shape[1]
+
+    def at(self, ids_NX: torch.Tensor) -> torch.Tensor:
+        """float32 [N, X], the logits of some ids in each row, as `read` would have them."""
+        values_NX = self.values_SV[self.rows_N[:, None], ids_NX].float()
+        if self.ends_E is None:
+            return values_NX
+        joined_N1 = self._joined()
+        for place, end in enumerate(self.ends_E):
+            values_NX = torch.where(ids_NX == end, LOWEST.value if place else joined_N1, values_NX)
+        return values_NX
+
+    def _joined(self) -> torch.Tensor:
+        """What the first of the end tokens has, [N, 1]."""
+        return self.values_SV[self.rows_N[:, None], self.ends_E].float().logsumexp(-1, keepdim=True)
+
+    @property
+    def _ends(self) -> int:
+        return 0 if self.ends_E is None else len(self.ends_E)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Of a kernel that reads these rows; where no ends are joined it reads neither of the last two."""
+        unused = self.rows_N, self.values_SV
+        ends = unused if self.ends_E is None else (self.ends_E, self._joined())
+        return self.values_SV, self.values_SV.stride(0), self.rows_N, *ends
+
+    def _top(
+        self, highest_NP: torch.Tensor, count: int, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits and ids at the top of each row, and the pieces in which they are."""
+        piece_NX = highest_NP.topk(min(count, highest_NP.shape[1]), dim=-1).indices
+        top_NK, place_NK = self._entries(piece_NX, length).topk(count, dim=-1)
+        return top_NK, ids_of(piece_NX, length).gather(1, place_NK), piece_NX
+
+    def _entries(self, piece_NX: torch.Tensor, length: int) -> torch.Tensor:
+        """The logits of some pieces, [N, X L]; -inf behind the end of the vocabulary."""
+        ids_NX = ids_of(piece_NX, length)
+        return self.at(ids_NX.clamp_max(self.vocab_size - 1)).masked_fill_(ids_NX >= self.vocab_size, -torch.inf)
+
+    def _rest(
+        self,
+        mass_NP: torch.Tensor,
+        piece_NX: torch.Tensor,
+        named_NX: torch.Tensor,
+        length: int,
+        weight: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The mass of all entries that are not named, [N, 1]: of pieces without a named one as a whole, of the others
+        entry by entry.
+
+        Args:
+            mass_NP: of each piece.
+            piece_NX: some pieces; those of the named may be among them.
+            named_NX: ids, each once or several times.
+            weight: an entry's mass, of its logit.
+        """
+        piece_NX = torch.cat([piece_NX, named_NX // length], 1)
+        same_NXX = piece_NX[:, :, None] == piece_NX[:, None]
+        again_NX = same_NXX.tril(-1).any(-1)  # it is one of those before
+        own_NXL = weight(self._entries(piece_NX, length)).unflatten(1, (-1, length))
+        own_NX = own_NXL.masked_fill_(again_NX[:, :, None], 0.0).flatten(1)
+        # A named entry stands where its piece comes first.
+        first_NX = (piece_NX[:, None] == (named_NX // length)[:, :, None]).int().argmax(-1)
+        own_NX.scatter_(1, first_NX * length + named_NX % length, 0.0)
+        others_NP = mass_NP.scatter(1, piece_NX, 0.0)
+        return others_NP.sum(-1, keepdim=True) + own_NX.sum(-1, keepdim=True)
+
+
+def ids_of(piece_NX: torch.Tensor, length: int) -> torch.Tensor:
+    """Ids of the entries of some pieces, int64 [N, X L], piece by piece."""
+    return (piece_NX[:, :, None] * length + torch.arange(length, device=piece_NX.device)).flatten(1)
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Logits to log-probabilities."""
+
+    highest: torch.Tensor  # [N, 1]
+    log_mass: torch.Tensor  # [N, 1], relative to it
+
+    def __call__(self, logits_NX: torch.Tensor) -> torch.Tensor:
+        return logits_NX - self.highest - self.log_mass
+
+
+@triton.jit
+def _read(row, ids, inside, ends, joined, ENDS: tl.constexpr):
+    """Logits in float32, end tokens as one."""
+    values = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    for place in tl.static_range(ENDS):
+        instead = joined if place == 0 else LOWEST
+        values = tl.where(ids == tl.load(ends + place), instead, values)
+    return values
+
+
+@triton.jit
+def _rank(values, stride, rows, ends, joined, token, own, rank, size, ENDS: tl.constexpr):
+    place = tl.program_id(0)
+    row = values + tl.load(rows + place).to(tl.int64) * stride
+    mine, my_id = tl.load(own + place), tl.load(token + place)
+    my_end = mine
+    if ENDS > 0:
+        my_end = tl.load(joined + place)
+    before = tl.zeros([ENTRIES], tl.int32)
+    for start in range(0, size, ENTRIES):
+        ids = start + tl.arange(0, ENTRIES)
+        inside = ids < size
+        logits = _read(row, ids, inside, ends, my_end, ENDS)
+        before += (inside & ((logits > mine) | ((logits == mine) & (ids < my_id)))).to(tl.int32)
+    tl.store(rank + place, tl.sum(before, 0))
+
+
+@triton.jit
+def _mean_part(mass, values):
+    """Of each piece the sum of values by their mass; what has none adds nothing."""
+    return tl.sum(tl.where(mass == 0, 0.0, mass * values), 1)
+
+
+@triton.jit
+def _scaled(scale, value):
+    return tl.where(scale == 0, 0.0, scale * value)
+
+
+@triton.jit
+def _look(
+    teacher, teacher_stride, teacher_rows, ends, teacher_joined,
+    student, student_stride, student_rows, student_ends, student_joined,
+    shifts, figures, teacher_highest, student_highest, piece_mass,
+    size, pieces, count, inverse_temperature,
+    ENDS: tl.constexpr, STUDENT_ENDS: tl.constexpr, LENGTH: tl.constexpr, PIECES: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """One row. Sums are kept apart for each of PIECES lanes, relative to the highest logit that the lane has met."""
+    place = tl.program_id(0)
+    teacher_row = teacher + tl.load(teacher_rows + place).to(tl.int64) * teacher_stride
+    student_row = student + tl.load(student_rows + place).to(tl.int64) * student_stride
+    shift = tl.load(shifts + place)
+    teacher_end, student_end = shift, shift
+    if ENDS > 0:
+        teacher_end = tl.load(teacher_joined + place)
+    if STUDENT_ENDS > 0:
+        student_end = tl.load(student_joined + place)
+
+    highest = tl.full([PIECES], float("-inf"), tl.float32)
+    own_highest = tl.full([PIECES], float("-inf"), tl.float32)
+    mass, centred, apart = (
+        tl.zeros([PIECES], tl.float32),
+        tl.zeros([PIECES], tl.float32),
+        tl.zeros([PIECES], tl.float32),
+    )
+    own_mass, own_centred = tl.zeros([PIECES], tl.float32), tl.zeros([PIECES], tl.float32)
+
+    for start in range(0, pieces, PIECES):
+        piece = start + tl.arange(0, PIECES)
+        ids = piece[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
+        inside = ids < size
+        p = _read(teacher_row, ids, inside, ends, teacher_end, ENDS)
+        q = _read(student_row, ids, inside, student_ends, student_end, STUDENT_ENDS)
+
+        p_max, q_max = tl.max(p, 1), tl.max(q, 1)
+        at = place.to(tl.int64) * pieces + piece
+        tl.store(teacher_highest + at, p_max, mask=piece < pieces)
+        tl.store(student_highest + at, q_max, mask=piece < pieces)
+        p_below = p - tl.where(p_max == float("-inf"), 0.0, p_max)[:, None]
+        q_below = q - tl.where(q_max == float("-inf"), 0.0, q_max)[:, None]
+        p_mass, q_mass = tl.exp(p_below), tl.exp(q_below)
+        p_sum, q_sum = tl.sum(p_mass, 1), tl.sum(q_mass, 1)
+        if TEMPERED:
+            tl.store(piece_mass + at, tl.sum(tl.exp(p_below * inverse_temperature), 1), mask=piece < pieces)
+        else:
+            tl.store(piece_mass + at, p_sum, mask=piece < pieces)
+
+        higher, own_higher = tl.maximum(highest, p_max), tl.maximum(own_highest, q_max)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        own_base = tl.where(own_higher == float("-inf"), 0.0, own_higher)
+        old, new = tl.exp(highest - base), tl.exp(p_max - base)
+        own_old, own_new = tl.exp(own_highest - own_base), tl.exp(q_max - own_base)
+        centred = _scaled(old, centred + _scaled(mass, highest - base)) + _scaled(
+            new, _mean_part(p_mass, p_below) + _scaled(p_sum, p_max - base)
+        )
+        apart = _scaled(old, apart) + _scaled(new, _mean_part(p_mass, p - q - shift))
+        mass = old * mass + new * p_sum
+        own_centred = _scaled(own_old, own_centred + _scaled(own_mass, own_highest - own_base)) + _scaled(
+            own_new, _mean_part(q_mass, q_below) + _scaled(q_sum, q_max - own_base)
+        )
+        own_mass = own_old * own_mass + own_new * q_sum
+        highest, own_highest = higher, own_higher
+
+    top, own_top = tl.max(highest, 0), tl.max(own_highest, 0)
+    base, own_base = tl.where(top == float("-inf"), 0.0, top), tl.where(own_top == float("-inf"), 0.0, own_top)
+    old, own_old = tl.exp(highest - base), tl.exp(own_highest - own_base)
+    to = figures + place
+    tl.store(to, top)
+    tl.store(to + count, tl.sum(old * mass, 0))
+    tl.store(to + 2 * count, tl.sum(_scaled(old, centred + _scaled(mass, highest - base)), 0))
+    tl.store(to + 3 * count, tl.sum(_scaled(old, apart), 0))
+    tl.store(to + 4 * count, own_top)
+    tl.store(to + 5 * count, tl.sum(own_old * own_mass, 0))
+    tl.store(to + 6 * count, tl.sum(_scaled(own_old, own_centred + _scaled(own_mass, own_highest - own_base)), 0))
