@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 OVERLAP = 10  # first tokens of each model that are compared with each other; all of a smaller vocabulary
+SMALL_BYTES = 1 << 16  # a tensor that is copied on its way to another process with others
 NOTHING = -1  # no token: an unused place of a block, or nothing was rejected
 
 
@@ -58,6 +59,24 @@ class Drawn:
     def join(cls, parts: list[Self]) -> Self:
         parts = [part for part in parts if len(part)] or parts[:1]  # an empty one does not know the teacher's width
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process with all its small tensors as one piece of memory: one by one they take most of the way's
+        time, to write and to read. A large one goes as it is, for Ray need not copy it.
+        """
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        large = {place: tensor for place, tensor in enumerate(tensors) if tensor.nbytes > SMALL_BYTES}
+        # The widest numbers first, so that all are aligned.
+        small = sorted((-t.element_size(), place) for place, t in enumerate(tensors) if place not in large)
+        kinds = [
+            (place, tensors[place].dtype, tuple(tensors[place].shape), tensors[place].nbytes) for _, place in small
+        ]
+        flat = [tensors[place].reshape(-1).view(torch.uint8) for _, place in small]
+        return _read, (type(self), kinds, torch.cat(flat).numpy(), large)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
 
     @property
     def drawn(self) -> Drawn:
@@ -167,6 +186,27 @@ class Trace(Drawn):
             "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
             "finish": finish,
         }
+
+
+def _read(
+    cls: type[Drawn],
+    kinds: list[tuple[int, torch.dtype, tuple[int, ...], int]],
+    memory: Any,
+    large: dict[int, torch.Tensor],
+) -> Drawn:
+    """
+    Args:
+        kinds: of the small tensors as they lie in memory: the field's place, type, shape and bytes.
+        memory: uint8, numpy's.
+        large: tensors by the field's place.
+    """
+    # What comes from Ray's object store may not be written to, of which PyTorch knows nothing.
+    left = torch.from_numpy(memory if memory.flags.writeable else memory.copy())
+    tensors = dict(large)
+    for place, dtype, shape, size in kinds:
+        own, left = left[:size], left[size:]
+        tensors[place] = own.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    return cls(*(tensors[place] for place in range(len(tensors))))
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:

@@ -2,7 +2,8 @@
 
 A trace is large: some 550 bytes a token, and 8 KB more with the teacher's hidden states. The engine's actor puts it
 into Ray's object store, and a policy actor fetches it from there. What goes through the controller is a reference
-with the little that the controller needs. Ray keeps a trace until the last reference to it is gone.
+with the little that the controller needs. Ray keeps a trace until the last reference to it is gone. A small trace goes
+along with its response: to store it and to fetch it would take longer than the rest of its way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from skd_plugin.core.metrics import Figures, Ratio, figures_of
 from skd_plugin.core.trace import Drawn, Trace
 
 TRACE_KEY = "skd"  # of a response, and of Experience.info
+CARRIED_BYTES = 1 << 16  # of a trace that goes along; Ray sends some 100 KB with an answer, and stores what is more
 PROMPT_WEIGHT = "skd_prompt_weight"  # of Experience.info: a number a response, where prompts are weighed
 
 
@@ -34,9 +36,9 @@ class Versions(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTrace:
-    """A trace in the object store, and what of it goes through the controller."""
+    """A trace in the object store, or a small one itself, and what of it the controller looks at."""
 
-    ref: ray.ObjectRef
+    held: ray.ObjectRef | Trace
     drawn: Drawn  # of the same tokens
     figures: Figures
     versions: Versions
@@ -51,7 +53,8 @@ class StoredTrace:
         Args:
             draft_len: tokens of a block, which the figures need; None: blocks differ.
         """
-        return cls(ray.put(trace), trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
+        held = trace if trace.nbytes <= CARRIED_BYTES else ray.put(trace)
+        return cls(held, trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
 
 
 def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
@@ -60,14 +63,16 @@ def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
     Raises:
         RuntimeError: one of them is lost.
     """
+    refs = [one.held for one in stored if not isinstance(one.held, Trace)]
     try:
-        return ray.get([one.ref for one in stored])
+        fetched = iter(ray.get(refs) if refs else [])
     except ObjectLostError as error:
         raise RuntimeError(
             f"a trace is lost: the engine's actor that sampled the response has died, and what it had put into Ray's "
             f"object store is gone with it ({type(error).__name__}). Nothing was updated by this step; host.log says "
             "why the engine died"
         ) from error
+    return [one.held if isinstance(one.held, Trace) else next(fetched) for one in stored]
 
 
 def stored_trace(experience: Any) -> StoredTrace:

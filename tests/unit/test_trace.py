@@ -1,7 +1,9 @@
 """The record of a response: slices, joins, and its documented JSON form."""
 
 import json
-from dataclasses import fields
+import pickle
+from copy import deepcopy
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -43,6 +45,25 @@ def assert_equal(left: Trace, right: Trace) -> None:
         a, b = getattr(left, field.name), getattr(right, field.name)
         assert a.dtype == b.dtype, field.name
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=field.name)
+
+
+@pytest.mark.parametrize("hidden", [0, 3, 40_000])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_a_copy_in_another_process_is_the_same(trace, hidden, kind):
+    """Whether its memory may be written to there or not; large tensors go by themselves."""
+    trace = replace(trace, teacher_hidden=torch.randn(3, hidden).to(kind) if hidden else torch.empty(3, 0))
+    for whole in (trace, trace.slice(1, 2), trace.slice(0, 0), trace.drawn):
+        buffers: list[pickle.PickleBuffer] = []
+        sent = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
+        frozen = [bytes(buffer.raw()) for buffer in buffers]
+        for copied in (pickle.loads(sent, buffers=frozen), pickle.loads(pickle.dumps(whole)), deepcopy(whole)):
+            assert type(copied) is type(whole)
+            for name, tensor in vars(whole).items():
+                found = getattr(copied, name)
+                assert found.dtype == tensor.dtype and found.shape == tensor.shape, name
+                torch.testing.assert_close(found, tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+                found.add_(1)  # without a word of PyTorch's
+    assert torch.equal(trace.response_ids, torch.tensor([5, 6, 7], dtype=torch.int32))
 
 
 def test_json_has_the_documented_keys_and_values(trace):
