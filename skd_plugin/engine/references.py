@@ -27,6 +27,8 @@ def is_chosen(share: float, seed: int, prompt_ids: Sequence[int]) -> bool:
 
     A pure function of its arguments; `seed` is that of the run and the step.
     """
+    if not 0 < share < 1:
+        return share > 0
     drawn = uniform(torch.tensor([derive_seed(seed, crc32(str(list(prompt_ids)).encode()))]), torch.zeros(1), COIN)
     return bool(drawn <= share)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from skd_plugin.core.sampling import SamplingSettings
@@ -70,7 +70,7 @@ class RequestParams:
     shift: int = 0  # tokens that the teacher's prompt has more than the student's
 
     def to_extra_args(self) -> dict[str, Any]:
-        return {EXTRA_ARGS_KEY: asdict(self)}
+        return {EXTRA_ARGS_KEY: {**vars(self), "settings": dict(vars(self.settings))}}
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestParams:

@@ -130,8 +130,9 @@ class SKDSamplesGenerator(SamplesGenerator):
         """OpenRLHF's, which hands on to the engines what it is given as prompts: those of each teacher to the engines
         that have it. Results are in the prompts' order. The tokenizer that it gives to each call is sent once.
         """
-        for prompt in prompts:
-            self._check_length(prompt, kwargs["max_len"], kwargs["max_new_tokens"] or 1)
+        read = self.tokenizer([str(prompt) for prompt in prompts], add_special_tokens=False).input_ids
+        for prompt, ids in zip(prompts, read, strict=True):
+            self._check_length(prompt, len(ids), kwargs["max_len"], kwargs["max_new_tokens"] or 1)
         asked = asking.prompts(prompts)
         refs: list[Any] = [None] * len(prompts)
         for places, engines in self._dispatched(prompts):
@@ -154,9 +155,8 @@ class SKDSamplesGenerator(SamplesGenerator):
             if places:
                 yield places, teacher.engines
 
-    def _check_length(self, prompt: str, max_len: int, room: int) -> None:
-        """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start."""
-        length = len(self.tokenizer(str(prompt), add_special_tokens=False).input_ids)
+    def _check_length(self, prompt: str, length: int, max_len: int, room: int) -> None:
+        """Raises ValueError for a prompt that OpenRLHF's executors would cut at its start. Args: length: in tokens."""
         if not 2 <= length <= max_len - room:
             raise ValueError(
                 f"a prompt has {length} tokens, but 2 to {max_len - room} fit: openrlhf.data.max_len = {max_len}, of "

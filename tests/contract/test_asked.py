@@ -67,7 +67,7 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
         SimpleNamespace(args=args),
         training,
         batches(["aa", "ab", "ac"]),
-        lambda text, **_: SimpleNamespace(input_ids=[ord(char) for char in text]),
+        lambda texts, **_: SimpleNamespace(input_ids=[[ord(char) for char in text] for text in texts]),
         [engine],
         plan=Plan(),
         seed=SEED,

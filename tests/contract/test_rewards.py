@@ -278,17 +278,13 @@ def test_a_failed_reward_would_be_logged_and_forgotten_by_the_host() -> None:
 def test_a_prompt_that_the_host_would_cut_is_an_error() -> None:
     from skd_plugin.host.samples import SKDSamplesGenerator
 
-    class Tokenizer(_Tokenizer):
-        def __call__(self, text: str, **_: Any) -> Any:
-            return SimpleNamespace(input_ids=[ord(char) for char in text])
-
     check = SKDSamplesGenerator._check_length
-    generator = SimpleNamespace(tokenizer=Tokenizer())
-    check(generator, "x" * 24, 32, 8)
-    check(generator, "xx", 32, 8)
+    generator = SimpleNamespace()
+    check(generator, "x" * 24, 24, 32, 8)
+    check(generator, "xx", 2, 32, 8)
     for prompt in ("x" * 25, "x"):
         with pytest.raises(ValueError, match=rf"a prompt has {len(prompt)} tokens, but 2 to 24 fit.*begins with 'x"):
-            check(generator, prompt, 32, 8)
+            check(generator, prompt, len(prompt), 32, 8)
 
 
 def test_a_task_scores_the_response_alone() -> None:
