@@ -10,7 +10,7 @@ and of the student.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -59,7 +59,7 @@ class LogitRows:
         """All rows of a tensor."""
         return cls(values_NV, torch.arange(len(values_NV), device=values_NV.device))
 
-    def select(self, rows: torch.Tensor | slice) -> LogitRows:
+    def select(self, rows: torch.Tensor | slice) -> Self:
         return type(self)(self.values_SV, self.rows_N[rows], self.ends_E)
 
     def read(self) -> torch.Tensor:
@@ -81,10 +81,14 @@ class LogitRows:
         return Seen(*map(torch.cat, zip(*seen, strict=True)))
 
 
-def in_parts(count: int, values_SV: torch.Tensor) -> list[slice]:
-    """Of `count` rows of these logits some at a time, as many as may be read at once."""
+def in_parts(count: int, values_SV: torch.Tensor, width: int | None = None) -> list[slice]:
+    """Of `count` rows of these logits some at a time, as many as may be read at once.
+
+    Args:
+        width: entries of a row that are read; None: all.
+    """
     entries = ENTRIES_ON_CPU if values_SV.device.type == "cpu" else ENTRIES_ON_GPU
-    step = max(1, entries // values_SV.shape[1])
+    step = max(1, entries // (width or values_SV.shape[1]))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

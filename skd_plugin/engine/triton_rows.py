@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted
+from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted, in_parts
 from skd_plugin.core.top_k import piece_len
 
 ENTRIES = tl.constexpr(2048)  # of a row that a program reads at once
@@ -31,14 +31,24 @@ class TritonRows(LogitRows):
         rank_N = torch.empty(len(token_N), dtype=torch.int32, device=token_N.device)
         if len(token_N):
             own_N = self.at(token_N[:, None]).squeeze(1)
-            _rank[(len(token_N),)](*self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends)
+            _rank_kernel[(len(token_N),)](*self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends)
         return rank_N.long()
 
     def look(self, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
         assert isinstance(student, TritonRows)
+        pieces = max(wanted.teacher_top + wanted.student_kept + 1, wanted.student_top)  # looked into, of a row
+        width = pieces * self._piece_len(wanted)
+        parts = in_parts(len(token_N), self.values_SV, width)
+        seen = [self.select(part)._look(student.select(part), token_N[part], wanted) for part in parts]
+        return Seen(*map(torch.cat, zip(*seen, strict=True)))
+
+    def _piece_len(self, wanted: Wanted) -> int:
+        return min(piece_len(self.vocab_size, max(wanted.teacher_top, wanted.student_top)), ENTRIES.value)
+
+    def _look(self, student: TritonRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
         count, size, token_N1 = len(token_N), self.vocab_size, token_N[:, None]
         teacher_top, student_top = min(wanted.teacher_top, size), min(wanted.student_top, size)
-        length = min(piece_len(size, max(teacher_top, student_top)), ENTRIES.value)
+        length = self._piece_len(wanted)
         pieces = triton.cdiv(size, length)
         figures_7N = torch.empty(7, count, device=token_N.device)
         teacher_NP, student_NP, mass_NP = torch.empty(3, count, pieces, device=token_N.device)
@@ -46,7 +56,7 @@ class TritonRows(LogitRows):
         # As far apart are the logits elsewhere, too, where the models agree; so little of the divergence cancels.
         shift_N1 = teacher_own_N1 - student_own_N1
         shift_N1 = torch.where(shift_N1.abs() < -LOWEST.value, shift_N1, 0.0)
-        _look[(count,)](
+        _look_kernel[(count,)](
             *self._arguments(),
             *student._arguments(),
             shift_N1,
@@ -184,7 +194,7 @@ def _read(row, ids, inside, ends, joined, ENDS: tl.constexpr):
 
 
 @triton.jit
-def _rank(values, stride, rows, ends, joined, token, own, rank, size, ENDS: tl.constexpr):
+def _rank_kernel(values, stride, rows, ends, joined, token, own, rank, size, ENDS: tl.constexpr):
     place = tl.program_id(0)
     row = values + tl.load(rows + place).to(tl.int64) * stride
     mine, my_id = tl.load(own + place), tl.load(token + place)
@@ -212,7 +222,7 @@ def _scaled(scale, value):
 
 
 @triton.jit
-def _look(
+def _look_kernel(
     teacher, teacher_stride, teacher_rows, ends, teacher_joined,
     student, student_stride, student_rows, student_ends, student_joined,
     shifts, figures, teacher_highest, student_highest, piece_mass,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from skd_plugin.core import logit_rows
 from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted, rank
 from skd_plugin.engine import kernels
 from skd_plugin.engine.kernels import rows_of
@@ -97,6 +101,16 @@ def test_a_long_row_against_float64(noise: float) -> None:
         torch.testing.assert_close(getattr(seen, name).double(), values, atol=1e-6, rtol=2e-6, msg=name)
 
 
+def test_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as there is memory for their pieces."""
+    teacher, student, wanted = logits(4, 3000, 0), logits(4, 3000, 1), Wanted(20, 10, 20, 3, 1.0)
+    whole = look(TritonRows, teacher, student, wanted)
+    for name in ("ENTRIES_ON_CPU", "ENTRIES_ON_GPU"):
+        monkeypatch.setattr(logit_rows, name, 1000)
+    for one, other in zip(whole, look(TritonRows, teacher, student, wanted), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_student_may_have_joined_ends_too() -> None:
     teacher, student, ends = logits(3, 300, 0), logits(3, 300, 1), torch.tensor([8, 250], device=DEVICE)
     rows, token_N = torch.arange(3, device=DEVICE), torch.tensor([8, 250, 4], device=DEVICE)
@@ -183,3 +197,27 @@ def test_they_are_compared_with_torch_at_the_start(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="not installed"):
         rows_of("triton", DEVICE, torch.float32, 3000, wanted)
     assert rows_of("auto", torch.device("cuda"), torch.float32, 3000, wanted) is LogitRows
+
+
+class _Waits(TorchDispatchMode):
+    """Fails where an operator would wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}, name
+        indices = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        assert not any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ends", [None, [5, 77]])
+def test_nothing_waits_for_the_device(ends: list[int] | None) -> None:
+    teacher, student = logits(4, 900, 0), logits(4, 900, 1)
+    rows, token_N = torch.arange(4, device=DEVICE), torch.tensor([1, 5, 77, 899], device=DEVICE)
+    ends_E = None if ends is None else torch.tensor(ends, device=DEVICE)
+    ours = TritonRows(teacher, rows, ends_E)
+    with _Waits():
+        ours.look(TritonRows(student, rows), token_N, Wanted(64, 10, 64, 3, 2.0))
+        ours.rank(token_N)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _Waits():
+        bool(token_N[0] > 0)
