@@ -23,6 +23,7 @@ from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted, in_parts
 from skd_plugin.core.top_k import piece_len
 
 ENTRIES = tl.constexpr(2048)  # of a row that a program reads at once
+WARPS = 8  # of a program
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of an end token whose probability another has (core/end_event.py)
 
 
@@ -31,7 +32,9 @@ class TritonRows(LogitRows):
         rank_N = torch.empty(len(token_N), dtype=torch.int32, device=token_N.device)
         if len(token_N):
             own_N = self.at(token_N[:, None]).squeeze(1)
-            _rank_kernel[(len(token_N),)](*self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends)
+            _rank_kernel[(len(token_N),)](
+                *self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends, num_warps=WARPS
+            )
         return rank_N.long()
 
     def look(self, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
@@ -51,7 +54,8 @@ class TritonRows(LogitRows):
         length = self._piece_len(wanted)
         pieces = triton.cdiv(size, length)
         figures_7N = torch.empty(7, count, device=token_N.device)
-        teacher_NP, student_NP, mass_NP = torch.empty(3, count, pieces, device=token_N.device)
+        # Each by itself: Triton would compile anew for memory that begins at an odd place.
+        teacher_NP, student_NP, mass_NP = (torch.empty(count, pieces, device=token_N.device) for _ in range(3))
         teacher_own_N1, student_own_N1 = self.at(token_N1), student.at(token_N1)
         # As far apart are the logits elsewhere, too, where the models agree; so little of the divergence cancels.
         shift_N1 = teacher_own_N1 - student_own_N1
@@ -73,6 +77,7 @@ class TritonRows(LogitRows):
             LENGTH=length,
             PIECES=ENTRIES.value // length,
             TEMPERED=wanted.temperature != 1,
+            num_warps=WARPS,
         )
         highest, mass, centred, apart, own_highest, own_mass, own_centred = figures_7N[:, :, None]
         teacher = _Normal(highest, mass.log())
@@ -221,7 +226,7 @@ def _scaled(scale, value):
     return tl.where(scale == 0, 0.0, scale * value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # which changes with each step
 def _look_kernel(
     teacher, teacher_stride, teacher_rows, ends, teacher_joined,
     student, student_stride, student_rows, student_ends, student_joined,
