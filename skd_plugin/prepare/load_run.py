@@ -195,6 +195,11 @@ def complete_models(content: dict[str, Any]) -> Models:
             "the recipe wants CUDA (skd.device: cuda), but this machine has no GPU and RAY_ADDRESS names no cluster; "
             "run it on a GPU node, or set skd.device=cpu"
         )
+    if models.skd.rollout.kernels == "triton" and models.cpu and not os.environ.get("TRITON_INTERPRET"):
+        raise RecipeError(
+            "skd.rollout.kernels is triton, whose kernels need a GPU; leave it out (TRITON_INTERPRET=1 would interpret "
+            "them on a CPU, for tests)"
+        )
     host_arguments(models.given, host_parser())
     return models
 

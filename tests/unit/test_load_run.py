@@ -222,6 +222,13 @@ def test_unknown_task(quickstart) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_kernels_of_a_gpu_are_asked_for_without_one(quickstart) -> None:
+    with pytest.raises(RecipeError, match=r"skd\.rollout\.kernels is triton, whose kernels need a GPU; leave it out"):
+        quickstart("skd.rollout.kernels=triton")
+    quickstart("skd.rollout.kernels=torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_is_asked_for_without_a_gpu(quickstart, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"wants CUDA \(skd\.device: cuda\), but this machine has no GPU"):
         quickstart("skd.device=cuda")
