@@ -197,8 +197,8 @@ def complete_models(content: dict[str, Any]) -> Models:
         )
     if models.skd.rollout.kernels == "triton" and models.cpu and not os.environ.get("TRITON_INTERPRET"):
         raise RecipeError(
-            "skd.rollout.kernels is triton, whose kernels need a GPU; leave it out (TRITON_INTERPRET=1 would interpret "
-            "them on a CPU, for tests)"
+            "skd.rollout.kernels is triton, whose kernels need a GPU; leave it out (for tests, TRITON_INTERPRET=1 "
+            "interprets them on a CPU)"
         )
     host_arguments(models.given, host_parser())
     return models
