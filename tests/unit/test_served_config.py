@@ -132,6 +132,6 @@ def test_an_engine_with_the_student_alone(tiny_pair: Path) -> None:
     assert (arguments["worker_cls"], arguments["scheduler_cls"]) == (STUDENT_WORKER_CLS, SCHEDULER_CLS)
     assert "speculative_config" not in arguments
     assert arguments["max_model_len"] == 65
-    assert arguments["additional_config"] == {"skd_vocab_size": 32}
+    assert arguments["additional_config"] == {"skd_vocab_size": 32, "skd_kernels": "auto"}
     assert "speculative_config" in replace(spec, alone_len=None).arguments()
     assert asdict(spec)["alone_len"] == 64
