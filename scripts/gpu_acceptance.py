@@ -140,7 +140,7 @@ def stages(*, hub: bool, cpu: bool) -> list[Stage]:
             keep=r"^label",
             on_cpu=False,
             needs="triton",
-            pages=("docs/gpus.md",),
+            pages=("docs/gpus.md", "docs/rollout.md"),
         ),
         tests(
             "models",
