@@ -20,6 +20,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[Row], keep: Sequence[Row] = ()) -> list[dict[str, str]]:
     """The lines that are kept, then those that are measured now, each printed too. Returns all, as `read` would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
