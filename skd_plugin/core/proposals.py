@@ -52,12 +52,9 @@ class Proposals:
     def in_parts(self, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | slice, Proposals]]:
         """The same, as many at a time as may be read at once."""
         parts = in_parts(len(self.draft_N) if rows is None else len(rows), self.teacher.values_SV)
-        if rows is None and len(parts) == 1:
-            yield self.some(None)
-            return
         for part in parts:
             own = part if rows is None else rows[part]
-            yield own, self.select(own)
+            yield own, self if rows is None and len(parts) == 1 else self.select(own)
 
     @cached_property
     def top_k_N(self) -> torch.Tensor:

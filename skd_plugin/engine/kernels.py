@@ -27,9 +27,10 @@ def rows_of(
     Raises:
         RuntimeError: Triton is asked for and not installed, cannot compile its kernels, or finds something else.
     """
-    if kernels == "torch" or (kernels == "auto" and (device.type == "cpu" or find_spec("triton") is None)):
+    installed = find_spec("triton") is not None
+    if kernels == "torch" or (kernels == "auto" and (device.type == "cpu" or not installed)):
         return LogitRows
-    if find_spec("triton") is None:
+    if not installed:
         raise RuntimeError("skd.rollout.kernels is triton, which is not installed; install it, or use kernels: auto")
     from triton.errors import TritonError
 

@@ -61,12 +61,11 @@ class Recorder:
             hidden_MJ: what the teacher's head made its logits of; None: not kept.
         """
         seen = teacher.look(student, token_M, self.wanted)
-        student_kept = min(self.student_top_k, student.values_SV.shape[1])
         top_MK, ids_MK = seen.teacher_top_NK[:, : self.teacher_top_k], seen.teacher_ids_NK[:, : self.teacher_top_k]
-        if student_kept:
-            own_MC = seen.student_ids_NC[:, :student_kept]
+        if self.student_top_k:
+            own_MC = seen.student_ids_NC[:, : self.student_top_k]
             again_MC = (own_MC[:, :, None] == ids_MK[:, None]).any(-1)
-            own_logp_MC = seen.teacher_own_NC[:, :student_kept].masked_fill(again_MC, -torch.inf)
+            own_logp_MC = seen.teacher_own_NC[:, : self.student_top_k].masked_fill(again_MC, -torch.inf)
             top_MK = torch.cat([top_MK, own_logp_MC], 1)
             ids_MK = torch.cat([ids_MK, own_MC.masked_fill(again_MC, NOTHING)], 1)
         columns = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,12 +112,12 @@ class TritonRows(LogitRows):
         values_NX = self.values_SV[self.rows_N[:, None], ids_NX].float()
         if self.ends_E is None:
             return values_NX
-        joined_N1 = self._joined()
         for place, end in enumerate(self.ends_E):
-            values_NX = torch.where(ids_NX == end, LOWEST.value if place else joined_N1, values_NX)
+            values_NX = torch.where(ids_NX == end, LOWEST.value if place else self._joined_N1, values_NX)
         return values_NX
 
-    def _joined(self) -> torch.Tensor:
+    @cached_property
+    def _joined_N1(self) -> torch.Tensor:
         """What the first of the end tokens has, [N, 1]."""
         return self.values_SV[self.rows_N[:, None], self.ends_E].float().logsumexp(-1, keepdim=True)
 
@@ -127,7 +128,7 @@ class TritonRows(LogitRows):
     def _arguments(self) -> tuple[Any, ...]:
         """Of a kernel that reads these rows; where no ends are joined it reads neither of the last two."""
         unused = self.rows_N, self.values_SV
-        ends = unused if self.ends_E is None else (self.ends_E, self._joined())
+        ends = unused if self.ends_E is None else (self.ends_E, self._joined_N1)
         return self.values_SV, self.values_SV.stride(0), self.rows_N, *ends
 
     def _top(
@@ -226,6 +227,18 @@ def _scaled(scale, value):
     return tl.where(scale == 0, 0.0, scale * value)
 
 
+@triton.jit
+def _base(highest):
+    """What logits are looked at relative to; there may be none above -inf."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
+def _moved(scale, centred, mass, by):
+    """A sum of logits by their mass, relative to another base; scale is what their mass is multiplied with there."""
+    return _scaled(scale, centred + _scaled(mass, by))
+
+
 @triton.jit(do_not_specialize=["count"])  # which changes with each step
 def _look_kernel(
     teacher, teacher_stride, teacher_rows, ends, teacher_joined,
@@ -247,12 +260,8 @@ def _look_kernel(
 
     highest = tl.full([PIECES], float("-inf"), tl.float32)
     own_highest = tl.full([PIECES], float("-inf"), tl.float32)
-    mass, centred, apart = (
-        tl.zeros([PIECES], tl.float32),
-        tl.zeros([PIECES], tl.float32),
-        tl.zeros([PIECES], tl.float32),
-    )
-    own_mass, own_centred = tl.zeros([PIECES], tl.float32), tl.zeros([PIECES], tl.float32)
+    mass = tl.zeros([PIECES], tl.float32)
+    centred, apart, own_mass, own_centred = mass, mass, mass, mass
 
     for start in range(0, pieces, PIECES):
         piece = start + tl.arange(0, PIECES)
@@ -265,8 +274,7 @@ def _look_kernel(
         at = place.to(tl.int64) * pieces + piece
         tl.store(teacher_highest + at, p_max, mask=piece < pieces)
         tl.store(student_highest + at, q_max, mask=piece < pieces)
-        p_below = p - tl.where(p_max == float("-inf"), 0.0, p_max)[:, None]
-        q_below = q - tl.where(q_max == float("-inf"), 0.0, q_max)[:, None]
+        p_below, q_below = p - _base(p_max)[:, None], q - _base(q_max)[:, None]
         p_mass, q_mass = tl.exp(p_below), tl.exp(q_below)
         p_sum, q_sum = tl.sum(p_mass, 1), tl.sum(q_mass, 1)
         if TEMPERED:
@@ -275,29 +283,26 @@ def _look_kernel(
             tl.store(piece_mass + at, p_sum, mask=piece < pieces)
 
         higher, own_higher = tl.maximum(highest, p_max), tl.maximum(own_highest, q_max)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        own_base = tl.where(own_higher == float("-inf"), 0.0, own_higher)
+        base, own_base = _base(higher), _base(own_higher)
         old, new = tl.exp(highest - base), tl.exp(p_max - base)
         own_old, own_new = tl.exp(own_highest - own_base), tl.exp(q_max - own_base)
-        centred = _scaled(old, centred + _scaled(mass, highest - base)) + _scaled(
-            new, _mean_part(p_mass, p_below) + _scaled(p_sum, p_max - base)
-        )
+        p_centred, q_centred = _mean_part(p_mass, p_below), _mean_part(q_mass, q_below)
+        centred = _moved(old, centred, mass, highest - base) + _moved(new, p_centred, p_sum, p_max - base)
         apart = _scaled(old, apart) + _scaled(new, _mean_part(p_mass, p - q - shift))
         mass = old * mass + new * p_sum
-        own_centred = _scaled(own_old, own_centred + _scaled(own_mass, own_highest - own_base)) + _scaled(
-            own_new, _mean_part(q_mass, q_below) + _scaled(q_sum, q_max - own_base)
-        )
+        own_centred = _moved(own_old, own_centred, own_mass, own_highest - own_base)
+        own_centred += _moved(own_new, q_centred, q_sum, q_max - own_base)
         own_mass = own_old * own_mass + own_new * q_sum
         highest, own_highest = higher, own_higher
 
     top, own_top = tl.max(highest, 0), tl.max(own_highest, 0)
-    base, own_base = tl.where(top == float("-inf"), 0.0, top), tl.where(own_top == float("-inf"), 0.0, own_top)
+    base, own_base = _base(top), _base(own_top)
     old, own_old = tl.exp(highest - base), tl.exp(own_highest - own_base)
     to = figures + place
     tl.store(to, top)
     tl.store(to + count, tl.sum(old * mass, 0))
-    tl.store(to + 2 * count, tl.sum(_scaled(old, centred + _scaled(mass, highest - base)), 0))
+    tl.store(to + 2 * count, tl.sum(_moved(old, centred, mass, highest - base), 0))
     tl.store(to + 3 * count, tl.sum(_scaled(old, apart), 0))
     tl.store(to + 4 * count, own_top)
     tl.store(to + 5 * count, tl.sum(own_old * own_mass, 0))
-    tl.store(to + 6 * count, tl.sum(_scaled(own_old, own_centred + _scaled(own_mass, own_highest - own_base)), 0))
+    tl.store(to + 6 * count, tl.sum(_moved(own_old, own_centred, own_mass, own_highest - own_base), 0))
