@@ -177,7 +177,7 @@ class Step:
         return self.sampler(self.teacher_SV, metadata).sampled_token_ids
 
     def traces(self) -> list[Any]:
-        return self.table.take(range(self.requests))
+        return [record.trace() for record in self.table.take(range(self.requests))]
 
 
 def synchronize(device: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from skd_plugin.host.prompts import PromptError, PromptForm
 from skd_plugin.host.teacher_prompts import COLUMN, TeacherForm, teacher_prompt, teachers_lengths
 from skd_plugin.prepare.prompts import check_references
 from skd_plugin.prepare.rows import Source, read_dataset
-from skd_plugin.run_folder import out_file
+from skd_plugin.run_folder import json_line, out_file
 from skd_plugin.tasks.label import Label
 from skd_plugin.terminal import say
 
@@ -93,13 +92,13 @@ def run_rollout(
         teacher_prompts=[prompt.teacher_ids or prompt.ids for prompt in repeated],
         progress=True,
     )
-    with path.open("w") as file:
+    with path.open("wb") as file:
         for prompt, sample in zip(repeated, finished, strict=True):
             response = engine.decode(sample.trace.response_ids.tolist())
             texts = {"prompt": models.tokenizer.decode(sample.prompt_ids), "response": response}
             trace = sample.trace.to_json(sample.prompt_ids, sample.finish)
             own = {} if prompt.teacher_text is None else {"teacher_prompt": prompt.teacher_text}
-            file.write(json.dumps({**trace, **texts, **own, "prompt_form": prompt.form}) + "\n")
+            file.write(json_line({**trace, **texts, **own, "prompt_form": prompt.form}))
     say(f"{len(finished)} responses are in {path}")
     return 0
 

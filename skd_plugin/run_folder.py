@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from skd_plugin.errors import RecipeError
@@ -75,6 +75,14 @@ def out_file(name: str) -> Path:
     return path
 
 
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of JSON with its end. JSON has neither NaN nor infinity: a number that does not exist is null.
+
+    Arrays of numpy are lists in it, their numbers as short as their type allows.
+    """
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
 def _record(line: bytes) -> Record | None:
     """A line of JSON; None where it is none."""
     try:
@@ -102,14 +110,14 @@ class JsonLines:
     path: Path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps({key: _strict(value) for key, value in record.items()})
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        line = json_line(record)
+        with self.path.open("ab") as file:
+            file.write(line)
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes the file anew, with its folder where that is missing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        replace_bytes(self.path, b"".join(json_line(record) for record in records))
 
     def read(self) -> list[Record]:
         """The record of every whole line that is one; none where there is no file."""
@@ -174,11 +182,6 @@ class JsonLines:
                 file.write(b"".join(aside).removesuffix(b"\n") + b"\n")
         replace_bytes(self.path, b"".join(kept))
         return [f"{note[:-1]}; kept in {damaged(self.path).name}." for note in left_out.notes()]
-
-
-def _strict(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: a number that does not exist is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Status:

@@ -109,7 +109,8 @@ def _draft_waste(trace: Trace, draft_len: int | None) -> Ratio:
 def _accept_rate(trace: Trace, draft_len: int | None) -> Ratio:
     """Of what was put to the gate: not references, whoever drafted them, nor the teacher's legs."""
     proposed = _drafted(trace) & ~trace.is_from(Source.REFERENCE, Source.HANDED)
-    return Ratio.mean(trace.source[proposed] == Source.ACCEPTED)
+    kept = proposed & (trace.source == Source.ACCEPTED)
+    return Ratio(int(kept.sum()), int(proposed.sum()))
 
 
 def _share_from(source: Source) -> Callable[[Trace, int | None], Ratio]:

@@ -6,6 +6,8 @@ position was drafted and thrown away; every tensor-parallel rank draws the same 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 # Streams: the student's proposals, the teacher's replacements, a gate's chance, the student asked a second time.
@@ -17,15 +19,23 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; torch's `>>` on int64 keeps the sign."""
+Word = TypeVar("Word", torch.Tensor, int)  # 64 bits
+
+
+def _wrapped(x: Word) -> Word:
+    """As a signed 64-bit integer, which a tensor's are by themselves."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(x, int) else x
+
+
+def _shift_right(x: Word, bits: int) -> Word:
+    """Logical shift; `>>` keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: Word) -> Word:
     """Finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    x = _wrapped((x ^ _shift_right(x, 30)) * _MIX_1)
+    x = _wrapped((x ^ _shift_right(x, 27)) * _MIX_2)
     return x ^ _shift_right(x, 31)
 
 
@@ -47,8 +57,7 @@ def uniform(seed_N: torch.Tensor, position_N: torch.Tensor, stream: int) -> torc
 
 def derive_seed(*parts: int) -> int:
     """One signed 64-bit seed from several integers, e.g. (run seed, step, sample number)."""
-    state = torch.zeros(1, dtype=torch.int64)
+    state = 0
     for part in parts:
-        signed = (part + (1 << 63)) % (1 << 64) - (1 << 63)
-        state = _mix(state + _GOLDEN + signed)
-    return int(state.item())
+        state = _mix(_wrapped(state + _GOLDEN + part))
+    return state

@@ -5,6 +5,7 @@ Shapes: R response tokens, K teacher entries kept a token, J width of the teache
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Self
@@ -58,6 +59,8 @@ class Drawn:
     @classmethod
     def join(cls, parts: list[Self]) -> Self:
         parts = [part for part in parts if len(part)] or parts[:1]  # an empty one does not know the teacher's width
+        if len(parts) == 1:
+            return parts[0]
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,14 +68,11 @@ class Drawn:
         time, to write and to read. A large one goes as it is, for Ray need not copy it.
         """
         tensors = [getattr(self, f.name) for f in fields(self)]
-        large = {place: tensor for place, tensor in enumerate(tensors) if tensor.nbytes > SMALL_BYTES}
+        large = {place: _alone(one) for place, one in enumerate(tensors) if one.nbytes > SMALL_BYTES}
         # The widest numbers first, so that all are aligned.
-        small = sorted((-t.element_size(), place) for place, t in enumerate(tensors) if place not in large)
-        kinds = [
-            (place, tensors[place].dtype, tuple(tensors[place].shape), tensors[place].nbytes) for _, place in small
-        ]
-        flat = [tensors[place].reshape(-1).view(torch.uint8) for _, place in small]
-        return _read, (type(self), kinds, torch.cat(flat).numpy(), large)
+        small = sorted((-one.element_size(), place) for place, one in enumerate(tensors) if place not in large)
+        kinds = [(place, tensors[place].dtype, tuple(tensors[place].shape)) for _, place in small]
+        return _read, (type(self), kinds, bytearray().join(_bytes(tensors[place]) for _, place in small), large)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +85,10 @@ class Drawn:
 
     def is_from(self, *sources: Source) -> torch.Tensor:
         """Which tokens are from one of these sources: bool [R]."""
-        return torch.isin(self.source, torch.tensor(sources, dtype=self.source.dtype, device=self.source.device))
+        found = torch.zeros_like(self.source, dtype=torch.bool)
+        for source in sources:  # a few: faster than `isin`
+            found |= self.source == source
+        return found
 
     @property
     def students_own(self) -> torch.Tensor:
@@ -96,6 +99,13 @@ class Drawn:
     def sampled_logp(self) -> torch.Tensor:
         """log-probability of each token under the model it is from: float32 [R]."""
         return torch.where(self.students_own, self.student_logp, self.teacher_logp)
+
+
+# Fields that a line of a trace file has as they are.
+_IN_FILES = (
+    "response_ids rejected_ids draft_rank student_logp teacher_logp kl student_entropy teacher_entropy top_overlap "
+    "same_first teacher_topk_ids teacher_topk_logp teacher_rest_tempered"
+).split()
 
 
 @dataclass
@@ -164,51 +174,50 @@ class Trace(Drawn):
         )
 
     def to_json(self, prompt_ids: list[int], finish: str) -> dict[str, Any]:
-        """The documented line of a trace file, without the texts."""
-        return {
-            "prompt_ids": list(prompt_ids),
-            "response_ids": self.response_ids.tolist(),
-            "source": "".join(Source(code).letter for code in self.source.tolist()),
-            "rejected_ids": self.rejected_ids.tolist(),
-            "draft_rank": self.draft_rank.tolist(),
-            "student_logp": _numbers(self.student_logp),
-            "teacher_logp": _numbers(self.teacher_logp),
-            "kl": _numbers(self.kl),
-            "student_entropy": _numbers(self.student_entropy),
-            "teacher_entropy": _numbers(self.teacher_entropy),
-            "top_overlap": _numbers(self.top_overlap),
-            "same_first": _numbers(self.same_first),
-            "teacher_topk_ids": [row[row != NOTHING].tolist() for row in self.teacher_topk_ids],
-            "teacher_topk_logp": [
-                _numbers(row[ids != NOTHING])
-                for row, ids in zip(self.teacher_topk_logp, self.teacher_topk_ids, strict=True)
-            ],
-            "teacher_rest_tempered": _numbers(self.teacher_rest_tempered),
-            "finish": finish,
-        }
+        """The documented line of a trace file, without the texts, for `run_folder.json_line`: numbers are numpy's."""
+        numbers: dict[str, Any] = {name: getattr(self, name).contiguous().numpy() for name in _IN_FILES}
+        kept = self.teacher_topk_ids != NOTHING
+        if not bool(kept.all()):
+            for name in ("teacher_topk_ids", "teacher_topk_logp"):
+                rows = zip(getattr(self, name), kept, strict=True)
+                numbers[name] = [row[own].numpy() for row, own in rows]
+        letters = "".join(_LETTERS[code] for code in self.source.tolist())
+        return {"prompt_ids": prompt_ids, "source": letters, **numbers, "finish": finish}
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """In memory of its own, all of which PyTorch sends."""
+    return (
+        tensor
+        if tensor.untyped_storage().nbytes() == tensor.nbytes
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Its numbers in their order."""
+    if tensor.dtype == torch.bfloat16:  # numpy knows none
+        tensor = tensor.contiguous().view(torch.int16)
+    return tensor.numpy().tobytes()
 
 
 def _read(
     cls: type[Drawn],
-    kinds: list[tuple[int, torch.dtype, tuple[int, ...], int]],
-    memory: Any,
+    kinds: list[tuple[int, torch.dtype, tuple[int, ...]]],
+    memory: bytearray,
     large: dict[int, torch.Tensor],
 ) -> Drawn:
     """
     Args:
-        kinds: of the small tensors as they lie in memory: the field's place, type, shape and bytes.
-        memory: uint8, numpy's.
+        kinds: of the small tensors as they lie in memory: the field's place, type and shape.
         large: tensors by the field's place.
     """
-    # What comes from Ray's object store may not be written to, of which PyTorch knows nothing.
-    left = torch.from_numpy(memory if memory.flags.writeable else memory.copy())
-    tensors = dict(large)
-    for place, dtype, shape, size in kinds:
-        own, left = left[:size], left[size:]
-        tensors[place] = own.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    tensors, start = dict(large), 0
+    for place, dtype, shape in kinds:
+        count = math.prod(shape)
+        if count:
+            tensors[place] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
+        else:
+            tensors[place] = torch.empty(shape, dtype=dtype)
+        start += tensors[place].nbytes
     return cls(*(tensors[place] for place in range(len(tensors))))
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    """Strict JSON knows neither NaN nor infinity; both become null."""
-    return [value if abs(value) != float("inf") and value == value else None for value in values.tolist()]

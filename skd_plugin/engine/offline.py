@@ -83,10 +83,10 @@ class SKDEngine:
             [request.sampling_params for request in requests],
             use_tqdm=progress,
         )
-        traces = self._llm.collective_rpc("take_traces", args=([request.params.trace_id for request in requests],))[0]
+        records = self._llm.collective_rpc("take_traces", args=([request.params.trace_id for request in requests],))[0]
         return [
-            finish_request(request, output.outputs[0], trace, self._tokenizer)
-            for request, output, trace in zip(requests, outputs, traces, strict=True)
+            finish_request(request, output.outputs[0], record.trace(), self._tokenizer)
+            for request, output, record in zip(requests, outputs, records, strict=True)
         ]
 
     def take_seconds(self) -> dict[str, float]:

@@ -23,6 +23,9 @@ _FIGURES = (
 )  # fmt: skip
 
 
+NO_HIDDEN = torch.empty(0, 0)
+
+
 @dataclass(frozen=True)
 class Part:
     """The tokens that a step has emitted, request by request."""
@@ -94,25 +97,37 @@ def _agreement(theirs_MC: torch.Tensor, own_MC: torch.Tensor) -> tuple[torch.Ten
     return shared_MC.float().mean(-1, keepdim=True), (theirs_MC[:, :1] == own_MC[:, :1]).float()
 
 
-def to_trace(parts: Sequence[tuple[Part, int, int]]) -> Trace:
-    """Args: parts: at least one, each with the first of its tokens and the one after the last."""
-    known_RC = torch.cat([part.known_MC[start:end] for part, start, end in parts])
-    figures_RF = torch.cat([part.figures_MF.read()[start:end] for part, start, end in parts])
-    hidden = [part.hidden_MJ.read()[start:end] for part, start, end in parts if part.hidden_MJ is not None]
-    count = (figures_RF.shape[1] - len(_FIGURES)) // 2
-    own = dict(zip(_KNOWN, map(_own, known_RC.T), strict=True))
-    numbers_RF = figures_RF.view(torch.float32)
-    own |= {name: _own(numbers_RF[:, place]) for place, name in enumerate(_FIGURES)}
-    return Trace(
-        **own | {"source": own["source"].to(torch.uint8)},
-        teacher_topk_logp=_own(numbers_RF[:, len(_FIGURES) : -count]),
-        teacher_topk_ids=_own(figures_RF[:, -count:]),
-        **({"teacher_hidden": torch.cat(hidden)} if hidden else {}),
-    )
+@dataclass(frozen=True)
+class Record:
+    """What a trace is made of, on its way from the engine's process: three tensors are sent sooner than seventeen."""
 
+    known_RC: torch.Tensor
+    figures_RF: torch.Tensor
+    hidden_RJ: torch.Tensor  # [R, 0]: not kept
 
-def _own(columns: torch.Tensor) -> torch.Tensor:
-    """Of its own memory, for a trace goes to other processes field by field; and in one piece also where it is a
-    single token, which a plain copy leaves at the table's stride, and vLLM cannot send.
-    """
-    return columns.clone(memory_format=torch.contiguous_format)
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Part, int, int]], entries: int) -> Record:
+        """
+        Args:
+            parts: of a response, each with the first of its tokens and the one after the last.
+            entries: K, of a response without a token.
+        """
+        if not parts:
+            known_0C = torch.empty(0, len(_KNOWN), dtype=torch.int32)
+            return cls(known_0C, known_0C.new_empty(0, len(_FIGURES) + 2 * entries), NO_HIDDEN)
+        hidden = [part.hidden_MJ.read()[start:end] for part, start, end in parts if part.hidden_MJ is not None]
+        known_RC = torch.cat([part.known_MC[start:end] for part, start, end in parts])
+        figures_RF = torch.cat([part.figures_MF.read()[start:end] for part, start, end in parts])
+        return cls(known_RC, figures_RF, torch.cat(hidden) if hidden else NO_HIDDEN)
+
+    def trace(self) -> Trace:
+        """Its columns are views of these tensors."""
+        numbers_RF, count = self.figures_RF.view(torch.float32), (self.figures_RF.shape[1] - len(_FIGURES)) // 2
+        known = dict(zip(_KNOWN, self.known_RC.unbind(1), strict=True))
+        return Trace(
+            **known | {"source": known["source"].to(torch.uint8)},
+            **dict(zip(_FIGURES, numbers_RF[:, : len(_FIGURES)].unbind(1), strict=True)),
+            teacher_topk_logp=numbers_RF[:, len(_FIGURES) : -count],
+            teacher_topk_ids=self.figures_RF[:, -count:],
+            teacher_hidden=self.hidden_RJ,
+        )

@@ -18,10 +18,10 @@ from skd_plugin.core.copies import to_device
 from skd_plugin.core.gates import GATES
 from skd_plugin.core.hand_over import Legs
 from skd_plugin.core.sampling import SettingRows
-from skd_plugin.core.trace import NOTHING, Trace
+from skd_plugin.core.trace import NOTHING
 from skd_plugin.core.verify import Group
 from skd_plugin.engine import references
-from skd_plugin.engine.recorder import Part, to_trace
+from skd_plugin.engine.recorder import Part, Record
 from skd_plugin.engine.request import RequestParams
 from skd_plugin.engine.student_prompt import StudentPrompts
 
@@ -254,8 +254,8 @@ class RequestTable:
             if request is not None:
                 self._fetched.discard(request.params.trace_id)
 
-    def take(self, trace_ids: Sequence[int]) -> list[Trace]:
-        """Traces of requests, removed from the table. An id without a token has an empty trace. What a request that
+    def take(self, trace_ids: Sequence[int]) -> list[Record]:
+        """Records of requests, removed from the table. An id without a token has an empty one. What a request that
         is cut off while it goes on here (a stop string, an executor that gave up) emits from now on goes nowhere.
 
         Raises:
@@ -265,11 +265,11 @@ class RequestTable:
         taken = [self._parts(trace_id, self._batches.pop(trace_id, ())) for trace_id in trace_ids]
         in_flight = {request.params.trace_id for request in self._in_flight.values()}
         self._fetched |= in_flight.intersection(trace_ids)
-        traces = [to_trace(parts) if parts else Trace.empty(self._teacher_top_k) for parts in taken]
-        fault, self._fault = self._fault or not_finite(traces), None
+        records = [Record.of(parts, self._teacher_top_k) for parts in taken]
+        fault, self._fault = self._fault or not_finite(records), None
         if fault is not None:
             raise fault
-        return traces
+        return records
 
     def _of(self, request_id: str) -> InFlight:
         if request_id not in self._in_flight:
@@ -299,11 +299,12 @@ class RequestTable:
         )
 
 
-def not_finite(traces: Iterable[Trace]) -> FloatingPointError | None:
-    """What to say of traces in which a model's log-probabilities are no numbers. The engine samples on from such
+def not_finite(records: Iterable[Record]) -> FloatingPointError | None:
+    """What to say of records in which a model's log-probabilities are no numbers. The engine samples on from such
     logits: raised there, the error would take it down, and nobody would read why.
     """
-    for trace in traces:
+    for record in records:
+        trace = record.trace()
         for model, logp in (("student", trace.student_logp), ("teacher", trace.teacher_logp)):
             if bool(logp.isnan().any()):
                 return FloatingPointError(

@@ -12,12 +12,11 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from skd_plugin.core.clock import REST
-from skd_plugin.core.trace import Trace
 from skd_plugin.engine import vocabulary
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.engine.drafter import SKDDrafter, loadable_weights
 from skd_plugin.engine.kernels import rows_of
-from skd_plugin.engine.recorder import Recorder
+from skd_plugin.engine.recorder import Record, Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
 from skd_plugin.engine.scheduler import seconds_of
@@ -50,8 +49,8 @@ class RecordingWorker(VllmWorker):
         with self._skd_requests.clock.part("schedule"), _plain_tensors():
             return super().sample_tokens(grammar_output)
 
-    def take_traces(self, trace_ids: Sequence[int]) -> list[Trace]:
-        """Those of the first rank; the others have none."""
+    def take_traces(self, trace_ids: Sequence[int]) -> list[Record]:
+        """What they are made of, on the first rank; the others have none."""
         with self._skd_requests.clock.part("traces"):
             return [] if self._skd_recorder is None else self._skd_requests.take(trace_ids)
 

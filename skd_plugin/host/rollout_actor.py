@@ -248,7 +248,7 @@ class _TraceFetcher:
             if not future.done():
                 batch, self._waiting = self._waiting, {}
                 abandoned, self._abandoned = self._abandoned, []
-                traces = (await call_worker(self._llm, "take_traces", [*batch, *abandoned]))[0]
-                for waiter, trace in zip(batch.values(), traces, strict=False):  # the abandoned ones come last
-                    waiter.set_result(trace)
+                records = (await call_worker(self._llm, "take_traces", [*batch, *abandoned]))[0]
+                for waiter, record in zip(batch.values(), records, strict=False):  # the abandoned ones come last
+                    waiter.set_result(record.trace())
         return future.result()

@@ -3,11 +3,13 @@
 A trace is large: some 550 bytes a token, and 8 KB more with the teacher's hidden states. The engine's actor puts it
 into Ray's object store, and a policy actor fetches it from there. What goes through the controller is a reference
 with the little that the controller needs. Ray keeps a trace until the last reference to it is gone. A small trace goes
-along with its response: to store it and to fetch it would take longer than the rest of its way.
+along with its response, written once and read once: to store it and to fetch it would take longer than the rest of its
+way.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,9 +38,9 @@ class Versions(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTrace:
-    """A trace in the object store, or a small one itself, and what of it the controller looks at."""
+    """A trace in the object store, or a small one as pickle writes it, and what of it the controller looks at."""
 
-    held: ray.ObjectRef | Trace
+    held: ray.ObjectRef | bytes
     drawn: Drawn  # of the same tokens
     figures: Figures
     versions: Versions
@@ -53,7 +55,7 @@ class StoredTrace:
         Args:
             draft_len: tokens of a block, which the figures need; None: blocks differ.
         """
-        held = trace if trace.nbytes <= CARRIED_BYTES else ray.put(trace)
+        held = pickle.dumps(trace) if trace.nbytes <= CARRIED_BYTES else ray.put(trace)
         return cls(held, trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
 
 
@@ -63,7 +65,7 @@ def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
     Raises:
         RuntimeError: one of them is lost.
     """
-    refs = [one.held for one in stored if not isinstance(one.held, Trace)]
+    refs = [one.held for one in stored if not isinstance(one.held, bytes)]
     try:
         fetched = iter(ray.get(refs) if refs else [])
     except ObjectLostError as error:
@@ -72,7 +74,7 @@ def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
             f"object store is gone with it ({type(error).__name__}). Nothing was updated by this step; host.log says "
             "why the engine died"
         ) from error
-    return [one.held if isinstance(one.held, Trace) else next(fetched) for one in stored]
+    return [pickle.loads(one.held) if isinstance(one.held, bytes) else next(fetched) for one in stored]
 
 
 def stored_trace(experience: Any) -> StoredTrace:

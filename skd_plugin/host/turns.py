@@ -46,7 +46,8 @@ class TracingExecutor(AgentExecutorBase):
             for turn in turns:
                 self._under_way.turns.pop(turn, None)
         response["prompt"] = prompt.prompt  # with its pair, where it has one
-        response[TRACE_KEY] = Trace.join([engine.nothing, *(turn.trace for turn in turns)])
+        traces = [turn.trace for turn in turns]
+        response[TRACE_KEY] = Trace.join(traces) if traces else Trace.empty(llm_engine.teacher_top_k)
         return response
 
     def _found(self, response: dict[str, Any], own: _TurnRecorder) -> list[_Turn]:
@@ -139,7 +140,6 @@ class _TurnRecorder:
 
     def __init__(self, engine: Any, sample: AskedSample, label: Label, under_way: UnderWay) -> None:
         self._engine, self._sample, self._label, self._under_way = engine, sample, label, under_way
-        self.nothing = Trace.empty(engine.teacher_top_k)  # of an executor that asks for no token at all
         self._loop = asyncio.get_running_loop()
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:

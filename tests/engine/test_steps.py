@@ -37,7 +37,7 @@ class OneBatch:
         return await done
 
     async def take(self, trace_id: int) -> Trace:
-        return self._llm.collective_rpc("take_traces", args=([trace_id],))[0][0]
+        return self._llm.collective_rpc("take_traces", args=([trace_id],))[0][0].trace()
 
 
 class Sent(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from skd_plugin.core.losses import categories
 from skd_plugin.core.targets import Targets
 from skd_plugin.core.trace import NOTHING, OVERLAP, Trace
+from skd_plugin.run_folder import json_line
 from tests.conftest import EOS, LOSS_TEMPERATURE, MAX_LEN, VOCAB
 from tests.rules import make_rule
 from tests.unit.test_trace import KEYS
@@ -165,7 +167,7 @@ def test_loss_of_the_record_is_the_loss_of_the_models(case):
 
 def test_json_lines(case):
     for sample in case.samples:
-        line = sample.trace.to_json(sample.prompt_ids, sample.finish)
+        line = json.loads(json_line(sample.trace.to_json(sample.prompt_ids, sample.finish)))
         assert set(line) == KEYS
         assert line["prompt_ids"] == sample.prompt_ids and line["finish"] == sample.finish
         length = len(line["response_ids"])

@@ -150,9 +150,11 @@ def test_tokens_that_a_model_rules_out() -> None:
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_one_bad_number_is_enough(model: str, bad: float) -> None:
     rows = {"teacher": recorded.logits(1).to(DEVICE), "student": recorded.logits(2).to(DEVICE)}
-    assert not_finite([recorded.trace_of(**rows, rows=TritonRows)]) is None
+    assert not_finite([recorded.record_of(**rows, rows=TritonRows)]) is None
     rows[model][4, 11] = bad
-    assert f"the {model}'s logits are NaN or infinite" in str(not_finite([recorded.trace_of(**rows, rows=TritonRows)]))
+    assert f"the {model}'s logits are NaN or infinite" in str(
+        not_finite([recorded.record_of(**rows, rows=TritonRows)])
+    )
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 import torch
+from vllm.v1.engine import UtilityOutput
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from skd_plugin.core import logit_rows
+from skd_plugin.core import trace as trace_module
 from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.trace import NOTHING, Trace
-from skd_plugin.engine.recorder import Recorder, to_trace
+from skd_plugin.engine.recorder import Record, Recorder
 from skd_plugin.engine.request_table import not_finite
 
 COUNT, VOCAB, TOP_K = 7, 40, 4
@@ -18,17 +24,21 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(COUNT, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def trace_of(
+def record_of(
     teacher: torch.Tensor,
     student: torch.Tensor,
     tau: float = 1.0,
     own: int = 0,
     rows: type[LogitRows] = LogitRows,
-) -> Trace:
+) -> Record:
     token = torch.arange(COUNT) * 5
     known = torch.stack([token, torch.zeros_like(token), token, token, token], dim=1).int()
     part = Recorder(TOP_K, own, tau).record(known, token.to(teacher.device), rows.of(teacher), rows.of(student), None)
-    return to_trace([(part, 0, COUNT)])
+    return Record.of([(part, 0, COUNT)], TOP_K + own)
+
+
+def trace_of(*args: Any, **kwargs: Any) -> Trace:
+    return record_of(*args, **kwargs).trace()
 
 
 def expected(teacher: torch.Tensor, student: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
@@ -96,7 +106,7 @@ def test_tokens_that_a_model_rules_out() -> None:
     trace, figures = trace_of(teacher, student), expected(teacher, student, 1.0)
     for name in ("kl", "student_entropy", "teacher_entropy", "teacher_rest_tempered"):
         torch.testing.assert_close(getattr(trace, name).double(), figures[name].double(), atol=1e-5, rtol=1e-5)
-    assert not_finite([trace]) is None
+    assert not_finite([record_of(teacher, student)]) is None
     student[:, 7] = -torch.inf
     assert trace_of(teacher, student).kl.isposinf().all()
 
@@ -105,22 +115,40 @@ def test_tokens_that_a_model_rules_out() -> None:
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_one_bad_number_is_enough(model: str, bad: float) -> None:
     rows = {"teacher": logits(1), "student": logits(2)}
-    assert not_finite([trace_of(**rows)]) is None
+    assert not_finite([record_of(**rows)]) is None
     rows[model][4, 11] = bad
-    assert f"the {model}'s logits are NaN or infinite" in str(not_finite([trace_of(**rows)]))
+    assert f"the {model}'s logits are NaN or infinite" in str(not_finite([record_of(**rows)]))
 
 
-def test_a_field_has_memory_of_its_own() -> None:
-    """Else each of them would take all the others along to another process."""
-    trace = trace_of(logits(1), logits(2))
-    for tensor in vars(trace).values():
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_a_trace_takes_nothing_along_but_itself(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """Its fields are views of a table, and a response that is cut is one of a longer one's."""
+    monkeypatch.setattr(trace_module, "SMALL_BYTES", small)
+    trace = trace_of(logits(1), logits(2)).slice(2, 4)
+    copied = pickle.loads(pickle.dumps(trace))
+    for name, tensor in vars(copied).items():
+        torch.testing.assert_close(tensor, getattr(trace, name), rtol=0, atol=0, msg=name)
+        assert small or tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert copied.response_ids.untyped_storage().nbytes() <= trace.nbytes
 
 
-def test_a_trace_of_one_token_is_one_of_many_places() -> None:
-    """A column of a table of one row keeps the table's stride in a plain copy, and vLLM cannot send it."""
-    known = torch.zeros(1, 5, dtype=torch.int32)
+@pytest.mark.parametrize("own", [0, 3])
+def test_a_response_without_a_token_has_the_columns_of_all(own: int) -> None:
+    empty, whole = Record.of([], TOP_K + own).trace(), trace_of(logits(1), logits(2), own=own)
+    for name, tensor in vars(empty).items():
+        other = getattr(whole, name)
+        assert (tensor.dtype, *tensor.shape) == (other.dtype, 0, *other.shape[1:]), name
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # vLLM's, of what it has received
+def test_a_record_can_be_sent_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of one row, too."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    known = torch.arange(5, dtype=torch.int32)[None]
     rows = [LogitRows.of(logits(seed)[:1]) for seed in (1, 2)]
     part = Recorder(TOP_K, 0, 1.0).record(known, known[:, 0].long(), *rows, None)
-    for name, tensor in vars(to_trace([(part, 0, 1)])).items():
-        assert tensor.flatten().stride() == (1,), name
+    record = Record.of([(part, 0, 1)], TOP_K)
+    sent = MsgpackEncoder().encode(UtilityOutput(1, result=UtilityResult([[record]])))
+    ((found,),) = MsgpackDecoder(UtilityOutput).decode(sent).result.result
+    for name, tensor in vars(record.trace()).items():
+        torch.testing.assert_close(getattr(found.trace(), name), tensor, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -129,10 +129,10 @@ def test_an_ended_request_leaves_its_trace_alone(worker: Worker) -> None:
     for request_id in ("a", "b", "a"):
         table.forget([request_id])
     assert not table._in_flight
-    first, second, unknown = table.take([1, 2, 3])
+    first, second, unknown = (record.trace() for record in table.take([1, 2, 3]))
     assert (first.response_ids.tolist(), second.response_ids.tolist(), len(unknown)) == ([4, 5, 6], [7], 0)
     assert first.teacher_topk_ids.shape == (3, TOP_K) and unknown.teacher_topk_ids.shape == (0, TOP_K)
-    assert [len(trace) for trace in table.take([1, 2])] == [0, 0]
+    assert [len(record.trace()) for record in table.take([1, 2])] == [0, 0]
 
 
 def test_a_request_that_goes_on_after_a_preemption_repeats_its_last_token(worker: Worker) -> None:
@@ -153,11 +153,11 @@ def test_tokens_after_the_last_look_go_nowhere(worker: Worker) -> None:
     """A request that was cut off, by a stop string or by who asked for it, may go on for a step."""
     table = worker.table
     table.record(table.rows(["a", "b"]), [1, 1], part_of([7, 8]))
-    assert [len(trace) for trace in table.take([1])] == [1]
+    assert [len(record.trace()) for record in table.take([1])] == [1]
     table.record(table.rows(["a", "b"]), [1, 1], part_of([7, 8]))
     table.record(table.rows(["b", "a"]), [1, 1], part_of([8, 7]))
     worker.end("a")
-    assert [trace.response_ids.tolist() for trace in table.take([1, 2])] == [[], [8, 8, 8]]
+    assert [record.trace().response_ids.tolist() for record in table.take([1, 2])] == [[], [8, 8, 8]]
     worker.end("b")
     assert not table._batches and not table._fetched
 

@@ -92,6 +92,11 @@ def test_derive_seed():
     assert all(-(1 << 63) <= seed < 1 << 63 for seed in seeds)
     assert rng.derive_seed(1, 2) == rng.derive_seed(1, 2) != rng.derive_seed(1, 2, 0)
     assert rng.derive_seed(1 << 64) == rng.derive_seed(0), "parts count modulo 2^64"
+    for first, second in ((7, 3), (-5, 1 << 63), (0, -1)):
+        mixer = SplitMix(0)
+        state = mixer.mix((mixer.GOLDEN + first) & mixer.MASK)
+        state = mixer.mix((state + mixer.GOLDEN + second) & mixer.MASK)
+        assert rng.derive_seed(first, second) % (1 << 64) == state
 
 
 class SplitMix:

@@ -33,7 +33,7 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
 def test_infinity_is_null_too(tmp_path: Path, value: float) -> None:
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).append({"kl": value})
-    assert path.read_text() == '{"kl": null}\n'
+    assert path.read_text() == '{"kl":null}\n'
 
 
 def test_status_keeps_its_facts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from skd_plugin.core.trace import Source, Trace
+from skd_plugin.run_folder import json_line
 from tests.traces import trace_of
 
 KEYS = {
@@ -67,7 +68,7 @@ def test_a_copy_in_another_process_is_the_same(trace, hidden, kind):
 
 
 def test_json_has_the_documented_keys_and_values(trace):
-    line = trace.to_json([1, 2], "stop")
+    line = json.loads(json_line(trace.to_json([1, 2], "stop")))
     assert set(line) == KEYS
     assert line["prompt_ids"] == [1, 2] and line["response_ids"] == [5, 6, 7] and line["finish"] == "stop"
     assert line["source"] == "stu"
@@ -79,18 +80,25 @@ def test_json_has_the_documented_keys_and_values(trace):
 
 def test_json_is_strict(trace):
     """NaN and infinity are not JSON: they become null."""
-    line = json.loads(json.dumps(trace.to_json([1, 2], "length"), allow_nan=False))
+    line = json.loads(json_line(trace.to_json([1, 2], "length")), parse_constant=pytest.fail)
     assert line["student_logp"] == [-0.5, -1.5, None]
     assert line["teacher_logp"] == [-0.25, -0.75, None]
     assert line["kl"][2] is None and line["student_entropy"][2] is None
     assert line["teacher_topk_logp"][2] == [-1.0, None]
 
 
+def test_json_has_the_numbers_and_no_more_digits_than_they_have(trace):
+    trace.kl = torch.tensor([0.1, 1 / 3, 1e-20])
+    written = json_line(trace.to_json([1, 2], "stop"))
+    assert b'"kl":[0.1,0.33333334,1e-20]' in written
+    assert torch.equal(torch.tensor(json.loads(written)["kl"]), trace.kl)
+
+
 def test_json_names_no_entry_that_is_none(trace):
     """The student's first tokens that are among the teacher's."""
     trace.teacher_topk_ids = torch.tensor([[5, 1, -1], [6, 2, 4], [7, 3, -1]], dtype=torch.int32)
     trace.teacher_topk_logp = torch.tensor([[-0.5, -2.0, -float("inf")], [-0.5, -2.5, -3.0], [-1.0] * 3])
-    line = trace.to_json([1, 2], "stop")
+    line = json.loads(json_line(trace.to_json([1, 2], "stop")))
     assert line["teacher_topk_ids"] == [[5, 1], [6, 2, 4], [7, 3]]
     assert line["teacher_topk_logp"] == [[-0.5, -2.0], [-0.5, -2.5, -3.0], [-1.0, -1.0]]
 
