@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 from skd_plugin.core.trace import NOTHING, OVERLAP, Source, Trace
 
@@ -24,12 +22,14 @@ class Ratio(NamedTuple):
     whole: float
 
     @classmethod
-    def mean(cls, values: torch.Tensor) -> Ratio:
-        return cls(values.sum(dtype=torch.float64).item(), values.numel())
+    def mean(cls, values: Any) -> Ratio:
+        """Of an array of numpy."""
+        return cls(float(values.sum(dtype=float)), len(values))
 
     @classmethod
-    def mean_of_known(cls, values: torch.Tensor) -> Ratio:
-        return cls.mean(values[~values.isnan()])
+    def mean_of_known(cls, values: Any) -> Ratio:
+        """Of one that may have NaN in it."""
+        return cls.mean(values[values == values])
 
     @classmethod
     def total(cls, ratios: Sequence[Ratio]) -> Ratio:
@@ -48,7 +48,7 @@ class Metric:
     percent: bool = False  # it is a share, and shown in %
     better: Literal["low", "high"] | None = None
     # Of a response, and of gamma, the tokens that the student proposes in a block.
-    ratio: Callable[[Trace, int | None], Ratio] | None = None
+    ratio: Callable[[_Tokens, int | None], Ratio] | None = None
     of_nothing: float = float("nan")  # its value where the whole is 0
     # Left out of a step where it is 0, because not every run has such tokens.
     rare: bool = False
@@ -60,7 +60,8 @@ def figures_of(trace: Trace, draft_len: int | None) -> Figures:
     Args:
         draft_len: tokens of a block, from which the number of drafted tokens follows; None: blocks differ.
     """
-    return {name: metric.ratio(trace, draft_len) for name, metric in METRICS.items() if metric.ratio is not None}
+    tokens = _Tokens.of(trace)
+    return {name: metric.ratio(tokens, draft_len) for name, metric in METRICS.items() if metric.ratio is not None}
 
 
 def rollout_metrics(figures: Sequence[Figures]) -> dict[str, float]:
@@ -84,43 +85,63 @@ def metric_of(name: str, figures: Sequence[Figures]) -> float:
     return part / whole if whole else METRICS[name].of_nothing
 
 
-def _drafted(trace: Trace) -> torch.Tensor:
-    """Tokens where the student proposed something, bool."""
-    return trace.draft_rank != NOTHING
+@dataclass(frozen=True)
+class _Tokens:
+    """Of a trace, as numpy has them: on the few tokens of a response its operators take half of PyTorch's time."""
+
+    trace: Trace
+    source: Any
+    drafted: Any  # bool, tokens where the student proposed something
+
+    @classmethod
+    def of(cls, trace: Trace) -> _Tokens:
+        return cls(trace, trace.source.numpy(), trace.draft_rank.numpy() != NOTHING)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def known(self, name: str) -> Ratio:
+        """The mean of a field where it is known."""
+        return Ratio.mean_of_known(getattr(self.trace, name).numpy())
+
+    def known_of_drafted(self, name: str) -> Ratio:
+        return Ratio.mean_of_known(getattr(self.trace, name).numpy()[self.drafted])
+
+    def share_from(self, source: Source) -> Ratio:
+        return Ratio.mean(self.source == source)
 
 
-def _draft_waste(trace: Trace, draft_len: int | None) -> Ratio:
+def _draft_waste(tokens: _Tokens, draft_len: int | None) -> Ratio:
     """Drafted tokens that were thrown away: after a replacement, or after the end of the response."""
     if draft_len is None:
         return Ratio(math.nan, 1)  # a trace does not say how long its blocks were
-    changed = (trace.rejected_ids != NOTHING) & (trace.rejected_ids != trace.response_ids)
-    drafted = _drafted(trace)
+    rejected = tokens.trace.rejected_ids.numpy()
+    changed = (rejected != NOTHING) & (rejected != tokens.trace.response_ids.numpy())
     blocks = left = 0
-    for ends_block, has_draft in zip(changed.tolist(), drafted.tolist(), strict=True):
+    for ends_block, has_draft in zip(changed.tolist(), tokens.drafted.tolist(), strict=True):
         if not has_draft:
             left = 0
             continue
         if left == 0:
             blocks, left = blocks + 1, draft_len
         left = 0 if ends_block else left - 1
-    return Ratio(blocks * draft_len - int(drafted.sum()), blocks * draft_len)
+    return Ratio(blocks * draft_len - int(tokens.drafted.sum()), blocks * draft_len)
 
 
-def _accept_rate(trace: Trace, draft_len: int | None) -> Ratio:
+def _accept_rate(tokens: _Tokens, draft_len: int | None) -> Ratio:
     """Of what was put to the gate: not references, whoever drafted them, nor the teacher's legs."""
-    proposed = _drafted(trace) & ~trace.is_from(Source.REFERENCE, Source.HANDED)
-    kept = proposed & (trace.source == Source.ACCEPTED)
-    return Ratio(int(kept.sum()), int(proposed.sum()))
+    proposed = tokens.source[tokens.drafted]
+    return Ratio.mean(proposed[(proposed != Source.REFERENCE) & (proposed != Source.HANDED)] == Source.ACCEPTED)
 
 
-def _share_from(source: Source) -> Callable[[Trace, int | None], Ratio]:
-    return lambda trace, draft_len: Ratio.mean(trace.is_from(source))
+def _share_from(source: Source) -> Callable[[_Tokens, int | None], Ratio]:
+    return lambda tokens, draft_len: tokens.share_from(source)
 
 
-def _first_replaced_place(trace: Trace, draft_len: int | None) -> Ratio:
+def _first_replaced_place(tokens: _Tokens, draft_len: int | None) -> Ratio:
     """A response without a replacement counts its length."""
-    replaced = trace.is_from(Source.REPLACED, Source.RESAMPLED).nonzero()
-    return Ratio(int(replaced[0]) if len(replaced) else len(trace), 1)
+    replaced = (tokens.source == Source.REPLACED) | (tokens.source == Source.RESAMPLED)
+    return Ratio(int(replaced.argmax()) if replaced.any() else len(tokens), 1)
 
 
 _ALL = [
@@ -131,39 +152,39 @@ _ALL = [
         "KL to the teacher",
         "KL(p‖q) while sampling, nats a token",
         better="low",
-        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.kl),
+        ratio=lambda tokens, draft_len: tokens.known("kl"),
     ),
     Metric(
         "skd/response_len",
         "Response length",
         "tokens, mean of the step",
-        ratio=lambda trace, draft_len: Ratio(len(trace), 1),
+        ratio=lambda tokens, draft_len: Ratio(len(tokens), 1),
     ),
     Metric(
         "skd/student_entropy",
         "Student entropy",
         "nats a token",
-        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.student_entropy[_drafted(trace)]),
+        ratio=lambda tokens, draft_len: tokens.known_of_drafted("student_entropy"),
     ),
     Metric(
         "skd/teacher_entropy",
         "Teacher entropy",
         "nats a token",
-        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.teacher_entropy),
+        ratio=lambda tokens, draft_len: tokens.known("teacher_entropy"),
     ),
     Metric(
         "skd/top_overlap",
         "Overlap at the top",
         f"share of the teacher's {OVERLAP} first tokens that are among the student's {OVERLAP}",
         percent=True,
-        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.top_overlap[_drafted(trace)]),
+        ratio=lambda tokens, draft_len: tokens.known_of_drafted("top_overlap"),
     ),
     Metric(
         "skd/same_first",
         "Same first choice",
         "tokens where both models' most probable one is the same",
         percent=True,
-        ratio=lambda trace, draft_len: Ratio.mean_of_known(trace.same_first[_drafted(trace)]),
+        ratio=lambda tokens, draft_len: tokens.known_of_drafted("same_first"),
     ),
     Metric("skd/truncated_frac", "Cut off", "responses that reach the length limit", percent=True),
     Metric(
@@ -217,14 +238,14 @@ _ALL = [
         "skd/teacher_nll",
         "Teacher's NLL",
         "nats a token of the sampled text",
-        ratio=lambda trace, draft_len: Ratio.mean(-trace.teacher_logp),
+        ratio=lambda tokens, draft_len: Ratio.mean(-tokens.trace.teacher_logp.numpy()),
     ),
     Metric(
         "skd/teacher_topk_mass",
         "Teacher mass kept",
         "share inside the entries that the loss sees",
         percent=True,
-        ratio=lambda trace, draft_len: Ratio.mean(trace.teacher_topk_logp.exp().sum(-1)),
+        ratio=lambda tokens, draft_len: Ratio.mean(tokens.trace.teacher_topk_logp.exp().sum(-1).numpy()),
     ),
     Metric(
         "skd/draft_waste",

@@ -33,7 +33,8 @@ class Versions(NamedTuple):
 
     @classmethod
     def of(cls, trace: Trace) -> Versions:
-        return cls(Ratio.mean(trace.student_version), int(trace.student_version.min()) if len(trace) else 0)
+        version = trace.student_version.numpy()
+        return cls(Ratio.mean(version), int(version.min()) if len(trace) else 0)
 
 
 @dataclass(frozen=True)
