@@ -81,7 +81,6 @@ class RunSamples(SKDSamplesGenerator):
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
         rule = self.rule
-        self._engine_seconds()  # of evaluations and weights
         with self.clock.part("requests"):
             samples, *others = super().generate_samples(**generate_kwargs)
         self.clock.split("requests", self._engine_seconds())
@@ -89,6 +88,11 @@ class RunSamples(SKDSamplesGenerator):
             with self.clock.part("metrics"):
                 self._look_at(samples, rule)
         return samples, *others
+
+    def generate_eval_samples(self, **kwargs: Any) -> list[Experience]:
+        samples = super().generate_eval_samples(**kwargs)
+        self._engine_seconds()  # which are no step's
+        return samples
 
     def take_sampled(self) -> Sampled:
         """What the latest step's responses say, with what this process and the engines have spent on them: of a

@@ -121,8 +121,8 @@ class StudentSender:
             with moving.in_place():
                 self._send_model(into_teacher=True)
         if torch.distributed.get_rank() == 0:
-            ray.get([engine.student_is.remote(version) for engine in self._engines])
-            ray.get([engine.reset_prefix_cache.remote() for engine in self._engines])
+            told = [engine.student_is.remote(version) for engine in self._engines]
+            ray.get(told + [engine.reset_prefix_cache.remote() for engine in self._engines])
         torch.cuda.empty_cache()
         torch_dist_barrier_and_cuda_sync()
 
