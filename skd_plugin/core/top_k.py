@@ -2,7 +2,8 @@
 
 Of a row that is cut into pieces the K largest entries are all in the K pieces whose own largest are highest: an entry
 of any other piece has at least K above it, or as high. So one pass finds the largest of each piece, and what is sorted
-out then are two short rows: the largest of each piece, and the entries of K pieces.
+out then are two short rows: the largest of each piece, and the entries of K pieces. On a CPU a row of a few hundred
+entries is sorted whole.
 
 Shapes: N rows, V entries, P pieces, L entries of a piece, K entries that are wanted.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import math
 
 import torch
+
+SORTED = 256  # entries of a row, up to which it is faster to sort all of it
 
 
 def piece_len(size: int, count: int) -> int:
@@ -27,6 +30,8 @@ def piece_len(size: int, count: int) -> int:
 def top_k(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `torch.topk`: values and ids (int64), [N, K] each, the highest first."""
     size = values_NV.shape[1]
+    if size <= SORTED and values_NV.device.type == "cpu" and values_NV.dtype == torch.float32:
+        return _of_sorted(values_NV, count)
     length = piece_len(size, count)
     pieces = size // length
     if 2 * count > pieces:  # the short rows would not be short
@@ -41,3 +46,18 @@ def top_k(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
         ids_NX = torch.cat([ids_NX, behind], 1)
     top_NK, place_NK = values_NV.gather(1, ids_NX).topk(count, dim=-1)
     return top_NK, ids_NX.gather(1, place_NK)
+
+
+def _of_sorted(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of equal entries the one of the lower id goes first.
+
+    numpy sorts integers by vector instructions, but not numbers with their ids: so each entry is one integer, its bits
+    as a number of the same order above, its id below.
+    """
+    bits_NV = values_NV.contiguous().view(torch.int32)
+    ordered_NV = bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)  # of a number below 0 all but the sign
+    last = values_NV.shape[1] - 1
+    keys_NV = (ordered_NV.long() << 32) | torch.arange(last, -1, -1)
+    keys_NV.numpy().sort(axis=1)
+    ids_NK = last - (keys_NV[:, -count:].flip(1) & 0xFFFFFFFF)
+    return values_NV.gather(1, ids_NK), ids_NK

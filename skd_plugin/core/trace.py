@@ -54,6 +54,8 @@ class Drawn:
 
     def slice(self, start: int, stop: int) -> Self:
         """Tokens `start` to `stop`, as views."""
+        if start == 0 and stop == len(self):
+            return self
         return type(self)(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
     @classmethod

@@ -8,7 +8,7 @@ where the student has another one, it goes along with the request (engine/studen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ def prepare_request(
         student_ids=None if student == teacher else student,
         shift=len(teacher) - len(student),
     )
-    sampling_params = deepcopy(sampling_params)
+    sampling_params = copy(sampling_params)  # of which nothing is changed that it shares
     sampling_params.logprobs = None
     sampling_params.detokenize = bool(sampling_params.stop)  # else no text is needed before the end
     sampling_params.output_kind = type(sampling_params.output_kind).FINAL_ONLY
@@ -172,7 +172,7 @@ def prepare_request(
 
 def ending_at(sampling_params: Any, end_ids: Iterable[int]) -> Any:
     """vLLM's, with further tokens that end a response."""
-    sampling_params = deepcopy(sampling_params)
+    sampling_params = copy(sampling_params)
     sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *sorted(end_ids)]
     return sampling_params
 
