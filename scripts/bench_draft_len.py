@@ -4,7 +4,9 @@
     python scripts/bench_draft_len.py --turns 20 --top-k 3
 
 For each K one engine of each length, and one that chooses. A turn runs 64 responses of 64 tokens in each, or as many
-as the cell says, one engine after the other; what auto tries out counts. Seconds are of the process. Ratios are auto's
+as the cell says, one engine after the other; what auto tries out counts. The tokens are those of the mean: a response
+has half as many to half as many more, drawn for each turn, because 64 divide by each fixed length, so that none of
+them would lose anything at the end. Seconds are of the process. Ratios are auto's
 tokens a second by those of the fixed length that is the fastest over all turns.
 
 Writes results/speed/draft_len.csv, one line a run.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ def measure(cells: list[Cell], ks: list[int], turns: int) -> Iterator[dict[str, 
     folder = Path(tempfile.mkdtemp())
     try:
         pair = open_pair(
-            "quickstart", max(cell.length for cell in cells), max(cell.requests for cell in cells), folder
+            "quickstart", max(cell.length for cell in cells) * 3 // 2, max(cell.requests for cell in cells), folder
         )
         engines: dict[str, Ours] = {str(draft_len): Ours(pair, draft_len) for draft_len in FIXED}
         for top_k in ks:
@@ -41,11 +44,17 @@ def measure(cells: list[Cell], ks: list[int], turns: int) -> Iterator[dict[str, 
                 engine.run(pair.prompts[:2], 16, top_k, 0)  # whatever is made at first
             for cell in cells:
                 for turn in range(turns):
+                    lengths = drawn_lengths(cell, turn)
                     for name, engine in engines.items():
-                        taken = engine.run(pair.prompts[: cell.requests], cell.length, top_k, turn)
+                        taken = engine.run(pair.prompts[: cell.requests], lengths, top_k, turn)
                         yield dict(zip(COLUMNS, (*cell, top_k, name, turn, *taken), strict=True))
     finally:
         shutil.rmtree(folder)
+
+
+def drawn_lengths(cell: Cell, turn: int) -> list[int]:
+    draw = random.Random(turn)
+    return [draw.randint(cell.length // 2, cell.length * 3 // 2) for _ in range(cell.requests)]
 
 
 def speed(rows: list[dict[str, str]]) -> float:

@@ -155,7 +155,7 @@ class Ours:
         self._floor = Floor()
         self._engine._llm.collective_rpc(self._floor.watch)
 
-    def run(self, prompts: list[list[int]], length: int, top_k: int, seed: int) -> Run:
+    def run(self, prompts: list[list[int]], length: int | list[int], top_k: int, seed: int) -> Run:
         from skd_plugin.core.sampling import KEEP_ALL, SamplingSettings
         from skd_plugin.engine.sampling_rule import SamplingRule
 

@@ -3,17 +3,23 @@
 A block of g proposals emits E(g) = P(1) + ... + P(g) tokens, P(i) the share of blocks that emit at least i of them. A
 step takes T(g) = a + b g seconds: b is a draft and one more position to verify, a all else. All of it is measured
 while the engine works, a and b for each size of the batch. The law of the text does not depend on g.
+
+A token counts as emitted where it stays in the response: with long blocks more goes to waste behind the end.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCKS_FORGOTTEN = 1 / 4000  # share of what is known of blocks that one more block takes away
+UNKNOWN = 10  # blocks
 STEPS_FORGOTTEN = 1 / 100
-TRIED = 4  # steps for which each end is tried, where nothing is known of a size of batch
+TRIED = 3  # steps for which each end is tried, where nothing is known of any size of batch
+BELIEVED = 2  # steps at each end that the nearest known size is worth to one that is new
+# Share of the best speed with which a length is as good: the shortest of them is taken, because a batch ends with the
+# responses of which the least is kept, and for those long blocks are of less use than for all.
+AS_GOOD = 0.98
 AGAIN = 40  # steps after which a neighbour of the best is tried, for
 AGAIN_FOR = 2  # steps: the first of them still verifies blocks of the old length
 
@@ -46,13 +52,13 @@ class StepCost:
 class DraftLength:
     def __init__(self, most: int) -> None:
         self._most = most
-        self._costs: dict[int, StepCost] = defaultdict(StepCost)  # by the size of a batch, in powers of two
+        self._costs: dict[int, StepCost] = {}  # by the size of a batch, in powers of two
         # Decayed counts of blocks, by their place i: that had i proposals, and that emitted i tokens.
         self._had, self._emitted = [0.0] * (most + 1), [0.0] * (most + 1)
 
     def choose(self, requests: int) -> int:
         """For the next step of so many requests."""
-        cost = self._costs[requests.bit_length()]
+        cost = self._cost(requests)
         asked, cost.steps = cost.steps, cost.steps + 1
         if asked < 2 * TRIED:
             return self._most if asked < TRIED else 1
@@ -62,32 +68,49 @@ class DraftLength:
             return best
         return max(best - 1, 1) if turn % 2 else min(best + 1, self._most)
 
+    def _cost(self, requests: int) -> StepCost:
+        """Of batches of about this size. A new one begins with what is known of the nearest: to try out both ends for
+        each would be a large part of a short run.
+        """
+        size = requests.bit_length()
+        own = self._costs.setdefault(size, StepCost())
+        if own.line() is None:
+            lines = {abs(other - size): line for other, cost in self._costs.items() if (line := cost.line())}
+            for drafts in (1, self._most) * BELIEVED if lines else ():
+                base, slope = lines[min(lines)]
+                own.observe(drafts, base + slope * drafts)
+                own.steps = 2 * TRIED
+        return own
+
     def _best(self, cost: StepCost) -> int:
         line = cost.line()
         if line is None:
             return self._most
         tokens = self._expected_tokens()
-        return max(range(1, self._most + 1), key=lambda drafts: tokens[drafts] / (line[0] + line[1] * drafts))
+        speeds = {drafts: tokens[drafts] / (line[0] + line[1] * drafts) for drafts in range(1, self._most + 1)}
+        return min(drafts for drafts, speed in speeds.items() if speed >= AS_GOOD * max(speeds.values()))
 
     def _expected_tokens(self) -> list[float]:
         """E(g) by g."""
         tokens, share, kept = [0.0], 1.0, 1.0
         for place in range(1, self._most + 1):
-            if self._had[place] > 1:
-                measured = min(self._emitted[place] / self._had[place], share)
-                kept, share = measured / share if share else 0.0, measured
-            elif place > 1:
-                share *= kept  # as at the place before
+            # Of a place of which little is known: as at the place before.
+            known, likely = self._had[place], share * kept if place > 1 else 1.0
+            measured = min((self._emitted[place] + UNKNOWN * likely) / (known + UNKNOWN), share)
+            kept, share = measured / share if share else 0.0, measured
             tokens.append(tokens[-1] + share)
         return tokens
 
-    def observe_blocks(self, blocks: Iterable[tuple[int, int]]) -> None:
-        """Args: blocks: proposals and emitted tokens of each."""
+    def observe_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Args: blocks: of each its proposals, and its tokens that have stayed in the response."""
+        left = (1 - BLOCKS_FORGOTTEN) ** len(blocks)  # of what is known of places that these blocks don't reach, too
+        self._had = [count * left for count in self._had]
+        self._emitted = [count * left for count in self._emitted]
         for proposals, emitted in blocks:
             for place in range(1, proposals + 1):
-                self._had[place] += 1 - self._had[place] * BLOCKS_FORGOTTEN
-                self._emitted[place] += (place <= emitted) - self._emitted[place] * BLOCKS_FORGOTTEN
+                self._had[place] += 1
+                self._emitted[place] += place <= emitted
 
     def observe_step(self, requests: int, drafts: int, seconds: float) -> None:
         """Of a step that has verified and drafted the same number for each of its requests."""
-        self._costs[requests.bit_length()].observe(drafts, seconds)
+        self._cost(requests).observe(drafts, seconds)

@@ -28,36 +28,36 @@ class SKDScheduler(Scheduler):
         self._seconds = 0.0  # spent here, and not yet told to the worker
         options = self.vllm_config.additional_config
         self._lengths = DraftLength(self.num_spec_tokens) if options.get("skd_draft_len_auto") else None
-        self._planned = 0.0  # when the latest plan was made
+        self._begun = 0.0  # when the latest plan was begun
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's plan of a step, on which the worker also reads how long planning takes (`seconds_of`)."""
-        started = time.perf_counter()
+        self._begun = time.perf_counter()
         output: Any = super().schedule(*args, **kwargs)
         if self._lengths is not None and output.num_scheduled_tokens:
             output.num_spec_tokens_to_schedule = self._lengths.choose(len(output.num_scheduled_tokens))
-        self._planned = time.perf_counter()
-        output.skd_seconds = self._seconds + self._planned - started
+        output.skd_seconds = self._seconds + time.perf_counter() - self._begun
         self._seconds = 0.0
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        if self._lengths is not None:
-            self._measure(self._lengths, started - self._planned, *args, **kwargs)
         outputs = super().update_from_output(*args, **kwargs)
-        self._seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self._seconds += ended - started
+        if self._lengths is not None:
+            self._measure(self._lengths, ended - self._begun, *args, **kwargs)
         return outputs
 
     @staticmethod
     def _measure(lengths: DraftLength, seconds: float, scheduler_output: Any, model_runner_output: Any) -> None:
-        """What a step has cost and brought, before vLLM cuts responses at their ends."""
+        """What a step has cost and brought; vLLM has cut the tokens at the ends of the responses, in their lists."""
         drafts = scheduler_output.scheduled_spec_decode_tokens
         # vLLM pads a request that has one token to read with placeholders of -1.
         counts = {request_id: len(own) for request_id, own in drafts.items() if own and own[0] >= 0}
         emitted = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False)
         lengths.observe_blocks(
-            (counts[request_id], len(tokens)) for request_id, tokens in emitted if request_id in counts
+            [(counts[request_id], len(tokens)) for request_id, tokens in emitted if request_id in counts]
         )
         requests, drafted = len(scheduler_output.num_scheduled_tokens), scheduler_output.num_spec_tokens_to_schedule
         if len(counts) == requests and set(counts.values()) == {drafted}:

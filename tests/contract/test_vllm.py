@@ -64,6 +64,8 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
     (f"{SCHEDULER}.schedule", "08b9bad38a6e", "engine/scheduler.py",
      "_reserve_prefill_lookahead has the last word on a running request's tokens, of which 0 leave it and its drafts "
      "as they are; what is preempted is given to _preempt_request"),
+    (f"{SCHEDULER}._update_request_with_output", "df4c3412bdea", "engine/scheduler.py",
+     "it cuts an ended response in the list that it is given, so that what is measured behind it has stayed"),
     (f"{SCHEDULER}._preempt_request", "f1ef8455d735", "engine/scheduler.py",
      "a preempted request starts anew with all its tokens, of which SKDScheduler takes the last"),
     (f"{RUNNER}._update_states", "c786bc6ce41a", "engine/scheduler.py",

@@ -69,6 +69,15 @@ def test_each_size_of_batch_has_its_own_costs() -> None:
     assert min(chooser.choose(1) for _ in range(10)) >= MOST - 1
 
 
+def test_a_new_size_of_batch_begins_with_what_is_known_of_the_nearest() -> None:
+    """To try out both ends for each size is a large part of a short run."""
+    chooser = DraftLength(MOST)
+    speed(0.8, 0.02, 0.005, chooser.choose, 200, chooser)
+    known = sorted(chooser.choose(16) for _ in range(40))[20]
+    for requests in (8, 2, 1, 40):
+        assert {chooser.choose(requests) for _ in range(3)} == {known}
+
+
 def test_always_within_its_bounds() -> None:
     chooser = DraftLength(1)
     assert {chooser.choose(requests) for requests in range(1, 300)} == {1}
