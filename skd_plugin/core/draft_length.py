@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCKS_FORGOTTEN = 1 / 4000  # share of what is known of blocks that one more block takes away
-UNKNOWN = 10  # blocks
+UNKNOWN = 10  # blocks that what the place before says of a place is worth
 STEPS_FORGOTTEN = 1 / 100
 TRIED = 3  # steps for which each end is tried, where nothing is known of any size of batch
 BELIEVED = 2  # steps at each end that the nearest known size is worth to one that is new

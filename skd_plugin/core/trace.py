@@ -189,11 +189,8 @@ class Trace(Drawn):
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """In memory of its own, all of which PyTorch sends."""
-    return (
-        tensor
-        if tensor.untyped_storage().nbytes() == tensor.nbytes
-        else tensor.clone(memory_format=torch.contiguous_format)
-    )
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -56,7 +56,7 @@ class StoredTrace:
         Args:
             draft_len: tokens of a block, which the figures need; None: blocks differ.
         """
-        held = pickle.dumps(trace) if trace.nbytes <= CARRIED_BYTES else ray.put(trace)
+        held = pickle.dumps(trace, pickle.HIGHEST_PROTOCOL) if trace.nbytes <= CARRIED_BYTES else ray.put(trace)
         return cls(held, trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
 
 
