@@ -17,9 +17,10 @@ UNKNOWN = 10  # blocks that what the place before says of a place is worth
 STEPS_FORGOTTEN = 1 / 100
 TRIED = 3  # steps for which each end is tried, where nothing is known of any size of batch
 BELIEVED = 2  # steps at each end that the nearest known size is worth to one that is new
-# Share of the best speed with which a length is as good: the shortest of them is taken, because a batch ends with the
-# responses of which the least is kept, and for those long blocks are of less use than for all.
-AS_GOOD = 0.98
+# Share of the best speed that a length may lack and be as good, if no proposal of the best would stay. The shortest of
+# such is taken: a batch ends with the responses of which the least stays, and for those long blocks are of less use
+# than for all. Where all proposals stay there are no such responses.
+AS_GOOD = 0.05
 AGAIN = 40  # steps after which a neighbour of the best is tried, for
 AGAIN_FOR = 2  # steps: the first of them still verifies blocks of the old length
 
@@ -88,7 +89,9 @@ class DraftLength:
             return self._most
         tokens = self._expected_tokens()
         speeds = {drafts: tokens[drafts] / (line[0] + line[1] * drafts) for drafts in range(1, self._most + 1)}
-        return min(drafts for drafts, speed in speeds.items() if speed >= AS_GOOD * max(speeds.values()))
+        best = max(speeds, key=lambda drafts: speeds[drafts])
+        as_good = speeds[best] * (1 - AS_GOOD * (1 - tokens[best] / best))
+        return min(drafts for drafts, speed in speeds.items() if speed >= as_good)
 
     def _expected_tokens(self) -> list[float]:
         """E(g) by g."""
