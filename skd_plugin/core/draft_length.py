@@ -9,14 +9,14 @@ A token counts as emitted where it stays in the response: with long blocks more 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCKS_FORGOTTEN = 1 / 4000  # share of what is known of blocks that one more block takes away
 UNKNOWN = 10  # blocks that what the place before says of a place is worth
 STEPS_FORGOTTEN = 1 / 100
-TRIED = 3  # steps for which each end is tried, where nothing is known of any size of batch
-BELIEVED = 2  # steps at each end that the nearest known size is worth to one that is new
+TRIED = 3  # steps for which each end is tried, where nothing is known of a size of batch
 # Share of the best speed that a length may lack and be as good, if no proposal of the best would stay. The shortest of
 # such is taken: a batch ends with the responses of which the least stays, and for those long blocks are of less use
 # than for all. Where all proposals stay there are no such responses.
@@ -53,13 +53,13 @@ class StepCost:
 class DraftLength:
     def __init__(self, most: int) -> None:
         self._most = most
-        self._costs: dict[int, StepCost] = {}  # by the size of a batch, in powers of two
+        self._costs: dict[int, StepCost] = defaultdict(StepCost)  # by the size of a batch, in powers of two
         # Decayed counts of blocks, by their place i: that had i proposals, and that emitted i tokens.
         self._had, self._emitted = [0.0] * (most + 1), [0.0] * (most + 1)
 
     def choose(self, requests: int) -> int:
         """For the next step of so many requests."""
-        cost = self._cost(requests)
+        cost = self._costs[requests.bit_length()]
         asked, cost.steps = cost.steps, cost.steps + 1
         if asked < 2 * TRIED:
             return self._most if asked < TRIED else 1
@@ -68,20 +68,6 @@ class DraftLength:
         if place >= AGAIN_FOR:
             return best
         return max(best - 1, 1) if turn % 2 else min(best + 1, self._most)
-
-    def _cost(self, requests: int) -> StepCost:
-        """Of batches of about this size. A new one begins with what is known of the nearest: to try out both ends for
-        each would be a large part of a short run.
-        """
-        size = requests.bit_length()
-        own = self._costs.setdefault(size, StepCost())
-        if own.line() is None:
-            lines = {abs(other - size): line for other, cost in self._costs.items() if (line := cost.line())}
-            for drafts in (1, self._most) * BELIEVED if lines else ():
-                base, slope = lines[min(lines)]
-                own.observe(drafts, base + slope * drafts)
-                own.steps = 2 * TRIED
-        return own
 
     def _best(self, cost: StepCost) -> int:
         line = cost.line()
@@ -116,4 +102,4 @@ class DraftLength:
 
     def observe_step(self, requests: int, drafts: int, seconds: float) -> None:
         """Of a step that has verified and drafted the same number for each of its requests."""
-        self._cost(requests).observe(drafts, seconds)
+        self._costs[requests.bit_length()].observe(drafts, seconds)
