@@ -75,7 +75,7 @@ def test_a_batch_that_shrinks_has_the_best_number_at_each_size() -> None:
     for _ in range(40):
         for requests in (128, 90, 50, 30, 16, 9, 5, 2, 1):
             drafts = chooser.choose(requests)
-            chooser.observe_blocks([(drafts, drafts)] * requests)
+            chooser.observe_blocks([(drafts, drafts), (drafts, (drafts + 1) // 2)] * requests)
             chooser.observe_step(requests, drafts, 0.007 + 0.0007 * drafts + 0.00012 * requests * (1 + drafts))
     assert all(sorted(chooser.choose(requests) for _ in range(9))[4] == MOST for requests in (1, 2, 5, 9))
 
