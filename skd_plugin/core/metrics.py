@@ -107,9 +107,6 @@ class _Tokens:
     def known_of_drafted(self, name: str) -> Ratio:
         return Ratio.mean_of_known(getattr(self.trace, name).numpy()[self.drafted])
 
-    def share_from(self, source: Source) -> Ratio:
-        return Ratio.mean(self.source == source)
-
 
 def _draft_waste(tokens: _Tokens, draft_len: int | None) -> Ratio:
     """Drafted tokens that were thrown away: after a replacement, or after the end of the response."""
@@ -135,7 +132,7 @@ def _accept_rate(tokens: _Tokens, draft_len: int | None) -> Ratio:
 
 
 def _share_from(source: Source) -> Callable[[_Tokens, int | None], Ratio]:
-    return lambda tokens, draft_len: tokens.share_from(source)
+    return lambda tokens, draft_len: Ratio.mean(tokens.source == source)
 
 
 def _first_replaced_place(tokens: _Tokens, draft_len: int | None) -> Ratio:

@@ -120,14 +120,18 @@ class Record:
         figures_RF = torch.cat([part.figures_MF.read()[start:end] for part, start, end in parts])
         return cls(known_RC, figures_RF, torch.cat(hidden) if hidden else NO_HIDDEN)
 
+    def figure(self, name: str) -> torch.Tensor:
+        """One of `_FIGURES`: float32 [R], a view."""
+        return self.figures_RF[:, _FIGURES.index(name)].view(torch.float32)
+
     def trace(self) -> Trace:
         """Its columns are views of these tensors."""
-        numbers_RF, count = self.figures_RF.view(torch.float32), (self.figures_RF.shape[1] - len(_FIGURES)) // 2
+        count = (self.figures_RF.shape[1] - len(_FIGURES)) // 2
         known = dict(zip(_KNOWN, self.known_RC.unbind(1), strict=True))
         return Trace(
             **known | {"source": known["source"].to(torch.uint8)},
-            **dict(zip(_FIGURES, numbers_RF[:, : len(_FIGURES)].unbind(1), strict=True)),
-            teacher_topk_logp=numbers_RF[:, len(_FIGURES) : -count],
+            **{name: self.figure(name) for name in _FIGURES},
+            teacher_topk_logp=self.figures_RF[:, len(_FIGURES) : -count].view(torch.float32),
             teacher_topk_ids=self.figures_RF[:, -count:],
             teacher_hidden=self.hidden_RJ,
         )

@@ -304,9 +304,8 @@ def not_finite(records: Iterable[Record]) -> FloatingPointError | None:
     logits: raised there, the error would take it down, and nobody would read why.
     """
     for record in records:
-        trace = record.trace()
-        for model, logp in (("student", trace.student_logp), ("teacher", trace.teacher_logp)):
-            if bool(logp.isnan().any()):
+        for model in ("student", "teacher"):
+            if bool(record.figure(f"{model}_logp").isnan().any()):
                 return FloatingPointError(
                     f"the {model}'s logits are NaN or infinite, so nothing can be sampled from them. During training: "
                     "the student has diverged; go on from the last checkpoint with a lower learning rate. At the "
