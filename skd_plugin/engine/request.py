@@ -177,6 +177,13 @@ def ending_at(sampling_params: Any, end_ids: Iterable[int]) -> Any:
     return sampling_params
 
 
+def prompt_of_tokens(prompt_token_ids: list[int]) -> dict[str, Any]:
+    """A prompt that says of itself that it is tokens and nothing else (`vllm.inputs.tokens_input`). In any other vLLM
+    looks for text and images, in a thread of its own.
+    """
+    return {"type": "token", "prompt_token_ids": prompt_token_ids}
+
+
 def _check_prompts(student: list[int], teacher: list[int]) -> None:
     for ids in (student, teacher):
         if len(ids) < 2:

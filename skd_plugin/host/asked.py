@@ -2,15 +2,28 @@
 
 OpenRLHF hands a prompt on to an engine's actor as it is, so what travels with it needs no word to the engine before:
 an engine may have requests of several steps, or of a step and an evaluation, under way.
+
+OpenRLHF sends an engine one message a prompt. Of 64 the last comes 50 ms after the first, while the engine samples for
+the few that are there. Here an engine's prompts go in one message and reach it together (`Gathered`, `Begun`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import ray
 
 from skd_plugin.engine.sampling_rule import SamplingRule
+
+# Of the event loop: in fewer a request of OpenRLHF's single-turn executor has reached the engine. The messages that
+# wait for the responses come behind it then; Ray takes them in other threads, which would hold this one up.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -57,3 +70,51 @@ class Asking:
             asked.append(AskedPrompt(prompt, self._by, self._sent[prompt]))
             self._sent[prompt] += 1
         return asked
+
+
+class Gathered:
+    """In an engine's place while OpenRLHF's loop hands prompts out to several by their load."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._key = engine, uuid.uuid4().hex
+        self._calls: list[dict[str, Any]] = []
+        self.get_num_unfinished_requests = engine.get_num_unfinished_requests
+        self.generate_responses = SimpleNamespace(remote=self._gather)
+
+    def _gather(self, **call: Any) -> tuple[Gathered, int]:
+        self._calls.append(call)
+        return self, len(self._calls) - 1
+
+    def ask(self) -> ray.ObjectRef:
+        """Sends the calls; what is returned has arrived when the engine has begun with them."""
+        return self._engine.ask.remote(self._key, self._calls)
+
+    def response(self, number: int) -> ray.ObjectRef:
+        """Of a call that the engine has begun with, for which it is asked once."""
+        return self._engine.responses.remote(self._key, number)
+
+
+class Begun:
+    """At the engine's end: the calls that came together, until they are answered."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
+
+    async def begin(self, key: str, respond: Callable[..., Awaitable[Any]], calls: Sequence[dict[str, Any]]) -> None:
+        async def answer(call: dict[str, Any]) -> Any:  # what is wrong with a call is told to who waits for its answer
+            return await respond(**call)
+
+        for number, call in enumerate(calls):
+            self._tasks[key, number] = asyncio.create_task(answer(call))
+        for _ in range(ROUNDS):
+            await together()
+
+    async def take(self, key: str, number: int) -> Any:
+        return await self._tasks.pop((key, number))
+
+
+async def together() -> None:
+    """Whatever else can go on in this actor goes on first. Requests that are prepared one after the other, and then
+    wait here, come to the engine at once; it would begin with the first of them, alone.
+    """
+    await asyncio.sleep(0)

@@ -29,6 +29,7 @@ from skd_plugin.host.distillation import (
     TopKDistillation,
 )
 from skd_plugin.host.end_event import end_ids_of
+from skd_plugin.host.garbage import keep_what_is_there
 from skd_plugin.host.moving_teacher import MovingTeacher
 from skd_plugin.host.objective import Objective, finite_gradients
 from skd_plugin.host.shards import shard_of
@@ -152,6 +153,7 @@ class SKDPolicy(HostPolicy):
         super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
         if self.checkpoint_states:
             self._resume_beside(Path(strategy.args.ckpt.path))
+        keep_what_is_there()
 
     def _resume_beside(self, checkpoints: Path) -> None:
         """What OpenRLHF's checkpoint does not hold. Its running mean of weights would begin anew without a word."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from openrlhf.trainer.ray import vllm_engine
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
@@ -18,10 +19,11 @@ from skd_plugin import trust
 from skd_plugin.config.host_rules import IMAGES, NO_REWARD
 from skd_plugin.core.trace import Trace
 from skd_plugin.engine.arguments import EngineDescription, EngineSpec
-from skd_plugin.engine.request import ending_at, finish_request, prepare_request
+from skd_plugin.engine.request import ending_at, finish_request, prepare_request, prompt_of_tokens
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
-from skd_plugin.host.asked import AskedPrompt, SampledBy
+from skd_plugin.host.asked import AskedPrompt, Begun, SampledBy, together
+from skd_plugin.host.garbage import keep_what_is_there
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
 from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import teachers_ids
@@ -29,7 +31,7 @@ from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace
 from skd_plugin.host.turns import TracingExecutor
 from skd_plugin.host.weight_sync import WORKER_EXTENSION_CLS, Bucket
 from skd_plugin.models import common_vocab_size, engine_end_ids, load_tokenizer, response_text
-from skd_plugin.seams import plain_class
+from skd_plugin.seams import plain_class, rebind
 from skd_plugin.served.probe import probe
 from skd_plugin.served.teacher import ServedTeacher, Server
 from skd_plugin.tasks import reward
@@ -64,6 +66,7 @@ class SKDRollout(HostRollout):
             kwargs.pop(unread, None)
         trust.close_transformers()
         set_up_skd()
+        rebind(vllm_engine, "TokensPrompt", prompt_of_tokens)  # OpenRLHF's `generate` names it
         sources = [remote_rm_url] if isinstance(remote_rm_url, str) else remote_rm_url or []
         of_tasks, unrewarded = sources == [reward.__file__], sources in ([], [NO_REWARD])
         kwargs["worker_extension_cls"] = WORKER_EXTENSION_CLS
@@ -91,6 +94,8 @@ class SKDRollout(HostRollout):
         self._traces = _TraceFetcher(self.llm)
         self._trace_ids = count()
         self._student_version = 0
+        self._begun = Begun()
+        keep_what_is_there()
 
     async def describe_skd(self) -> EngineDescription:
         description = (await call_worker(self.llm, "describe_skd"))[0]
@@ -126,6 +131,14 @@ class SKDRollout(HostRollout):
                 f"the engine was sent to sleep at level {level}, at which its teacher would be lost; use 1"
             )
         await super().sleep(level=level)
+
+    async def ask(self, key: str, calls: Sequence[dict[str, Any]]) -> None:
+        """Begins with the responses to prompts; `calls` are arguments of `generate_responses`."""
+        await self._begun.begin(key, self.generate_responses, calls)
+
+    async def responses(self, key: str, place: int) -> list[dict[str, Any]]:
+        """To one of the prompts that came with this key."""
+        return await self._begun.take(key, place)
 
     async def generate_responses(
         self, prompt: AskedPrompt, *, num_samples: int, hf_tokenizer: SentOnce, **kwargs: Any
@@ -189,6 +202,7 @@ class SKDRollout(HostRollout):
             end_ids=self._end_ids,
             given_ids=await self._written_elsewhere(read_ids, by.rule, limit, seed),
         )
+        await together()
         try:
             output = await super().generate(request.read_ids, request.sampling_params)
         except BaseException:  # an executor that gives up cancels this call, and vLLM then aborts the request

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
@@ -19,7 +20,7 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
-from skd_plugin.host.asked import Asking, SampledBy
+from skd_plugin.host.asked import Asking, Gathered, SampledBy
 from skd_plugin.host.batch import per_token
 from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_of, teacher_prompt, teachers_lengths
@@ -128,7 +129,8 @@ class SKDSamplesGenerator(SamplesGenerator):
         self, prompts: list[str], labels: list[str], *, images: list[Any], asking: Asking, **kwargs: Any
     ) -> list[Any]:
         """OpenRLHF's, which hands on to the engines what it is given as prompts: those of each teacher to the engines
-        that have it. Results are in the prompts' order. The tokenizer that it gives to each call is sent once.
+        that have it, an engine's in one message. Results are in the prompts' order. The tokenizer that it gives to
+        each call is sent once.
         """
         read = self.tokenizer([str(prompt) for prompt in prompts], add_special_tokens=False).input_ids
         for prompt, ids in zip(prompts, read, strict=True):
@@ -137,15 +139,16 @@ class SKDSamplesGenerator(SamplesGenerator):
         refs: list[Any] = [None] * len(prompts)
         for places, engines in self._dispatched(prompts):
             part = copy(self)
-            part.vllm_engines, part.tokenizer = engines, self._sent_tokenizer
-            sent = super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
+            part.vllm_engines, part.tokenizer = [Gathered(engine) for engine in engines], self._sent_tokenizer
+            handed_out = super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
                 [asked[i] for i in places],
                 [labels[i] for i in places],
                 images=[images[i] for i in places],
                 **kwargs,
             )
-            for place, ref in zip(places, sent, strict=True):
-                refs[place] = ref
+            ray.get([gathered.ask() for gathered in part.vllm_engines])
+            for place, (gathered, number) in zip(places, handed_out, strict=True):
+                refs[place] = gathered.response(number)
         return refs
 
     def _dispatched(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], list[Any]]]:

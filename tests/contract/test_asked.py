@@ -24,8 +24,15 @@ class Engine:
 
     def __init__(self) -> None:
         self.asked: list[AskedPrompt] = []
+        self.messages = 0
+        self._calls: dict[str, list[dict[str, Any]]] = {}
         self.get_num_unfinished_requests = SimpleNamespace(remote=lambda: 0)
-        self.generate_responses = SimpleNamespace(remote=self._generate)
+        self.ask = SimpleNamespace(remote=self._ask)
+        self.responses = SimpleNamespace(remote=lambda key, number: self._generate(**self._calls[key][number]))
+
+    def _ask(self, key: str, calls: list[dict[str, Any]]) -> None:
+        self.messages += 1
+        self._calls[key] = calls
 
     def _generate(self, *, prompt: AskedPrompt, num_samples: int, **_: Any) -> Any:
         self.asked.append(pickle.loads(pickle.dumps(prompt)))
@@ -54,7 +61,7 @@ def generator(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
     def batches(prompts: list[str]) -> list[Any]:
         return [(["source"], [prompt], [""], [None]) for prompt in prompts]
 
-    monkeypatch.setattr(host.ray, "get", lambda refs: refs)
+    monkeypatch.setattr(host.ray, "get", lambda refs: refs)  # the module ray, ours and the host's
     monkeypatch.setattr(host.ray, "put", lambda value: value)
     monkeypatch.setattr(host.ray, "wait", lambda refs, **_: (refs[-1:], refs[:-1]))  # the last one first
     args = SimpleNamespace(
@@ -96,6 +103,7 @@ def test_each_prompt_has_the_rule_and_the_seed_of_its_step_or_evaluation(generat
         AskedPrompt("ad", of_step[2]),
     ], "revisit skd_plugin/host/asked.py"
     assert sorted(sample.prompts[0] for sample in samples) == ["aa", "aa", "ad", "ad"]
+    assert engine.messages == 4, "prompts did not go in one message"
 
 
 def test_responses_to_a_prompt_that_is_sent_twice_are_numbered_through() -> None:

@@ -131,7 +131,8 @@ HASHES = [  # host code, hash, our file, what we assume of it
     (f"{SAMPLES}._process_response_into_experience", "a9ebfa27f6d5", "host/samples.py",
      "we add the trace to its result"),
     (f"{SAMPLES}._dispatch_prompts_to_vllm", "2c865ad5e5ce", "host/samples.py",
-     "it makes the sampling parameters that the rule overrules, and reads self.tokenizer for the engines alone"),
+     "of an engine it calls generate_responses and get_num_unfinished_requests alone (host/asked.py), it makes the "
+     "sampling parameters that the rule overrules, and reads self.tokenizer for the engines alone"),
     (f"{MAKER}.make_experience_batch", "9e1bcdcf7db3", "host/samples.py",
      "ours takes its place without any model's forward"),
     (f"{MAKER}.split_rollout_samples", "19bd2be8db3b", "host/samples.py",
@@ -757,13 +758,20 @@ def test_prompts_go_to_the_engines_of_their_teacher(monkeypatch: pytest.MonkeyPa
     sent: list[tuple[int, str, str]] = []
 
     def engine(number: int, load: int) -> Any:
-        def respond(*, prompt: AskedPrompt, label: str, hf_tokenizer: Any, **_: Any) -> str:
-            assert hf_tokenizer == SentOnce("a reference"), "the tokenizer goes with each prompt"
-            sent.append((number, str(prompt.prompt), label))
-            return f"of {prompt.prompt}"
+        asked: dict[tuple[str, int], AskedPrompt] = {}
 
-        pending = SimpleNamespace(remote=lambda: load)
-        return SimpleNamespace(get_num_unfinished_requests=pending, generate_responses=SimpleNamespace(remote=respond))
+        def ask(key: str, calls: list[dict[str, Any]]) -> None:
+            for place, call in enumerate(calls):
+                assert call["hf_tokenizer"] == SentOnce("a reference"), "the tokenizer goes with each prompt"
+                asked[key, place] = call["prompt"]
+                sent.append((number, str(call["prompt"].prompt), call["label"]))
+
+        remote = {
+            "get_num_unfinished_requests": lambda: load,
+            "ask": ask,
+            "responses": lambda key, place: f"of {asked[key, place].prompt}",
+        }
+        return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in remote.items()})
 
     monkeypatch.setattr(samples_generator.ray, "get", lambda refs: refs)
     monkeypatch.setattr(samples_generator.ray, "put", lambda _: "a reference")

@@ -53,6 +53,7 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{ACTOR}:ActorPPOTrainer", f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "host/policy_actor.py"),
     ("openrlhf.utils:get_strategy", HOST_MODULE, "host/bind.py"),
     (f"{ENGINE}:RolloutRayActor", f"{ENGINE}:create_vllm_engines", "host/bind.py"),
+    (f"{ENGINE}:TokensPrompt", f"{ENGINE}:RolloutRayActor.generate", "host/rollout_actor.py"),
     (f"{ACTOR}:PolicyModelActor", HOST_MODULE, "host/bind.py"),
     (CRITIC, HOST_MODULE, "host/bind.py"),
     ("openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer", f"{CRITIC}.init_model_from_pretrained", "host/critic.py"),

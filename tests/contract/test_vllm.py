@@ -524,6 +524,19 @@ def test_async_engine_methods_are_awaited_or_not_as_we_do() -> None:
     assert inspect.iscoroutinefunction(AsyncLLM.reset_prefix_cache), "revisit skd_plugin/host/policy_actor.py"
 
 
+def test_a_prompt_of_tokens_that_has_its_type_is_not_looked_at_in_another_thread() -> None:
+    from vllm.inputs import tokens_input
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from skd_plugin.engine.request import prompt_of_tokens
+
+    ours = "revisit prompt_of_tokens in skd_plugin/engine/request.py"
+    assert prompt_of_tokens(prompt_token_ids=[5, 6]) == tokens_input(prompt_token_ids=[5, 6]), ours
+    source = inspect.getsource(AsyncLLM.add_request)
+    typed = source.index('isinstance(prompt, dict) and "type" in prompt')
+    assert typed < source.index("process_inputs(") < source.index("process_inputs_async("), ours
+
+
 # --- loadable weights (engine/drafter.py) ---
 
 
