@@ -7,7 +7,7 @@ Shapes: N rows, V vocabulary entries, E entries of a part of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -43,51 +43,56 @@ _COLUMNS = {name: _DTYPES[kind] for name, kind in get_type_hints(SamplingSetting
 
 
 class SettingRows:
-    """Settings as tensors, one entry a row: `rows.top_k` is int64 [N], `rows.threshold` float32 [N], and so on."""
+    """Settings as tensors, one entry a row: `rows.top_k` is int64 [N], `rows.threshold` float32 [N], and so on.
 
-    def __init__(
-        self,
-        columns: Mapping[str, torch.Tensor],
-        values: Mapping[str, frozenset[Any]],
-        rows: torch.Tensor | None = None,
-    ) -> None:
-        """
-        Args:
-            columns: of each setting, by its name.
-            values: that occur in each column.
-            rows: of the columns, int64 [N]; None for all of them.
-        """
-        self._columns, self._values, self._rows = columns, values, rows
+    A column is made when it is asked for, from the different settings that there are: mostly all rows have the same.
+    """
+
+    def __init__(self, kinds: _Kinds, kind_N: torch.Tensor) -> None:
+        """Args: kind_N: int64, which of the kinds each row has."""
+        self._kinds, self._kind_N = kinds, kind_N
         self._read: dict[str, torch.Tensor] = {}
 
     @classmethod
     def of(cls, settings: Sequence[SamplingSettings], device: torch.device | str) -> SettingRows:
-        lists = {name: [getattr(own, name) for own in settings] for name in _COLUMNS}
-        return cls(
-            {
-                name: to_device(torch.tensor(lists[name], dtype=dtype), torch.device(device))
-                for name, dtype in _COLUMNS.items()
-            },
-            {name: frozenset(values) for name, values in lists.items()},
-        )
+        place = {own: kind for kind, own in enumerate(dict.fromkeys(settings))}
+        on = torch.device(device)
+        return cls(_Kinds([*place], on), to_device(torch.tensor([place[own] for own in settings]), on))
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in _COLUMNS:
             raise AttributeError(f"'{name}' is no setting that rows have; they have {', '.join(_COLUMNS)}")
-        if self._rows is None:
-            return self._columns[name]
         if name not in self._read:
-            self._read[name] = self._columns[name][self._rows]
+            self._read[name] = self._kinds.column(name)[self._kind_N]
         return self._read[name]
 
     def select(self, rows: torch.Tensor | slice) -> SettingRows:
         """Args: rows: int64, the same one as often as one likes; or a slice."""
-        if isinstance(rows, slice):
-            return SettingRows({name: getattr(self, name)[rows] for name in self._columns}, self._values)
-        return SettingRows(self._columns, self._values, rows if self._rows is None else self._rows[rows])
+        return SettingRows(self._kinds, self._kind_N[rows])
 
     def values(self, name: str) -> frozenset[Any]:
         """What this setting may be in a row, and in no row anything else. Known without asking the device."""
+        return self._kinds.values(name)
+
+
+class _Kinds:
+    """The different settings of the rows of a batch."""
+
+    def __init__(self, kinds: Sequence[SamplingSettings], device: torch.device) -> None:
+        self._settings, self._device = kinds, device
+        self._columns: dict[str, torch.Tensor] = {}
+        self._values: dict[str, frozenset[Any]] = {}
+
+    def column(self, name: str) -> torch.Tensor:
+        """Of a setting, an entry a kind."""
+        if name not in self._columns:
+            values = [getattr(own, name) for own in self._settings]
+            self._columns[name] = to_device(torch.tensor(values, dtype=_COLUMNS[name]), self._device)
+        return self._columns[name]
+
+    def values(self, name: str) -> frozenset[Any]:
+        if name not in self._values:
+            self._values[name] = frozenset(getattr(own, name) for own in self._settings)
         return self._values[name]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -295,7 +295,7 @@ class RequestTable:
             forced_BF=None if forced == [None] * len(forced) else references.padded(forced, self._device),
             settings=SettingRows.of([p.settings for p in params], self._device),
             row_of={p.trace_id: row for row, p in enumerate(params)},
-            progress_4B=torch.tensor([request.progress for request in requests]).T.contiguous(),
+            progress_4B=torch.tensor([*chain(*(request.progress for request in requests))]).view(-1, 4).T.contiguous(),
         )
 
 

@@ -8,8 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import ray
 from openrlhf.trainer.ppo_utils.experience import Experience
-from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
 from skd_plugin.config.host_rules import check_number, planned_steps
 from skd_plugin.core.clock import REST, Clock
@@ -83,15 +83,18 @@ class RunSamples(SKDSamplesGenerator):
         rule = self.rule
         with self.clock.part("requests"):
             samples, *others = super().generate_samples(**generate_kwargs)
-        self.clock.split("requests", self._engine_seconds())
+            asked = self._ask_seconds()
         if samples:
             with self.clock.part("metrics"):
                 self._look_at(samples, rule)
+        with self.clock.part("requests"):
+            of_each = ray.get(asked)
+        self.clock.split("requests", _mean_seconds(of_each))
         return samples, *others
 
     def generate_eval_samples(self, **kwargs: Any) -> list[Experience]:
         samples = super().generate_eval_samples(**kwargs)
-        self._engine_seconds()  # which are no step's
+        ray.get(self._ask_seconds())  # which are no step's
         return samples
 
     def take_sampled(self) -> Sampled:
@@ -104,11 +107,9 @@ class RunSamples(SKDSamplesGenerator):
         times = {f"time/{name}": value for name, value in seconds.items()}
         return replace(self.sampled, metrics=self.sampled.metrics | times)
 
-    def _engine_seconds(self) -> dict[str, float]:
-        """That an engine has spent on each part of its work since the last call, a mean over the engines."""
-        of_each = batch_vllm_engine_call(self.vllm_engines, "take_seconds")
-        names = {name for seconds in of_each for name in seconds}
-        return {name: sum(seconds.get(name, 0.0) for seconds in of_each) / len(of_each) for name in sorted(names)}
+    def _ask_seconds(self) -> list[ray.ObjectRef]:
+        """What each engine has spent on each part of its work since the last call."""
+        return [engine.take_seconds.remote() for engine in self.vllm_engines]
 
     def _look_at(self, samples: list[Experience], rule: SamplingRule) -> None:
         self.step += 1
@@ -160,3 +161,9 @@ class RunSamples(SKDSamplesGenerator):
                     **({"teacher": teacher_of(sample.prompts[0])} if self.args.skd.teachers else {}),
                 }
             )
+
+
+def _mean_seconds(of_each: list[dict[str, float]]) -> dict[str, float]:
+    """Of each part, over the engines."""
+    names = {name for seconds in of_each for name in seconds}
+    return {name: sum(seconds.get(name, 0.0) for seconds in of_each) / len(of_each) for name in sorted(names)}

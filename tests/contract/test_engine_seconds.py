@@ -15,6 +15,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.now, self.seconds = 0.0, 0.0
+        self.take_seconds = SimpleNamespace(remote=self.take)
 
     def work(self, seconds: float) -> None:
         self.now, self.seconds = self.now + seconds, self.seconds + seconds
@@ -40,7 +41,7 @@ def test_an_evaluation_is_no_part_of_the_next_step(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(samples.SKDSamplesGenerator, "generate_eval_samples", evaluate)
     monkeypatch.setattr(samples.SKDSamplesGenerator, "generate_samples", sample)
-    monkeypatch.setattr(run_samples, "batch_vllm_engine_call", lambda engines, method: [engine.take()])
+    monkeypatch.setattr(run_samples.ray, "get", lambda refs: refs)
     generator = run_samples.RunSamples.__new__(run_samples.RunSamples)
     generator.clock, generator.vllm_engines = Clock(lambda: engine.now), [engine]
     generator.plan, generator.step = SimpleNamespace(at=lambda step: None), 0  # type: ignore[assignment]
