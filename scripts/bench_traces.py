@@ -89,7 +89,7 @@ class Policy:
     def execute_batch(self, method_name: str, all_data: dict[str, list[Any]], start_idx: int, end_idx: int) -> None:
         for experience in all_data["experience"][start_idx:end_idx]:
             found = experience.info[TRACE_KEY]
-            self._traces += fetch(found) if isinstance(found[0], StoredTrace) else found
+            self._traces += found if isinstance(found[0], Trace) else fetch(found)
 
     def fit(self) -> int:
         starts = range(0, len(self._traces), MICRO_BATCH)
@@ -110,9 +110,10 @@ def step(options: argparse.Namespace, engines: list[Any], actors: list[Any]) -> 
     traces = [sample.info[TRACE_KEY][0] for sample in samples]
     if options.run == "stored":
         metrics = rollout_metrics([trace.figures for trace in traces])
+        batches = maker.make_experience_batch(samples)
     else:
         metrics = rollout_metrics([figures_of(Trace.join(traces), DRAFT_LEN)])
-    batches = maker.make_experience_batch(samples)
+        batches = maker.split_rollout_samples(samples)
     ray.get(group_of(actors).async_run_method_batch(method_name="append", experience=batches))
     read = size(ray.get(engines[0].generate_responses.remote())) * options.responses
     return {"read": read, "written": size(batches), "kl": metrics["skd/kl"]}

@@ -5,7 +5,6 @@ Shapes: R response tokens, K teacher entries kept a token, J width of the teache
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Self
@@ -71,10 +70,14 @@ class Drawn:
         """
         tensors = [getattr(self, f.name) for f in fields(self)]
         large = {place: _alone(one) for place, one in enumerate(tensors) if one.nbytes > SMALL_BYTES}
+        kinds: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        for place, one in enumerate(tensors):
+            if place not in large:
+                kinds.setdefault((one.dtype, one.shape), []).append(place)
         # The widest numbers first, so that all are aligned.
-        small = sorted((-one.element_size(), place) for place, one in enumerate(tensors) if place not in large)
-        kinds = [(place, tensors[place].dtype, tuple(tensors[place].shape)) for _, place in small]
-        return _read, (type(self), kinds, bytearray().join(_bytes(tensors[place]) for _, place in small), large)
+        small = sorted(kinds.items(), key=lambda kind: -kind[0][0].itemsize)
+        memory = bytearray().join(_bytes(tensors[place]) for _, places in small for place in places)
+        return _read, (type(self), [(*kind, places) for kind, places in small], memory, large)
 
     @property
     def nbytes(self) -> int:
@@ -202,21 +205,22 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def _read(
     cls: type[Drawn],
-    kinds: list[tuple[int, torch.dtype, tuple[int, ...]]],
+    kinds: list[tuple[torch.dtype, torch.Size, list[int]]],
     memory: bytearray,
     large: dict[int, torch.Tensor],
 ) -> Drawn:
     """
     Args:
-        kinds: of the small tensors as they lie in memory: the field's place, type and shape.
+        kinds: of the small tensors as they lie in memory: a type, a shape, and the places of the fields that have it.
         large: tensors by the field's place.
     """
     tensors, start = dict(large), 0
-    for place, dtype, shape in kinds:
-        count = math.prod(shape)
+    for dtype, shape, places in kinds:
+        count = len(places) * shape.numel()
         if count:
-            tensors[place] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
+            block = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(-1, *shape)
         else:
-            tensors[place] = torch.empty(shape, dtype=dtype)
-        start += tensors[place].nbytes
+            block = torch.empty(len(places), *shape, dtype=dtype)
+        tensors.update(zip(places, block.unbind(), strict=True))
+        start += block.nbytes
     return cls(*(tensors[place] for place in range(len(tensors))))

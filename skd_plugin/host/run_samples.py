@@ -148,7 +148,7 @@ class RunSamples(SKDSamplesGenerator):
         """
         count = self.args.skd.traces_per_step
         for sample in samples[:: max(1, len(samples) // count)][:count] if count else ():
-            (trace,) = fetch([stored_trace(sample)])
+            (trace,) = fetch([stored_trace(sample).held])
             prompt_ids = sample.sequences[0, : first_response_place(sample.action_mask[0])].tolist()
             own = teacher_prompt(sample.prompts[0])
             self._folder.traces.append(

@@ -24,7 +24,7 @@ from skd_plugin.host.asked import Asking, Gathered, SampledBy
 from skd_plugin.host.batch import per_token
 from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_of, teacher_prompt, teachers_lengths
-from skd_plugin.host.trace_store import TRACE_KEY
+from skd_plugin.host.trace_store import TRACE_KEY, for_training
 from skd_plugin.models import engine_end_ids, load_tokenizer, response_text
 
 
@@ -204,7 +204,7 @@ class SKDExperienceMaker(RemoteExperienceMaker):
                 if sample.rewards is None:  # learning from the teacher alone: the recipe names no reward
                     sample.rewards = torch.zeros(len(sample.sequences))
                     sample.info["reward"] = sample.rewards
-        return super().make_experience_batch(rollout_samples)
+        return for_training(super().make_experience_batch(rollout_samples))
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
@@ -238,4 +238,4 @@ class RewardFreeExperienceMaker(RemoteExperienceMaker):
         for batch in batches:
             if batch.rewards is None:  # _compute_rollout_stats averages a reward; there is none
                 batch.info["reward"] = torch.full((len(batch.sequences),), float("nan"))
-        return batches
+        return for_training(batches)

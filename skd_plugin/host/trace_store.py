@@ -60,13 +60,16 @@ class StoredTrace:
         return cls(held, trace.drawn, figures_of(trace, draft_len), Versions.of(trace))
 
 
-def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
+def fetch(held: Sequence[ray.ObjectRef | bytes]) -> list[Trace]:
     """The traces themselves. Their tensors may be views of the object store, which are not to be written to.
+
+    Args:
+        held: of `StoredTrace`.
 
     Raises:
         RuntimeError: one of them is lost.
     """
-    refs = [one.held for one in stored if not isinstance(one.held, bytes)]
+    refs = [one for one in held if not isinstance(one, bytes)]
     try:
         fetched = iter(ray.get(refs) if refs else [])
     except ObjectLostError as error:
@@ -75,9 +78,16 @@ def fetch(stored: Sequence[StoredTrace]) -> list[Trace]:
             f"object store is gone with it ({type(error).__name__}). Nothing was updated by this step; host.log says "
             "why the engine died"
         ) from error
-    return [pickle.loads(one.held) if isinstance(one.held, bytes) else next(fetched) for one in stored]
+    return [pickle.loads(one) if isinstance(one, bytes) else next(fetched) for one in held]
 
 
 def stored_trace(experience: Any) -> StoredTrace:
     """Of an experience of one response."""
     return experience.info[TRACE_KEY][0]
+
+
+def for_training(batches: list[Any]) -> list[Any]:
+    """Experience of several responses each, without what the controller alone looks at."""
+    for batch in batches:
+        batch.info = {**batch.info, TRACE_KEY: [trace.held for trace in batch.info[TRACE_KEY]]}
+    return batches

@@ -635,10 +635,13 @@ def generator() -> Any:
 
 
 def make_response(prompt: list[int], response: list[int], reward: float | None = None) -> dict[str, Any]:
+    from skd_plugin.host.trace_store import StoredTrace
+
     return {
         "prompt": "p", "label": "l", "images": None, "mm_train_inputs": None, "reward": reward, "scores": reward,
         "observation_tokens": prompt + response, "action_ranges": [(len(prompt), len(prompt) + len(response))],
-        "rollout_log_probs": None, "truncated": False, "extra_logs": {}, "skd": make_trace(response),
+        "rollout_log_probs": None, "truncated": False, "extra_logs": {},
+        "skd": StoredTrace.put(make_trace(response), 4),
     }  # fmt: skip
 
 
@@ -666,6 +669,7 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
     )
 
     from skd_plugin.host.samples import RewardFreeExperienceMaker
+    from skd_plugin.host.trace_store import fetch
 
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
@@ -685,7 +689,8 @@ def test_traces_survive_the_way_into_a_training_batch(generator: Any) -> None:
         for row, index in enumerate(order):
             trained = batch.sequences[row, 1:][batch.action_mask[row].bool()].tolist()
             assert trained == responses[index]
-            assert batch.info["skd"][row].response_ids.tolist() == trained, "revisit skd_plugin/host/samples.py"
+            (trace,) = fetch([batch.info["skd"][row]])
+            assert trace.response_ids.tolist() == trained, "revisit skd_plugin/host/samples.py"
 
 
 def test_reward_free_batch_has_the_reward_that_the_host_prints(generator: Any) -> None:

@@ -211,8 +211,9 @@ def rollout(maker: Any, responses: list[list[int]], sources: list[list[int]]) ->
     samples = []
     for number, (response, source) in enumerate(zip(responses, sources, strict=True)):
         made = make_response([5, 6], response, float(number))
-        made["skd"].source[:] = torch.tensor(source, dtype=torch.uint8)
-        made["skd"].teacher_logp[:], made["skd"].student_logp[:] = -1.0, -3.0
+        drawn = made["skd"].drawn
+        drawn.source[:] = torch.tensor(source, dtype=torch.uint8)
+        drawn.teacher_logp[:], drawn.student_logp[:] = -1.0, -3.0
         samples.append(generator._process_response_into_experience(made, max_len=64))
     batches = maker.split_rollout_samples(samples)
     for batch in batches:

@@ -46,7 +46,7 @@ class Engine:
 class Policy:
     """Fetches as SKDPolicy does, and forgets what it has trained on."""
 
-    def append(self, batch: dict[str, list[StoredTrace]]) -> list[int]:
+    def append(self, batch: dict[str, list[ray.ObjectRef | bytes]]) -> list[int]:
         self._traces = fetch(batch["traces"])
         return [int(trace.response_ids[0]) for trace in self._traces]
 
@@ -59,7 +59,7 @@ def steps(engine: Any, policy: Any) -> dict[str, Any]:
     before, held, fetched = ray.get(engine.kept.remote()), [], []
     for _ in range(STEPS):
         stored = ray.get(engine.sample.remote())
-        share = ray.put({"traces": stored[:-1]})
+        share = ray.put({"traces": [one.held for one in stored[:-1]]})
         fetched.append(ray.get(policy.append.remote(share)))
         held.append(ray.get(engine.kept.remote()) - before)
         del stored, share
@@ -74,7 +74,7 @@ def message(engine: Any) -> dict[str, int]:
         trace = make_trace(number)
         assert one.figures == figures_of(trace, DRAFT_LEN) and len(one) == TOKENS
         assert torch.equal(one.drawn.sampled_logp, trace.sampled_logp)
-        assert_equal(fetch([one])[0], trace)
+        assert_equal(fetch([one.held])[0], trace)
     context = ray._private.worker.global_worker.get_serialization_context()
     return {"trace": context.serialize(make_trace(0)).total_bytes, "stored": context.serialize(stored[0]).total_bytes}
 
@@ -87,7 +87,7 @@ def death(engine: Any) -> str:
 
     def lost() -> bool:
         try:
-            fetch(stored)
+            fetch([one.held for one in stored])
         except RuntimeError as error:
             said.append(str(error))
         return bool(said)
