@@ -34,17 +34,22 @@ HostTrainingActor = plain_class(ppo_trainer_async.TrainingActor)
 
 
 class Tapped:
-    """OpenRLHF's queue of rollouts, with a look at what goes through."""
+    """OpenRLHF's queue of rollouts, with a look at what goes through.
+
+    In it are references. The actor that is the queue would read and write each batch, and import for the first one all
+    that this process has, which holds up the first step by ten seconds.
+    """
 
     def __init__(self, queue: Any, look: Callable[[Any], None]) -> None:
         self._queue, self._look = queue, look
 
     def put(self, payload: Any, **kwargs: Any) -> None:
         self._look(payload)
-        self._queue.put(payload, **kwargs)
+        self._queue.put([ray.put(payload)], **kwargs)  # Ray would fetch what is no list
 
     def get(self, **kwargs: Any) -> Any:
-        payload = self._queue.get(**kwargs)
+        (reference,) = self._queue.get(**kwargs)
+        payload = ray.get(reference)
         self._look(payload)
         return payload
 

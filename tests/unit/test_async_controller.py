@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from skd_plugin.core.clock import Clock
@@ -27,14 +28,18 @@ class Queue:
         self.items: list = []
 
     def put(self, item, block: bool) -> None:
+        assert isinstance(item, list) and item[0].startswith("reference "), "the queue would read what it holds"
         self.items.append(item)
 
     def get(self, block: bool):
         return self.items.pop(0)
 
 
-def test_what_was_measured_travels_with_its_samples(asynchronous) -> None:
+def test_what_was_measured_travels_with_its_samples(asynchronous, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenRLHF's queue, with the two sides of ours around it, and its own evaluations and end in between."""
+    store: list = []
+    monkeypatch.setattr(ray, "put", lambda payload: store.append(payload) or f"reference {len(store) - 1}")
+    monkeypatch.setattr(ray, "get", lambda reference: store[int(reference.split()[1])])
     queue = Queue()
     generator = object.__new__(asynchronous.SKDGenerator)
     trainer = object.__new__(asynchronous.SKDTrainingActor)
