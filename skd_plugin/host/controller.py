@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_trainer import PPOTrainer
+from openrlhf.trainer.ppo_utils import samples_generator
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from skd_plugin import trust
 from skd_plugin.host.evaluation import HeldOut
 from skd_plugin.host.run_prompts import RunPrompts
 from skd_plugin.host.run_samples import RunSamples
+from skd_plugin.host.samples import CalmBar
 from skd_plugin.host.training_side import RULE_STATE, TrainingSide
 from skd_plugin.seams import plain_class, rebind
 
@@ -24,6 +26,7 @@ def prepare_process(args: Any) -> None:
     trust.close_transformers()
     torch.manual_seed(args.train.seed)  # OpenRLHF's prompt loader shuffles by a number drawn from it
     rebind(ppo_trainer, "PromptDataset", RunPrompts)  # its prepare_datasets names it
+    rebind(samples_generator, "tqdm", CalmBar)  # its _generate_vllm names it
 
 
 class SKDTrainer(TrainingSide, HostTrainer):

@@ -13,7 +13,7 @@ import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
-from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, tqdm
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 
 from skd_plugin.config.schema import SKDConfig
@@ -45,6 +45,15 @@ class _Teacher(NamedTuple):
         model = skd.the_teacher.model_name_or_path
         tokenizer = load_tokenizer(model, "teacher")
         return cls(tokenizer, engine_end_ids(model, tokenizer, student), engines)
+
+
+class CalmBar(tqdm):
+    """OpenRLHF's bar over the responses of a step, in host.log: ten times a second at most. OpenRLHF would draw it for
+    each response, which takes the controller as long as the response itself.
+    """
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        super().set_postfix(*args, **{**kwargs, "refresh": False})
 
 
 class SKDSamplesGenerator(SamplesGenerator):

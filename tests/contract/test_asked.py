@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,19 @@ def test_each_prompt_has_the_rule_and_the_seed_of_its_step_or_evaluation(generat
     ], "revisit skd_plugin/host/asked.py"
     assert sorted(sample.prompts[0] for sample in samples) == ["aa", "aa", "ad", "ad"]
     assert engine.messages == 4, "prompts did not go in one message"
+
+
+def test_the_bar_over_responses_is_not_drawn_for_each_of_them() -> None:
+    from skd_plugin.host.samples import CalmBar
+
+    drawn = io.StringIO()
+    bar = CalmBar(range(200), desc="Generate samples", file=drawn, mininterval=3600)  # as OpenRLHF makes and moves it
+    for number in range(200):
+        bar.set_postfix({"prompts_consumed": number})
+        bar.update()
+    bar.close()
+    first, last = (line for line in drawn.getvalue().split("\r") if line.strip())
+    assert "0/200" in first and "200/200" in last and "prompts_consumed=199" in last
 
 
 def test_responses_to_a_prompt_that_is_sent_twice_are_numbered_through() -> None:

@@ -21,7 +21,7 @@ from skd_plugin.config.host_options import HOST_MODULE
 from skd_plugin.engine.vocabulary import VLLM_CHECK
 from tests.contract import test_openrlhf, test_vllm
 from tests.contract.source import imports_inside, tree_of
-from tests.contract.test_openrlhf import ACTOR, ASYNC, CRITIC, ENGINE, LAUNCHER, PPO, WRAP, find
+from tests.contract.test_openrlhf import ACTOR, ASYNC, CRITIC, ENGINE, LAUNCHER, PPO, SAMPLES, WRAP, find
 from tests.contract.test_vllm import DRAFTER, PREFIX_CACHE
 
 PACKAGE = Path(skd_plugin.__file__).parent
@@ -66,6 +66,7 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{ASYNC}:SamplesGenerator", f"{ASYNC}:GenerateSamplesActor.__init__", "host/async_controller.py"),
     (f"{PPO}:SamplesGenerator", f"{PPO}:PPOTrainer.__init__", "host/controller.py"),
     (f"{PPO}:PromptDataset", f"{PPO}:prepare_datasets", "host/controller.py"),
+    ("openrlhf.trainer.ppo_utils.samples_generator:tqdm", f"{SAMPLES}._generate_vllm", "host/controller.py"),
     ("openrlhf.datasets.prompts_dataset:_str_to_content_list", "openrlhf.datasets.prompts_dataset:preprocess_data",
      "host/prompts.py"),
     ("transformers.dynamic_module_utils:get_class_in_module",
