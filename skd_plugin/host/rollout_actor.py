@@ -23,7 +23,7 @@ from skd_plugin.engine.request import ending_at, finish_request, prepare_request
 from skd_plugin.engine.sampling_rule import SamplingRule
 from skd_plugin.engine.set_up import set_up_skd
 from skd_plugin.host.asked import AskedPrompt, Begun, SampledBy, together
-from skd_plugin.host.garbage import keep_what_is_there
+from skd_plugin.host.garbage import keep_what_is_there, look_less_often
 from skd_plugin.host.rewards import RewardedExecutor, TaskRewards
 from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import teachers_ids
@@ -96,6 +96,7 @@ class SKDRollout(HostRollout):
         self._student_version = 0
         self._begun = Begun()
         keep_what_is_there()
+        look_less_often()
 
     async def describe_skd(self) -> EngineDescription:
         description = (await call_worker(self.llm, "describe_skd"))[0]

@@ -17,7 +17,7 @@ from skd_plugin.core.rng import derive_seed
 from skd_plugin.engine.arguments import EngineDescription
 from skd_plugin.host import by_task
 from skd_plugin.host.end_event import end_ids_of
-from skd_plugin.host.garbage import keep_what_is_there
+from skd_plugin.host.garbage import keep_what_is_there, look_less_often
 from skd_plugin.host.metrics import objective_metrics
 from skd_plugin.host.policy_actor import SECONDS
 from skd_plugin.host.run_samples import Sampled
@@ -169,6 +169,7 @@ class TrainingSide:
         states = self.init_checkpoint_states()
         ray.get(self.actor_model_group.async_run_method("resume", states["global_step"]))
         keep_what_is_there()
+        look_less_often()
         return states
 
     def save_logs_and_checkpoints(

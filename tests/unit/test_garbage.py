@@ -9,9 +9,12 @@ CODE = """
 import gc, weakref
 class Node: pass
 there = [Node() for _ in range(100_000)]
-from skd_plugin.host.garbage import keep_what_is_there
+from skd_plugin.host.garbage import keep_what_is_there, look_less_often
 lost = Node(); lost.itself = lost; del lost
 keep_what_is_there()
+assert gc.get_threshold()[0] < 10_000, "a trainer would keep memory of a GPU"
+look_less_often()
+assert gc.get_threshold()[0] == 10_000
 assert gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 assert not any(isinstance(one, Node) for one in gc.get_objects()), "it is still looked at"
 later = Node(); later.itself = later; known = weakref.ref(later); del later
