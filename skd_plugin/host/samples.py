@@ -145,7 +145,8 @@ class SKDSamplesGenerator(SamplesGenerator):
         for prompt, ids in zip(prompts, read, strict=True):
             self._check_length(prompt, len(ids), kwargs["max_len"], kwargs["max_new_tokens"] or 1)
         asked = asking.prompts(prompts)
-        refs: list[Any] = [None] * len(prompts)
+        answers: list[Any] = [None] * len(prompts)  # of each prompt its engine's `Gathered`, and its number there
+        all_gathered: list[Gathered] = []
         for places, engines in self._dispatched(prompts):
             part = copy(self)
             part.vllm_engines, part.tokenizer = [Gathered(engine) for engine in engines], self._sent_tokenizer
@@ -155,10 +156,11 @@ class SKDSamplesGenerator(SamplesGenerator):
                 images=[images[i] for i in places],
                 **kwargs,
             )
-            ray.get([gathered.ask() for gathered in part.vllm_engines])
-            for place, (gathered, number) in zip(places, handed_out, strict=True):
-                refs[place] = gathered.response(number)
-        return refs
+            for place, answer in zip(places, handed_out, strict=True):
+                answers[place] = answer
+            all_gathered += part.vllm_engines
+        ray.get([gathered.ask() for gathered in all_gathered])
+        return [gathered.response(number) for gathered, number in answers]
 
     def _dispatched(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], list[Any]]]:
         """Places of the prompts of each teacher, with its engines."""
