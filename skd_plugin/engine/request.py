@@ -167,7 +167,6 @@ def prepare_request(
     # vLLM stops at the teacher's end token by itself; the student's may be another one of the same vocabulary.
     sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *end_tokens(tokenizer)]
     sampling_params.extra_args = params.to_extra_args()
-    sampling_params.skip_clone = True  # it is of this request alone
     return Request(student, teacher, params, sampling_params)
 
 
