@@ -1,7 +1,7 @@
 """What SKD's sampler costs beside the models' forwards: time, memory, bytes, waits. Needs torch and pydantic, no vLLM.
 
     python scripts/bench_sampler.py                                # a CPU, with a vocabulary that it can bear
-    python scripts/bench_sampler.py --device cuda --vocab 151936 --dtype bfloat16 --kernels torch triton
+    python scripts/bench_sampler.py --device cuda --vocab 151936 --dtype bfloat16 --kernels torch triton --top-p 1 0.5
     TRITON_INTERPRET=1 PYTHONPATH=.venv/triton python scripts/bench_sampler.py --kernels triton --repeats 1
 
 The last counts memory, bytes and operators with Triton's kernels where there is no GPU (scripts/test.sh has put Triton
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import time
 import types
@@ -93,10 +94,24 @@ class Counted(TorchDispatchMode):
         return made
 
 
+def leave_the_interpreter_out() -> None:
+    """Triton's interpreter moves a kernel's arguments by PyTorch's operators, which no GPU needs."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def uncounted(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            run(*args, **kwargs)
+
+    GridExecutor.__call__ = uncounted
+
+
 class Step:
     """The engine around the sampler, for requests that all have drafts."""
 
-    def __init__(self, options: argparse.Namespace, requests: int, kernels: str) -> None:
+    def __init__(self, options: argparse.Namespace, requests: int, kernels: str, top_p: float) -> None:
         from skd_plugin.core.sampling import SamplingSettings
         from skd_plugin.engine.kernels import rows_of
         from skd_plugin.engine.recorder import Recorder
@@ -110,8 +125,8 @@ class Step:
             options.top_k,
             options.gate,
             options.threshold,
-            student_top_p=options.top_p,
-            teacher_top_p=options.top_p,
+            student_top_p=top_p,
+            teacher_top_p=top_p,
         )
         states = {
             name: SimpleNamespace(
@@ -155,7 +170,7 @@ class Step:
         position_B = torch.full((self.requests,), PROMPT + 10, device=self.device)
         drafting = Drafting(self.table.rows(self.ids), position_B, self.options.draft_len)
         model = SimpleNamespace(compute_logits=lambda hidden: self.student_BV)
-        drafter = SimpleNamespace(model=model, _table=self.table)
+        drafter = SimpleNamespace(model=model, _table=self.table, _rows=self.sampler._rows)
         tokens = [
             SKDDrafter._sample_draft_tokens(drafter, None, drafting)[0]  # type: ignore[arg-type]
             for _ in range(self.options.draft_len)
@@ -261,7 +276,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gate", default="top_k")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the gate, if it has one")
     parser.add_argument("--top-k", type=int, default=25)
-    parser.add_argument("--top-p", type=float, default=1.0, help="of both models")
+    parser.add_argument("--top-p", type=float, nargs="+", default=[1.0], help="of both models")
     parser.add_argument("--noise", type=float, default=0.5, help="by which the models' logits differ")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
@@ -273,11 +288,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     pretend_vllm()
+    if os.environ.get("TRITON_INTERPRET"):
+        leave_the_interpreter_out()
     torch.set_num_threads(options.threads)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
-    for requests, kernels in product(options.batch, options.kernels):
+    for requests, kernels, top_p in product(options.batch, options.kernels, options.top_p):
         with torch.no_grad():
-            found = measure(Step(options, requests, kernels), options.device, options.repeats)
+            found = measure(Step(options, requests, kernels, top_p), options.device, options.repeats)
         setting = {
             "label": options.label,
             "machine": machine,
@@ -288,7 +305,7 @@ def main() -> None:
             "kernels": kernels,
             "gate": options.gate,
             "top_k": options.top_k,
-            "top_p": options.top_p,
+            "top_p": top_p,
         }
         line = setting | found
         print(", ".join(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -128,14 +128,15 @@ def stages(*, hub: bool, cpu: bool) -> list[Stage]:
         tests(
             "sampler",
             "Triton's kernels, against float64 and against torch's operators, and in an engine",
-            ["tests/kernels/test_triton_rows.py", "tests/kernels/test_engine.py"],
+            [f"tests/kernels/test_{name}.py" for name in ("triton_rows", "triton_draws", "engine")],
             240,
             needs="triton",
         ),
         Stage(
             "sampler-speed",
             "time, memory and waits of the sampler with torch's operators and with Triton's kernels",
-            "scripts.bench_sampler --device cuda --vocab 151936 --dtype bfloat16 --kernels torch triton".split(),
+            "scripts.bench_sampler --device cuda --vocab 151936 --dtype bfloat16".split()
+            + "--kernels torch triton --top-p 1 0.5".split(),
             240,
             keep=r"^label",
             on_cpu=False,

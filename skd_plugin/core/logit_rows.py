@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import torch
 
 from skd_plugin.core.end_event import join_ends_
+from skd_plugin.core.sampling import Model, SettingRows, draw, warp_of
 from skd_plugin.core.top_k import top_k
 
 # Entries of the rows that are read at once. In float32 they are 4 MB, which stay in the cache of a CPU core, or 64 MB
@@ -73,6 +74,18 @@ class LogitRows:
         for rows in in_parts(len(token_N), self.values_SV):
             rank_N[rows] = rank(self.select(rows).read(), token_N[rows])
         return rank_N
+
+    def sample(self, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
+        """One token a row, int64 [N], from what `warp` makes of it with the model's settings.
+
+        Args:
+            settings: [N].
+            uniform_N: float64 [N], in (0, 1], at least one.
+        """
+        parts = in_parts(len(uniform_N), self.values_SV)
+        if len(parts) == 1:
+            return draw(warp_of(self.read(), settings, model), uniform_N)
+        return torch.cat([self.select(own).sample(settings.select(own), model, uniform_N[own]) for own in parts])
 
     def look(self, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
         """These rows are the teacher's. Each row is read once. Args: token_N: int64, at least one."""

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from skd_plugin.core.copies import to_device
-from skd_plugin.core.logit_rows import in_parts
 
 KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept; a limit that nothing reaches
 
@@ -97,19 +96,6 @@ class _Kinds:
 
 
 Model = Literal["student", "teacher"]
-
-
-def sample(logits_NV: torch.Tensor, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
-    """One token a row, int64 [N], from what `warp` makes of it with the model's settings.
-
-    Args:
-        logits_NV: [N, V], any float type.
-        uniform_N: float64 [N], in (0, 1].
-    """
-    parts = in_parts(len(logits_NV), logits_NV)
-    if len(parts) == 1:
-        return draw(warp_of(logits_NV, settings, model), uniform_N)
-    return torch.cat([draw(warp_of(logits_NV[rows], settings.select(rows), model), uniform_N[rows]) for rows in parts])
 
 
 def warp_of(logits_NV: torch.Tensor, settings: SettingRows, model: Model) -> torch.Tensor:

@@ -70,7 +70,10 @@ def _numbers(mask_N: torch.Tensor | None, device: torch.device) -> torch.Tensor 
 def _instead(gate: Gate, lost: Proposals) -> tuple[torch.Tensor, torch.Tensor]:
     """What takes the place of rejected proposals, and its source."""
     noise_N = rng.uniform(lost.seed_N, lost.position_N, rng.TEACHER)
-    token_N = sampling.draw(gate.replacement(lost), noise_N)
+    if gate.replaces_from_teacher:
+        token_N = lost.teacher.sample(lost.settings, "teacher", noise_N)
+    else:
+        token_N = sampling.draw(gate.replacement(lost), noise_N)
     source_N = torch.full_like(token_N, Source.REPLACED)
     if gate.again is None:
         return token_N, source_N

@@ -13,8 +13,9 @@ from vllm.config import VllmConfig, replace
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
-from skd_plugin.core import rng, sampling
+from skd_plugin.core import rng
 from skd_plugin.core.end_event import join_ends_
+from skd_plugin.core.logit_rows import LogitRows
 from skd_plugin.core.trace import NOTHING
 from skd_plugin.engine.references import follow
 from skd_plugin.engine.request_table import RequestRows, RequestTable
@@ -54,6 +55,7 @@ class Drafting:
         """Args: position_B: int64, of the next token to draft, to the student."""
         self.rows, self.place = rows, 0
         self.position_LB = position_B + torch.arange(draft_len, device=position_B.device)[:, None]
+        self.row_LB = torch.arange(self.position_LB.numel(), device=position_B.device).view_as(self.position_LB)
         self.noise_LB = rng.uniform(rows.seed_B, self.position_LB, rng.STUDENT)
         self.logits_LBV: torch.Tensor | None = None  # in the type in which the student's head makes them
 
@@ -64,9 +66,12 @@ class SKDDrafter(DraftModelProposer):
     What it has proposed with waits in the request table for the sampler.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, table: RequestTable) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner: Any, table: RequestTable, rows: type[LogitRows]
+    ) -> None:
+        """Args: rows: how logits are read."""
         super().__init__(vllm_config, device, runner)
-        self._table, self._runner = table, runner
+        self._table, self._runner, self._rows = table, runner, rows
 
     def _create_draft_vllm_config(self) -> VllmConfig:
         """vLLM's, with the student's own attention window: it would give the student's layers the teacher's."""
@@ -192,7 +197,8 @@ class SKDDrafter(DraftModelProposer):
         drafting.logits_LBV[place] = logits_BV
         if self._table.ends_E is not None:
             join_ends_(drafting.logits_LBV[place], self._table.ends_E)
-        token_B = sampling.sample(drafting.logits_LBV[place], rows.settings, "student", drafting.noise_LB[place])
+        own = self._rows(drafting.logits_LBV.flatten(0, 1), drafting.row_LB[place])
+        token_B = own.sample(rows.settings, "student", drafting.noise_LB[place])
         if rows.forced_BF is not None:
             token_B = follow(rows.forced_BF, drafting.position_LB[place] - rows.prompt_len_B, token_B)
         return token_B, None

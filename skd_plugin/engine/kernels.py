@@ -7,9 +7,15 @@ from importlib.util import find_spec
 import torch
 
 from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted
+from skd_plugin.core.sampling import SamplingSettings, SettingRows, warp_of
 
 ROWS = 4  # of each model on which they are compared
 MOST_APART = 1e-3  # nats; their sums are of float32, in another order
+DRAWS = (  # settings with which each row is drawn from
+    SamplingSettings(0),
+    SamplingSettings(0, student_temperature=0.7, student_top_p=0.5),
+    SamplingSettings(0, student_temperature=0.0, student_top_p=0.5),
+)
 
 
 def rows_of(
@@ -60,6 +66,7 @@ def _apart(
     generator = torch.Generator().manual_seed(0)
     teacher_NV, student_NV = (torch.randn(ROWS, vocab_size, generator=generator).mul_(4).to(device) for _ in range(2))
     token_N = torch.randint(vocab_size, (ROWS,), generator=generator).to(device)
+    uniform_N = torch.rand(ROWS, generator=generator, dtype=torch.float64).to(device)
     apart: dict[str, float] = {}
     for kind in dict.fromkeys([torch.float32, dtype]):
         given = teacher_NV.to(kind), student_NV.to(kind), token_N, wanted
@@ -69,7 +76,21 @@ def _apart(
                 apart[name] = max(apart.get(name, 0.0), (one.double() - other.double()).abs().max().item())
         ranks_N = [some.of(given[0]).rank(token_N) for some in (LogitRows, rows)]
         apart["rank"] = max(apart.get("rank", 0.0), (ranks_N[0] - ranks_N[1]).abs().max().item())
+        for settings in DRAWS:
+            own, uniform_N = SettingRows.of([settings] * ROWS, device), uniform_N.flip(0)
+            drawn_N = rows.of(given[0]).sample(own, "student", uniform_N)
+            apart["sample"] = max(apart.get("sample", 0.0), off(drawn_N, warp_of(given[0], own, "student"), uniform_N))
     return apart
+
+
+def off(token_N: torch.Tensor, probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> float:
+    """How far the numbers that tokens were drawn with are, at most, from those that draw them in float64; infinite for
+    a token of no probability.
+    """
+    probs_NV, token_N1, uniform_N1 = probs_NV.double(), token_N[:, None], uniform_N[:, None]
+    own_N1, up_to_N1 = probs_NV.gather(1, token_N1), probs_NV.cumsum(-1).gather(1, token_N1)
+    off_N1 = (uniform_N1 - up_to_N1).clamp_min(up_to_N1 - own_N1 - uniform_N1).clamp_min(0.0)
+    return off_N1.where(own_N1 > 0, torch.inf).max().item()
 
 
 def _figures(

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from skd_plugin.core import rng, sampling
+from skd_plugin.core import rng
 from skd_plugin.core.copies import to_device
 from skd_plugin.core.trace import NOTHING, OVERLAP, Source
 from skd_plugin.engine.arguments import EngineDescription
@@ -50,12 +50,12 @@ class StudentSampler(SKDSampler):
         """New tokens int32 [N], in ordinary memory. Args: rows_N, place_N: there, too."""
         rows, place = to_device(torch.stack([rows_N, place_N]), logits_BV.device)
         noise_N = rng.uniform(batch.seed_B[rows], batch.prompt_len_B[rows] + place, rng.STUDENT)
-        token_N = sampling.sample(logits_BV[rows], batch.settings.select(rows), "student", noise_N)
+        own = self._rows(logits_BV, rows)
+        token_N = own.sample(batch.settings.select(rows), "student", noise_N)
         if batch.forced_BF is not None:
             token_N = follow(batch.forced_BF[rows], place, token_N)
         drawn_N = token_N.cpu()
         if self._recorder is not None:
-            own = self._rows(logits_BV, rows)
             part = self._recorder.record(self._known(batch, rows_N, drawn_N), token_N, own, own, None)
             counts_B = torch.zeros(len(batch.params), dtype=torch.int64).index_fill_(0, rows_N, 1)
             self._table.record(batch, counts_B.tolist(), part)

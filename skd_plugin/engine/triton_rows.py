@@ -1,6 +1,7 @@
 """The passes over rows of logits as one kernel each, for a GPU. What they find is `LogitRows`' to rounding.
 
-`rank` reads the teacher's rows once. `look` reads the teacher's and the student's once: a row is cut into pieces (as
+`rank` reads the teacher's rows once. `sample` reads its rows once, and what it draws from once more; a nucleus takes a
+few passes, which write nothing. `look` reads the teacher's and the student's once: a row is cut into pieces (as
 in core/top_k.py), and of each piece come its highest entry and its mass, of the row what log-sum-exp, KL and entropies
 need. Everything else is short rows, in torch. Where torch makes a pass, or two, for each operator, nothing of the
 size of the logits is written.
@@ -18,14 +19,20 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted, in_parts
+from skd_plugin.core.sampling import Model, SettingRows
 from skd_plugin.core.top_k import piece_len
-
-ENTRIES = tl.constexpr(2048)  # of a row that a program reads at once
-WARPS = 8  # of a program
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of an end token whose probability another has (core/end_event.py)
+from skd_plugin.engine.triton_kernels import (
+    ENTRIES,
+    LOWEST,
+    WARPS,
+    draw_kernel,
+    look_kernel,
+    nucleus_kernel,
+    pieces_kernel,
+    rank_kernel,
+)
 
 
 class TritonRows(LogitRows):
@@ -33,7 +40,7 @@ class TritonRows(LogitRows):
         rank_N = torch.empty(len(token_N), dtype=torch.int32, device=token_N.device)
         if len(token_N):
             own_N = self.at(token_N[:, None]).squeeze(1)
-            _rank_kernel[(len(token_N),)](
+            rank_kernel[(len(token_N),)](
                 *self._arguments(), token_N, own_N, rank_N, self.vocab_size, ENDS=self._ends, num_warps=WARPS
             )
         return rank_N.long()
@@ -45,6 +52,36 @@ class TritonRows(LogitRows):
         parts = in_parts(len(token_N), self.values_SV, width)
         seen = [self.select(part)._look(student.select(part), token_N[part], wanted) for part in parts]
         return Seen(*map(torch.cat, zip(*seen, strict=True)))
+
+    def sample(self, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
+        count, size, device = len(uniform_N), self.vocab_size, uniform_N.device
+        token_N = torch.empty(count, dtype=torch.int64, device=device)
+        length = min(piece_len(size, 1), ENTRIES.value // 2)
+        pieces, at_once = triton.cdiv(size, length), ENTRIES.value // 2 // length
+        cut = {"ENDS": self._ends, "LENGTH": length, "num_warps": WARPS}
+        whole = {"ALL": triton.next_power_of_2(pieces), "BITS": self._bits}
+        row = *self._arguments(), getattr(settings, f"{model}_temperature")
+        highest_NP, mass_NP = of_pieces = tuple(torch.empty(count, pieces, device=device) for _ in range(2))
+        pieces_kernel[(count, triton.cdiv(pieces, at_once))](*row, *of_pieces, size, pieces, PIECES=at_once, **cut)
+        truncated = settings.values(f"{model}_top_p") != {1.0}
+        kept: tuple[torch.Tensor, ...] = (mass_NP, *[token_N] * 4)  # of the four nothing is read
+        if truncated:
+            above_NP, ties_NP = torch.empty_like(mass_NP), torch.empty_like(mass_NP, dtype=torch.int32)
+            edge_N, keep_N = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
+            kept = above_NP, ties_NP, edge_N, keep_N, torch.empty(count, device=device)
+            top_p_N = getattr(settings, f"{model}_top_p")
+            nucleus_kernel[(count,)](*row, top_p_N, *of_pieces, *kept, size, pieces, PIECES=at_once, **cut, **whole)
+        draw_kernel[(count,)](
+            *row, uniform_N, highest_NP, *kept, token_N, size, pieces, NUCLEUS=truncated, **cut, **whole
+        )
+        return token_N
+
+    @property
+    def _bits(self) -> int:
+        """In which the logits differ from each other, of the upper ones of a number of float32; a multiple of 4."""
+        if self._ends:  # joined ones have all digits
+            return 32
+        return {torch.bfloat16: 16, torch.float16: 20}.get(self.values_SV.dtype, 32)
 
     def _piece_len(self, wanted: Wanted) -> int:
         return min(piece_len(self.vocab_size, max(wanted.teacher_top, wanted.student_top)), ENTRIES.value)
@@ -61,7 +98,7 @@ class TritonRows(LogitRows):
         # As far apart are the logits elsewhere, too, where the models agree; so little of the divergence cancels.
         shift_N1 = teacher_own_N1 - student_own_N1
         shift_N1 = torch.where(shift_N1.abs() < -LOWEST.value, shift_N1, 0.0)
-        _look_kernel[(count,)](
+        look_kernel[(count,)](
             *self._arguments(),
             *student._arguments(),
             shift_N1,
@@ -187,122 +224,3 @@ class _Normal:
 
     def __call__(self, logits_NX: torch.Tensor) -> torch.Tensor:
         return logits_NX - self.highest - self.log_mass
-
-
-@triton.jit
-def _read(row, ids, inside, ends, joined, ENDS: tl.constexpr):
-    """Logits in float32, end tokens as one."""
-    values = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
-    for place in tl.static_range(ENDS):
-        instead = joined if place == 0 else LOWEST
-        values = tl.where(ids == tl.load(ends + place), instead, values)
-    return values
-
-
-@triton.jit
-def _rank_kernel(values, stride, rows, ends, joined, token, own, rank, size, ENDS: tl.constexpr):
-    place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
-    mine, my_id = tl.load(own + place), tl.load(token + place)
-    my_end = mine
-    if ENDS > 0:
-        my_end = tl.load(joined + place)
-    before = tl.zeros([ENTRIES], tl.int32)
-    for start in range(0, size, ENTRIES):
-        ids = start + tl.arange(0, ENTRIES)
-        inside = ids < size
-        logits = _read(row, ids, inside, ends, my_end, ENDS)
-        before += (inside & ((logits > mine) | ((logits == mine) & (ids < my_id)))).to(tl.int32)
-    tl.store(rank + place, tl.sum(before, 0))
-
-
-@triton.jit
-def _mean_part(mass, values):
-    """Of each piece the sum of values by their mass; what has none adds nothing."""
-    return tl.sum(tl.where(mass == 0, 0.0, mass * values), 1)
-
-
-@triton.jit
-def _scaled(scale, value):
-    return tl.where(scale == 0, 0.0, scale * value)
-
-
-@triton.jit
-def _base(highest):
-    """What logits are looked at relative to; there may be none above -inf."""
-    return tl.where(highest == float("-inf"), 0.0, highest)
-
-
-@triton.jit
-def _moved(scale, centred, mass, by):
-    """A sum of logits by their mass, relative to another base; scale is what their mass is multiplied with there."""
-    return _scaled(scale, centred + _scaled(mass, by))
-
-
-@triton.jit(do_not_specialize=["count"])  # which changes with each step
-def _look_kernel(
-    teacher, teacher_stride, teacher_rows, ends, teacher_joined,
-    student, student_stride, student_rows, student_ends, student_joined,
-    shifts, figures, teacher_highest, student_highest, piece_mass,
-    size, pieces, count, inverse_temperature,
-    ENDS: tl.constexpr, STUDENT_ENDS: tl.constexpr, LENGTH: tl.constexpr, PIECES: tl.constexpr, TEMPERED: tl.constexpr,
-):  # fmt: skip
-    """One row. Sums are kept apart for each of PIECES lanes, relative to the highest logit that the lane has met."""
-    place = tl.program_id(0)
-    teacher_row = teacher + tl.load(teacher_rows + place).to(tl.int64) * teacher_stride
-    student_row = student + tl.load(student_rows + place).to(tl.int64) * student_stride
-    shift = tl.load(shifts + place)
-    teacher_end, student_end = shift, shift
-    if ENDS > 0:
-        teacher_end = tl.load(teacher_joined + place)
-    if STUDENT_ENDS > 0:
-        student_end = tl.load(student_joined + place)
-
-    highest = tl.full([PIECES], float("-inf"), tl.float32)
-    own_highest = tl.full([PIECES], float("-inf"), tl.float32)
-    mass = tl.zeros([PIECES], tl.float32)
-    centred, apart, own_mass, own_centred = mass, mass, mass, mass
-
-    for start in range(0, pieces, PIECES):
-        piece = start + tl.arange(0, PIECES)
-        ids = piece[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
-        inside = ids < size
-        p = _read(teacher_row, ids, inside, ends, teacher_end, ENDS)
-        q = _read(student_row, ids, inside, student_ends, student_end, STUDENT_ENDS)
-
-        p_max, q_max = tl.max(p, 1), tl.max(q, 1)
-        at = place.to(tl.int64) * pieces + piece
-        tl.store(teacher_highest + at, p_max, mask=piece < pieces)
-        tl.store(student_highest + at, q_max, mask=piece < pieces)
-        p_below, q_below = p - _base(p_max)[:, None], q - _base(q_max)[:, None]
-        p_mass, q_mass = tl.exp(p_below), tl.exp(q_below)
-        p_sum, q_sum = tl.sum(p_mass, 1), tl.sum(q_mass, 1)
-        if TEMPERED:
-            tl.store(piece_mass + at, tl.sum(tl.exp(p_below * inverse_temperature), 1), mask=piece < pieces)
-        else:
-            tl.store(piece_mass + at, p_sum, mask=piece < pieces)
-
-        higher, own_higher = tl.maximum(highest, p_max), tl.maximum(own_highest, q_max)
-        base, own_base = _base(higher), _base(own_higher)
-        old, new = tl.exp(highest - base), tl.exp(p_max - base)
-        own_old, own_new = tl.exp(own_highest - own_base), tl.exp(q_max - own_base)
-        p_centred, q_centred = _mean_part(p_mass, p_below), _mean_part(q_mass, q_below)
-        centred = _moved(old, centred, mass, highest - base) + _moved(new, p_centred, p_sum, p_max - base)
-        apart = _scaled(old, apart) + _scaled(new, _mean_part(p_mass, p - q - shift))
-        mass = old * mass + new * p_sum
-        own_centred = _moved(own_old, own_centred, own_mass, own_highest - own_base)
-        own_centred += _moved(own_new, q_centred, q_sum, q_max - own_base)
-        own_mass = own_old * own_mass + own_new * q_sum
-        highest, own_highest = higher, own_higher
-
-    top, own_top = tl.max(highest, 0), tl.max(own_highest, 0)
-    base, own_base = _base(top), _base(own_top)
-    old, own_old = tl.exp(highest - base), tl.exp(own_highest - own_base)
-    to = figures + place
-    tl.store(to, top)
-    tl.store(to + count, tl.sum(old * mass, 0))
-    tl.store(to + 2 * count, tl.sum(_moved(old, centred, mass, highest - base), 0))
-    tl.store(to + 3 * count, tl.sum(_scaled(old, apart), 0))
-    tl.store(to + 4 * count, own_top)
-    tl.store(to + 5 * count, tl.sum(own_old * own_mass, 0))
-    tl.store(to + 6 * count, tl.sum(_moved(own_old, own_centred, own_mass, own_highest - own_base), 0))

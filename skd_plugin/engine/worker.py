@@ -84,10 +84,10 @@ class SKDWorker(RecordingWorker):
         )
         # The ranks of an engine sample the same tokens, each for itself, and the first is asked for their traces.
         self._skd_recorder = recorder if self.rank == 0 else None
-        runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests)
         self._skd_rows = rows_of(
             options["skd_kernels"], runner.device, runner.model_config.dtype, vocab_size, recorder.wanted
         )
+        runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests, self._skd_rows)
         runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, rows=self._skd_rows)
         self._skd_hidden = options["skd_teacher_hidden"]
         self._skd_teacher_moves = options["skd_teacher_moves"]

@@ -12,14 +12,15 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skd_plugin.engine import triton_rows
+from skd_plugin.engine import triton_kernels as kernels
 
 CARDS = {"A100": 80, "H100": 90}  # name -> compute capability
 LOGITS = ("bf16", "fp16", "fp32")
 # Of the arguments by their name; all others are pointers to float32.
 TYPES = {name: "*i64" for name in "rows teacher_rows student_rows ends student_ends token".split()}
 TYPES |= {name: "i32" for name in "stride teacher_stride student_stride size pieces count".split()}
-TYPES |= {"inverse_temperature": "fp32", "rank": "*i32"}
+TYPES |= dict.fromkeys(("rank", "ties", "edges", "keeps"), "*i32")
+TYPES |= {"inverse_temperature": "fp32", "uniform": "*fp64"}
 
 
 def size_of(kernel: Any, logits: str, capability: int, **constants: Any) -> int:
@@ -33,7 +34,7 @@ def size_of(kernel: Any, logits: str, capability: int, **constants: Any) -> int:
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": triton_rows.WARPS}
+    options = {"num_warps": kernels.WARPS}
     return len(compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"])
 
 
@@ -41,12 +42,20 @@ def main() -> None:
     sizes = {}
     for card, capability in CARDS.items():
         for logits in LOGITS:
-            sizes[f"rank, {logits}, {card}"] = size_of(triton_rows._rank_kernel, logits, capability, ENDS=2)
+            sizes[f"rank, {logits}, {card}"] = size_of(kernels.rank_kernel, logits, capability, ENDS=2)
             for tempered, length in ((False, 64), (True, 32)):
                 constants = {"ENDS": 2, "STUDENT_ENDS": 0, "LENGTH": length, "TEMPERED": tempered}
-                constants["PIECES"] = triton_rows.ENTRIES.value // length
+                constants["PIECES"] = kernels.ENTRIES.value // length
                 name = f"look, {logits}, {card}, {length} entries a piece"
-                sizes[name] = size_of(triton_rows._look_kernel, logits, capability, **constants)
+                sizes[name] = size_of(kernels.look_kernel, logits, capability, **constants)
+            pieces = {"ENDS": 2, "LENGTH": 512, "PIECES": 2}
+            sizes[f"pieces, {logits}, {card}"] = size_of(kernels.pieces_kernel, logits, capability, **pieces)
+            pieces |= {"ALL": 512, "BITS": 32}
+            sizes[f"nucleus, {logits}, {card}"] = size_of(kernels.nucleus_kernel, logits, capability, **pieces)
+            del pieces["PIECES"]
+            for nucleus in (False, True):
+                name = f"draw, {logits}, {card}, nucleus {nucleus}"
+                sizes[name] = size_of(kernels.draw_kernel, logits, capability, **pieces, NUCLEUS=nucleus)
     print(json.dumps(sizes))
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from skd_plugin.core import logit_rows
 from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted, rank
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.engine import kernels
 from skd_plugin.engine.kernels import rows_of
 from skd_plugin.engine.request_table import not_finite
@@ -193,6 +194,16 @@ def test_they_are_compared_with_torch_at_the_start(monkeypatch: pytest.MonkeyPat
         patched.setattr(TritonRows, "rank", lambda self, token_N: token_N * 0)
         with pytest.raises(RuntimeError, match="in rank"):
             rows_of("triton", DEVICE, torch.float32, 3000, wanted)
+    for wrong_draw in (
+        lambda self, settings, model, uniform_N: LogitRows.sample(self, settings, model, 1 - uniform_N),
+        lambda self, settings, model, uniform_N: LogitRows.sample(
+            self, SettingRows.of([SamplingSettings(0)] * 4, DEVICE), model, uniform_N
+        ),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(TritonRows, "sample", wrong_draw)
+            with pytest.raises(RuntimeError, match="in sample"):
+                rows_of("triton", DEVICE, torch.float32, 3000, wanted)
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="not installed"):
         rows_of("triton", DEVICE, torch.float32, 3000, wanted)
@@ -205,9 +216,11 @@ def test_nothing_waits_for_the_device(ends: list[int] | None) -> None:
     rows, token_N = torch.arange(4, device=DEVICE), torch.tensor([1, 5, 77, 899], device=DEVICE)
     ends_E = None if ends is None else torch.tensor(ends, device=DEVICE)
     ours = TritonRows(teacher, rows, ends_E)
+    warped = SettingRows.of([SamplingSettings(1, student_temperature=0.7, student_top_p=0.9)] * 4, DEVICE)
     with Counted() as seen:
         ours.look(TritonRows(student, rows), token_N, Wanted(64, 10, 64, 3, 2.0))
         ours.rank(token_N)
+        ours.sample(warped, "student", token_N.double() / 900)
     assert not seen.waits, seen.waits
     with Counted() as seen:
         bool(token_N[0] > 0)

@@ -73,7 +73,11 @@ class Engine:
         """Tokens [B, L] of the student."""
         size = len(self.ids)
         heads = iter([self._put(logits(size, seed=place)) for place in range(DRAFT_LEN)])
-        drafter = SimpleNamespace(model=SimpleNamespace(compute_logits=lambda hidden: next(heads)), _table=self.table)
+        drafter = SimpleNamespace(
+            model=SimpleNamespace(compute_logits=lambda hidden: next(heads)),
+            _table=self.table,
+            _rows=self.sampler._rows,
+        )
         drafting = Drafting(self.table.rows(self.ids), self._put(torch.full((size,), PROMPT)), DRAFT_LEN)
         tokens = [SKDDrafter._sample_draft_tokens(drafter, None, drafting)[0] for _ in range(DRAFT_LEN)]
         self.table.keep_proposals(self.ids, drafting.logits_LBV)
