@@ -64,7 +64,7 @@ MOVED: dict[str, tuple[int, ...]] = {
     "requests": (1, 4, 16, 64),
     "draft_len": (1, 2, 4, 8),
     "entries": (4, 64, 1024),
-    "length": (16, 64, 256, 1024),
+    "length": (16, 64, 256, 512, 1024),
     "student": (64, 128, 192, 256),
     "vocab": (1024, 4096, 8192, 16384, 32768),
     "top_k": (1, 64, 1024, 4096),
@@ -189,12 +189,13 @@ class Line:
         context = PROMPT_LEN + cell.length / 2
         read = context * (teacher.kv_per_token * cell.requests + student.kv_per_token * drafted)
         layers = teacher.layers + cell.draft_len * student.layers
-        block = [flops, layers, 1, cell.requests, cell.vocab * (checked + drafted), read]
+        weights = teacher.parameters + cell.draft_len * student.parameters
+        block = [flops, layers, weights, 1, cell.requests, cell.vocab * (checked + drafted), read]
         return np.array(block) / tokens
 
 
-CONSTANTS = ("a FLOP", "a layer's forward", "a block", "a request of a block", "an entry of logits",
-             "a float of keys and values")  # fmt: skip
+CONSTANTS = ("a FLOP", "a layer's forward", "a weight that a forward reads", "a block", "a request of a block",
+             "an entry of logits", "a float of keys and values")  # fmt: skip
 
 
 def fit(lines: list[Line]) -> np.ndarray:
