@@ -88,8 +88,10 @@ class Counted(TorchDispatchMode):
         if name in self.WAITS or masks or sizes or (arrives and not kwargs.get("non_blocking")):
             self.waits[name] += 1
         made = func(*args, **kwargs)
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view() and name != "set_":
+        returned = made if isinstance(made, (tuple, list)) else [made]
+        for tensor, said in zip(returned, func._schema.returns, strict=len(func._schema.returns) > 1):
+            is_view = said.alias_info is not None and not said.alias_info.is_write
+            if isinstance(tensor, torch.Tensor) and not is_view and name != "set_":
                 self.bytes += tensor.numel() * tensor.element_size()
         return made
 
