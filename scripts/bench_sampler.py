@@ -290,7 +290,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     pretend_vllm()
-    if os.environ.get("TRITON_INTERPRET"):
+    if os.environ.get("TRITON_INTERPRET") and "triton" in options.kernels:
         leave_the_interpreter_out()
     torch.set_num_threads(options.threads)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
