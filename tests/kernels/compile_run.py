@@ -16,6 +16,7 @@ from skd_plugin.engine import triton_kernels as kernels
 
 CARDS = {"A100": 80, "H100": 90}  # name -> compute capability
 LOGITS = ("bf16", "fp16", "fp32")
+BITS = {"bf16": 16, "fp16": 20, "fp32": 32}  # that an order of logits has
 # Of the arguments by their name; all others are pointers to float32.
 TYPES = {name: "*i64" for name in "rows teacher_rows student_rows ends student_ends token".split()}
 TYPES |= {name: "i32" for name in "stride teacher_stride student_stride size pieces count".split()}
@@ -50,12 +51,12 @@ def main() -> None:
                 sizes[name] = size_of(kernels.look_kernel, logits, capability, **constants)
             pieces = {"ENDS": 2, "LENGTH": 512, "PIECES": 2}
             sizes[f"pieces, {logits}, {card}"] = size_of(kernels.pieces_kernel, logits, capability, **pieces)
-            pieces |= {"ALL": 512, "BITS": 32}
-            sizes[f"nucleus, {logits}, {card}"] = size_of(kernels.nucleus_kernel, logits, capability, **pieces)
-            del pieces["PIECES"]
-            for nucleus in (False, True):
-                name = f"draw, {logits}, {card}, nucleus {nucleus}"
-                sizes[name] = size_of(kernels.draw_kernel, logits, capability, **pieces, NUCLEUS=nucleus)
+            for ends, bits in ((2, 32), (0, BITS[logits])):
+                whole = {"ENDS": ends, "LENGTH": 512, "ALL": 512, "BITS": bits}
+                name = f"nucleus, {logits}, {card}, {ends} end tokens"
+                sizes[name] = size_of(kernels.nucleus_kernel, logits, capability, **whole, PIECES=2)
+                name = f"draw, {logits}, {card}, {ends} end tokens"
+                sizes[name] = size_of(kernels.draw_kernel, logits, capability, **whole, NUCLEUS=ends > 0)
     print(json.dumps(sizes))
 
 
