@@ -75,8 +75,12 @@ class LogitRows:
             rank_N[rows] = rank(self.select(rows).read(), token_N[rows])
         return rank_N
 
+    def warp(self, settings: SettingRows, model: Model) -> torch.Tensor:
+        """Probabilities after temperature and nucleus, float32 [N, V]: `sampling.warp` with a model's settings [N]."""
+        return warp_of(self.read(), settings, model)
+
     def sample(self, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
-        """One token a row, int64 [N], from what `warp` makes of it with the model's settings.
+        """One token a row, int64 [N], from what `warp` makes of it.
 
         Args:
             settings: [N].
@@ -84,7 +88,7 @@ class LogitRows:
         """
         parts = in_parts(len(uniform_N), self.values_SV)
         if len(parts) == 1:
-            return draw(warp_of(self.read(), settings, model), uniform_N)
+            return draw(self.warp(settings, model), uniform_N)
         return torch.cat([self.select(own).sample(settings.select(own), model, uniform_N[own]) for own in parts])
 
     def look(self, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from skd_plugin.core import rng, sampling
+from skd_plugin.core import rng
 from skd_plugin.core.blend import geometric_blend
 from skd_plugin.core.logit_rows import LogitRows, in_parts
 from skd_plugin.core.sampling import SettingRows
@@ -86,11 +86,11 @@ class Proposals:
 
     @cached_property
     def teacher_probs_NV(self) -> torch.Tensor:
-        return sampling.warp_of(self.teacher_logits_NV, self.settings, "teacher")
+        return self.teacher.warp(self.settings, "teacher")
 
     @cached_property
     def student_probs_NV(self) -> torch.Tensor:
-        return sampling.warp_of(self.student_logp_NV, self.settings, "student")
+        return self.student.warp(self.settings, "student")
 
     @cached_property
     def blend_NV(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from skd_plugin.core.logit_rows import LogitRows, Seen, Wanted
-from skd_plugin.core.sampling import SamplingSettings, SettingRows, warp_of
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
 
 ROWS = 4  # of each model on which they are compared
 MOST_APART = 1e-3  # nats; their sums are of float32, in another order
@@ -78,8 +78,10 @@ def _apart(
         apart["rank"] = max(apart.get("rank", 0.0), (ranks_N[0] - ranks_N[1]).abs().max().item())
         for settings in DRAWS:
             own, uniform_N = SettingRows.of([settings] * ROWS, device), uniform_N.flip(0)
-            drawn_N = rows.of(given[0]).sample(own, "student", uniform_N)
-            apart["sample"] = max(apart.get("sample", 0.0), off(drawn_N, warp_of(given[0], own, "student"), uniform_N))
+            found, probs_NV = rows.of(given[0]), LogitRows.of(given[0]).warp(own, "student")
+            off_by = off(found.sample(own, "student", uniform_N), probs_NV, uniform_N)
+            apart["sample"] = max(apart.get("sample", 0.0), off_by)
+            apart["warp"] = max(apart.get("warp", 0.0), (found.warp(own, "student") - probs_NV).abs().max().item())
     return apart
 
 

@@ -132,8 +132,8 @@ def look_kernel(
     tl.store(to + 6 * count, tl.sum(_moved(own_old, own_centred, own_mass, own_highest - own_base), 0))
 
 
-# A draw. Its weights are those of one row relative to the row's highest logit, after its temperature; so none is above
-# 1, and none is divided by their sum.
+# A distribution after temperature and nucleus, and draws from it. Weights are those of one row relative to its highest
+# logit, after its temperature; so none is above 1.
 
 
 @triton.jit
@@ -270,15 +270,36 @@ def _at(values, place, chosen):
     return tl.sum(tl.where(place == chosen, values, 0), 0)
 
 
+@triton.jit
+def _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL: tl.constexpr, NUCLEUS: tl.constexpr):
+    """Of a row its highest logit; of each piece its highest, its mass that stays, and entries at the edge before it.
+
+    `mass` is of what is above the edge, relative to the row's highest logit, where there is a NUCLEUS; else of a
+    piece, relative to the piece's.
+    """
+    every = tl.arange(0, ALL)
+    at = place.to(tl.int64) * pieces + every
+    top = tl.load(highest + at, mask=every < pieces, other=float("-inf"))
+    best = tl.max(top, 0)
+    own = tl.load(mass + at, mask=every < pieces, other=0.0)
+    before = tl.zeros([ALL], tl.int32)
+    if NUCLEUS:
+        tied = tl.load(ties + at, mask=every < pieces, other=0)
+        before = tl.cumsum(tied, 0) - tied
+        stay = tl.minimum(tl.maximum(tl.load(keeps + place) - before, 0), tied)
+        own += stay.to(tl.float32) * tl.load(weights + place)
+    else:
+        own *= _weight(top, _base(best), warmth)
+    return best, top, own, before
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows", "uniform"])
 def draw_kernel(
-    values, stride, rows, ends, joined, temperature, uniform, highest, mass, ties, edges, keeps, weights, token,
+    values, stride, rows, ends, joined, temperature, highest, mass, ties, edges, keeps, weights, uniform, token,
     size, pieces,
     ENDS: tl.constexpr, LENGTH: tl.constexpr, ALL: tl.constexpr, BITS: tl.constexpr, NUCLEUS: tl.constexpr,
 ):  # fmt: skip
-    """One token of a row: the number falls into a piece, and then to an entry of it. `mass` is of what is above the
-    edge, relative to the row's highest logit, where there is a NUCLEUS; else of a piece, relative to the piece's.
-    """
+    """One token of a row: the number falls into a piece, and then to an entry of it."""
     place = tl.program_id(0)
     row = values + tl.load(rows + place).to(tl.int64) * stride
     warmth = tl.load(temperature + place)
@@ -288,19 +309,7 @@ def draw_kernel(
         end = tl.load(joined + place)
 
     every, inside = tl.arange(0, ALL), tl.arange(0, LENGTH)
-    at = place.to(tl.int64) * pieces + every
-    top = tl.load(highest + at, mask=every < pieces, other=float("-inf"))
-    best = tl.max(top, 0)
-    base = _base(best)
-    own = tl.load(mass + at, mask=every < pieces, other=0.0)
-    if NUCLEUS:
-        tied = tl.load(ties + at, mask=every < pieces, other=0)
-        keep, edge = tl.load(keeps + place), tl.load(edges + place).to(tl.uint32, bitcast=True)
-        step = tl.full([], 1 << (32 - BITS), tl.uint32)
-        tied_before = tl.cumsum(tied, 0) - tied
-        own += tl.minimum(tl.maximum(keep - tied_before, 0), tied).to(tl.float32) * tl.load(weights + place)
-    else:
-        own *= _weight(top, base, warmth)
+    best, top, own, tied_before = _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL, NUCLEUS)
     own = own.to(tl.float64)
     sums = tl.cumsum(own, 0)
     target = tl.load(uniform + place) * tl.max(sums, 0)
@@ -311,15 +320,51 @@ def draw_kernel(
 
     ids = piece * LENGTH + inside
     logits = _read(row, ids, ids < size, ends, end, ENDS)
-    weight = _weight(logits, base, warmth)
+    weight = _weight(logits, _base(best), warmth)
     if NUCLEUS:
-        order = _order(logits)
-        equal = _at_edge(order, edge, step) & (ids < size)
-        number = equal.to(tl.int32)
-        is_kept = tl.cumsum(number, 0) - number + _at(tied_before, every, piece) < keep
-        weight = tl.where(_above(order, edge, step) | (equal & is_kept), weight, 0.0)
+        step = tl.full([], 1 << (32 - BITS), tl.uint32)
+        order, edge = _order(logits), tl.load(edges + place).to(tl.uint32, bitcast=True)
+        equal = (_at_edge(order, edge, step) & (ids < size)).to(tl.int32)
+        stays = tl.cumsum(equal, 0) - equal + _at(tied_before, every, piece) < tl.load(keeps + place)
+        weight = tl.where(_above(order, edge, step) | ((equal > 0) & stays), weight, 0.0)
     own = weight.to(tl.float64)
     sums = tl.cumsum(own, 0)
     entry = _reach(own, sums, tl.minimum(target, 1.0) * tl.max(sums, 0), LENGTH)
     entry = tl.where(greedy, tl.min(tl.where(logits == best, inside, LENGTH - 1), 0), entry)
     tl.store(token + place, tl.minimum(piece * LENGTH + entry, size - 1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def warp_kernel(
+    values, stride, rows, ends, joined, temperature, highest, mass, ties, edges, keeps, weights, probs,
+    size, pieces,
+    ENDS: tl.constexpr, LENGTH: tl.constexpr, PIECES: tl.constexpr, ALL: tl.constexpr, BITS: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+):  # fmt: skip
+    """The probabilities of one row."""
+    place = tl.program_id(0)
+    row = values + tl.load(rows + place).to(tl.int64) * stride
+    warmth = tl.load(temperature + place)
+    greedy = warmth <= 0
+    end = warmth
+    if ENDS > 0:
+        end = tl.load(joined + place)
+    best, _, own, _ = _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL, NUCLEUS)
+    total = tl.where(greedy, 1.0, tl.sum(own, 0))
+    keep, passed = tl.full([], 1, tl.int32), tl.full([], 0, tl.int32)  # of the highest, of a temperature of 0
+    if NUCLEUS:
+        keep = tl.where(greedy, 1, tl.load(keeps + place))
+        step = tl.full([], 1 << (32 - BITS), tl.uint32)
+        edge = tl.load(edges + place).to(tl.uint32, bitcast=True)
+    for start in range(0, size, PIECES * LENGTH):
+        ids = start + tl.arange(0, PIECES * LENGTH)
+        logits = _read(row, ids, ids < size, ends, end, ENDS)
+        above, equal = ids < size, ids < 0
+        if NUCLEUS:
+            order = _order(logits)
+            above, equal = _above(order, edge, step), _at_edge(order, edge, step) & (ids < size)
+        equal = tl.where(greedy, logits == best, equal).to(tl.int32)
+        stays = (equal > 0) & (tl.cumsum(equal, 0) - equal + passed < keep)
+        passed += tl.sum(equal, 0)
+        weight = tl.where(tl.where(greedy, stays, stays | above), _weight(logits, _base(best), warmth), 0.0)
+        tl.store(probs + place.to(tl.int64) * size + ids, weight / total, mask=ids < size)

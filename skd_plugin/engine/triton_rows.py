@@ -1,10 +1,11 @@
-"""The passes over rows of logits as one kernel each, for a GPU. What they find is `LogitRows`' to rounding.
+"""The passes over rows of logits as kernels (engine/triton_kernels.py), for a GPU. What they find is `LogitRows`' to
+rounding.
 
-`rank` reads the teacher's rows once. `sample` reads its rows once, and what it draws from once more; a nucleus takes a
-few passes, which write nothing. `look` reads the teacher's and the student's once: a row is cut into pieces (as
+`rank` reads the teacher's rows once. `look` reads the teacher's and the student's once: a row is cut into pieces (as
 in core/top_k.py), and of each piece come its highest entry and its mass, of the row what log-sum-exp, KL and entropies
-need. Everything else is short rows, in torch. Where torch makes a pass, or two, for each operator, nothing of the
-size of the logits is written.
+need. So does `sample`, which reads the piece that it draws from once more; `warp` reads its rows twice; a nucleus takes
+a few passes more. Everything else is short rows, in torch. Where torch makes a pass, or two, for each operator, nothing
+of the size of the logits is written, but for the probabilities of `warp`.
 
 Shapes: N rows, V entries, P pieces of L entries, K and C entries at the top of the teacher and of the student,
 X pieces that are looked into, E tokens that end a turn.
@@ -32,7 +33,10 @@ from skd_plugin.engine.triton_kernels import (
     nucleus_kernel,
     pieces_kernel,
     rank_kernel,
+    warp_kernel,
 )
+
+_WEIGHED = ENTRIES.value // 2  # entries of a row that a program of `_weigh` reads at once
 
 
 class TritonRows(LogitRows):
@@ -54,27 +58,43 @@ class TritonRows(LogitRows):
         return Seen(*map(torch.cat, zip(*seen, strict=True)))
 
     def sample(self, settings: SettingRows, model: Model, uniform_N: torch.Tensor) -> torch.Tensor:
-        count, size, device = len(uniform_N), self.vocab_size, uniform_N.device
-        token_N = torch.empty(count, dtype=torch.int64, device=device)
-        length = min(piece_len(size, 1), ENTRIES.value // 2)
-        pieces, at_once = triton.cdiv(size, length), ENTRIES.value // 2 // length
+        token_N = torch.empty(len(uniform_N), dtype=torch.int64, device=uniform_N.device)
+        seen, sizes, constants = self._weigh(settings, model)
+        draw_kernel[(len(uniform_N),)](*seen, uniform_N, token_N, *sizes, **constants)
+        return token_N
+
+    def warp(self, settings: SettingRows, model: Model) -> torch.Tensor:
+        probs_NV = torch.empty(len(self.rows_N), self.vocab_size, device=self.values_SV.device)
+        seen, sizes, constants = self._weigh(settings, model)
+        at_once = _WEIGHED // constants["LENGTH"]
+        warp_kernel[(len(probs_NV),)](*seen, probs_NV, *sizes, PIECES=at_once, **constants)
+        return probs_NV
+
+    def _weigh(
+        self, settings: SettingRows, model: Model
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int], dict[str, int]]:
+        """What a kernel that draws or normalises is given: tensors, V and P, constants."""
+        count, size, device = len(self.rows_N), self.vocab_size, self.values_SV.device
+        length = min(piece_len(size, 1), _WEIGHED)
+        pieces, at_once = triton.cdiv(size, length), _WEIGHED // length
         cut = {"ENDS": self._ends, "LENGTH": length, "num_warps": WARPS}
         whole = {"ALL": triton.next_power_of_2(pieces), "BITS": self._bits}
         row = *self._arguments(), getattr(settings, f"{model}_temperature")
-        highest_NP, mass_NP = of_pieces = tuple(torch.empty(count, pieces, device=device) for _ in range(2))
-        pieces_kernel[(count, triton.cdiv(pieces, at_once))](*row, *of_pieces, size, pieces, PIECES=at_once, **cut)
+        highest_NP, mass_NP = (torch.empty(count, pieces, device=device) for _ in range(2))
+        pieces_kernel[(count, triton.cdiv(pieces, at_once))](
+            *row, highest_NP, mass_NP, size, pieces, PIECES=at_once, **cut
+        )
         truncated = settings.values(f"{model}_top_p") != {1.0}
-        kept: tuple[torch.Tensor, ...] = (mass_NP, *[token_N] * 4)  # of the four nothing is read
+        kept: tuple[torch.Tensor, ...] = (mass_NP,) * 5  # of the last four nothing is read
         if truncated:
             above_NP, ties_NP = torch.empty_like(mass_NP), torch.empty_like(mass_NP, dtype=torch.int32)
             edge_N, keep_N = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
             kept = above_NP, ties_NP, edge_N, keep_N, torch.empty(count, device=device)
             top_p_N = getattr(settings, f"{model}_top_p")
-            nucleus_kernel[(count,)](*row, top_p_N, *of_pieces, *kept, size, pieces, PIECES=at_once, **cut, **whole)
-        draw_kernel[(count,)](
-            *row, uniform_N, highest_NP, *kept, token_N, size, pieces, NUCLEUS=truncated, **cut, **whole
-        )
-        return token_N
+            nucleus_kernel[(count,)](
+                *row, top_p_N, highest_NP, mass_NP, *kept, size, pieces, PIECES=at_once, **cut, **whole
+            )
+        return (*row, highest_NP, *kept), (size, pieces), {**cut, **whole, "NUCLEUS": truncated}
 
     @property
     def _bits(self) -> int:

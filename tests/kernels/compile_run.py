@@ -57,6 +57,9 @@ def main() -> None:
                 sizes[name] = size_of(kernels.nucleus_kernel, logits, capability, **whole, PIECES=2)
                 name = f"draw, {logits}, {card}, {ends} end tokens"
                 sizes[name] = size_of(kernels.draw_kernel, logits, capability, **whole, NUCLEUS=ends > 0)
+                whole |= {"PIECES": 2, "NUCLEUS": ends == 0}
+                name = f"warp, {logits}, {card}, {ends} end tokens"
+                sizes[name] = size_of(kernels.warp_kernel, logits, capability, **whole)
     print(json.dumps(sizes))
 
 

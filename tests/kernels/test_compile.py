@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.kernels import compile_run
 
-CONSTANTS = 8  # of rank, of two kinds of look, of pieces, of two kinds of nucleus and of draw
+CONSTANTS = 10  # of rank, of two kinds of look, of pieces, of two kinds of nucleus, of draw and of warp
 
 
 def test_they_compile_for_gpus(tmp_path: Path) -> None:

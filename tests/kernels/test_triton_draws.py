@@ -11,7 +11,7 @@ from scipy import stats
 
 from skd_plugin.core import rng
 from skd_plugin.core.logit_rows import LogitRows
-from skd_plugin.core.sampling import SamplingSettings, SettingRows, warp_of
+from skd_plugin.core.sampling import SamplingSettings, SettingRows
 from skd_plugin.engine.kernels import off
 from skd_plugin.engine.triton_rows import TritonRows
 from tests.unit.test_sampling import P_VALUE, slow_warp
@@ -44,15 +44,18 @@ def test_as_torch(vocab_size: int, dtype: torch.dtype, ends: list[int] | None) -
     ends_E = None if ends is None else torch.tensor(ends, device=DEVICE)
     for model in ("student", "teacher"):
         given = warped(KINDS), model, noise(len(KINDS), vocab_size)
-        token_N = TritonRows(values, order, ends_E).sample(*given)
-        assert off(token_N, warp_of(LogitRows(values, order, ends_E).read(), *given[:2]), given[2]) < 1e-6
+        ours, probs_NV = TritonRows(values, order, ends_E), LogitRows(values, order, ends_E).warp(*given[:2])
+        assert off(ours.sample(*given), probs_NV, given[2]) < 1e-6
+        torch.testing.assert_close(ours.warp(*given[:2]), probs_NV, atol=1e-6, rtol=1e-5)
 
 
 def test_a_vocabulary_of_a_real_model() -> None:
     kinds = [(1.0, 1.0), (0.5, 0.5), (1.0, 0.95)]
     values = torch.randn(len(kinds), 151_936, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16().to(DEVICE)
     given = warped(kinds), "student", noise(len(kinds), 1)
-    assert off(TritonRows.of(values).sample(*given), warp_of(values, *given[:2]), given[2]) < 1e-6
+    probs_NV = LogitRows.of(values).warp(*given[:2])
+    assert off(TritonRows.of(values).sample(*given), probs_NV, given[2]) < 1e-6
+    torch.testing.assert_close(TritonRows.of(values).warp(*given[:2]), probs_NV, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "count"), [(1.0, 1.0, 1000), (0.7, 0.8, 300)])
@@ -86,6 +89,8 @@ def test_any_row(values: list[int], temperature: float, top_p: float, number: fl
     uniform = torch.tensor([number], dtype=torch.float64, device=DEVICE)
     token = int(rows.sample(warped([(temperature, top_p)]), "student", uniform))
     expected = slow_warp(row, temperature, top_p)
+    found = rows.warp(warped([(temperature, top_p)]), "student")[0]
+    np.testing.assert_allclose(found.cpu().numpy(), expected, atol=1e-6)
     assert expected[token] > 0
     up_to = expected.cumsum()[token]
     assert up_to - expected[token] - 1e-6 <= number <= up_to + 1e-6

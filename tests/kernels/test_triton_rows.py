@@ -221,6 +221,7 @@ def test_nothing_waits_for_the_device(ends: list[int] | None) -> None:
         ours.look(TritonRows(student, rows), token_N, Wanted(64, 10, 64, 3, 2.0))
         ours.rank(token_N)
         ours.sample(warped, "student", token_N.double() / 900)
+        ours.warp(warped, "teacher")
     assert not seen.waits, seen.waits
     with Counted() as seen:
         bool(token_N[0] > 0)
