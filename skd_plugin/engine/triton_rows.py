@@ -3,9 +3,9 @@ rounding.
 
 `rank` reads the teacher's rows once. `look` reads the teacher's and the student's once: a row is cut into pieces (as
 in core/top_k.py), and of each piece come its highest entry and its mass, of the row what log-sum-exp, KL and entropies
-need. So does `sample`, which reads the piece that it draws from once more; `warp` reads its rows twice; a nucleus takes
-a few passes more. Everything else is short rows, in torch. Where torch makes a pass, or two, for each operator, nothing
-of the size of the logits is written, but for the probabilities of `warp`.
+need. `sample` does so for its own rows, and reads the piece that it draws from once more; `warp` reads its rows twice;
+a nucleus takes a few passes more. Everything else is short rows, in torch. Where torch makes a pass, or two, for each
+operator, nothing of the size of the logits is written, but for the probabilities of `warp`.
 
 Shapes: N rows, V entries, P pieces of L entries, K and C entries at the top of the teacher and of the student,
 X pieces that are looked into, E tokens that end a turn.
