@@ -193,6 +193,7 @@ class SKDDrafter(DraftModelProposer):
         logits_BV = self.model.compute_logits(hidden_states)[:, : self._table.vocab_size]
         place, drafting.place = drafting.place, drafting.place + 1
         if drafting.logits_LBV is None:
+            assert logits_BV.shape[0] == drafting.position_LB.shape[1]
             drafting.logits_LBV = logits_BV.new_empty(len(drafting.position_LB), *logits_BV.shape)
         drafting.logits_LBV[place] = logits_BV
         if self._table.ends_E is not None:

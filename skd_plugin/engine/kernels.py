@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from importlib.util import find_spec
 
 import torch
@@ -67,22 +68,22 @@ def _apart(
     teacher_NV, student_NV = (torch.randn(ROWS, vocab_size, generator=generator).mul_(4).to(device) for _ in range(2))
     token_N = torch.randint(vocab_size, (ROWS,), generator=generator).to(device)
     uniform_N = torch.rand(ROWS, generator=generator, dtype=torch.float64).to(device)
-    apart: dict[str, float] = {}
+    apart = defaultdict[str, list[float]](list)
     for kind in dict.fromkeys([torch.float32, dtype]):
         given = teacher_NV.to(kind), student_NV.to(kind), token_N, wanted
         for name, one, other in zip(Seen._fields, _figures(LogitRows, *given), _figures(rows, *given), strict=True):
             # Where many entries are as high as each other the student's last may be others, and so what is left, too.
             if name != "rest_N1" or kind == torch.float32:
-                apart[name] = max(apart.get(name, 0.0), (one.double() - other.double()).abs().max().item())
+                apart[name].append((one.double() - other.double()).abs().max().item())
         ranks_N = [some.of(given[0]).rank(token_N) for some in (LogitRows, rows)]
-        apart["rank"] = max(apart.get("rank", 0.0), (ranks_N[0] - ranks_N[1]).abs().max().item())
+        apart["rank"].append((ranks_N[0] - ranks_N[1]).abs().max().item())
         for settings in DRAWS:
             own, uniform_N = SettingRows.of([settings] * ROWS, device), uniform_N.flip(0)
             found, probs_NV = rows.of(given[0]), LogitRows.of(given[0]).warp(own, "student")
-            off_by = off(found.sample(own, "student", uniform_N), probs_NV, uniform_N)
-            apart["sample"] = max(apart.get("sample", 0.0), off_by)
-            apart["warp"] = max(apart.get("warp", 0.0), (found.warp(own, "student") - probs_NV).abs().max().item())
-    return apart
+            apart["sample"].append(off(found.sample(own, "student", uniform_N), probs_NV, uniform_N))
+            apart["warp"].append((found.warp(own, "student") - probs_NV).abs().max().item())
+    # Python's max would leave out what is no number.
+    return {name: torch.tensor(values).max().item() for name, values in apart.items()}
 
 
 def off(token_N: torch.Tensor, probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> float:

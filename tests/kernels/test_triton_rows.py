@@ -182,14 +182,16 @@ def test_they_are_compared_with_torch_at_the_start(monkeypatch: pytest.MonkeyPat
     assert rows_of("auto", torch.device("cpu"), torch.float32, 3000, wanted) is LogitRows
     assert rows_of("torch", torch.device("cuda"), torch.float32, 3000, wanted) is LogitRows
 
-    def wrong(self: TritonRows, student: LogitRows, token_N: torch.Tensor, wanted: Wanted) -> Seen:
-        seen = LogitRows.look(self, student, token_N, wanted)
-        return seen._replace(kl_N1=seen.kl_N1 + 0.01)
+    for by in (0.01, torch.nan):
 
-    with monkeypatch.context() as patched:
-        patched.setattr(TritonRows, "look", wrong)
-        with pytest.raises(RuntimeError, match=r"differ by 0.01 in kl_N1, of at most 0.001.*kernels: torch"):
-            rows_of("triton", DEVICE, torch.float32, 3000, wanted)
+        def wrong(self: TritonRows, student: LogitRows, token_N: torch.Tensor, wanted: Wanted, by: float = by) -> Seen:
+            seen = LogitRows.look(self, student, token_N, wanted)
+            return seen._replace(kl_N1=seen.kl_N1 + by)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(TritonRows, "look", wrong)
+            with pytest.raises(RuntimeError, match=rf"differ by {by} in kl_N1, of at most 0.001.*kernels: torch"):
+                rows_of("triton", DEVICE, torch.float32, 3000, wanted)
     with monkeypatch.context() as patched:
         patched.setattr(TritonRows, "rank", lambda self, token_N: token_N * 0)
         with pytest.raises(RuntimeError, match="in rank"):
