@@ -8,9 +8,10 @@ One engine a line, with a random teacher and a random student that keep every pr
 entries, length, the student's size, the vocabulary; last K, with which more or less is kept. Repeats take turns; a
 line's figure is its fastest one, because other work on a machine only adds.
 
-The cost model is that of scripts/time_model.py in what it says of work: FLOPs of both models' forwards, a constant of
-a forward, here for each layer, and one of a block. A CPU adds what is small on a GPU: rows of logits, keys and values.
-Its constants are fitted, each line is then predicted from constants fitted to all *others*, and that error is printed.
+The cost model is that of scripts/time_model.py in what it says of work: FLOPs of both models' forwards, the weights
+that they read, a constant of a forward, here for each layer. A CPU adds what is small on a GPU: rows of logits, keys
+and values, the search for a row's top, and what comes once a response, its prompt among it. Its constants are fitted,
+each line is then predicted from constants fitted to all *others*, and that error is printed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ BASE = Cell()
 MOVED: dict[str, tuple[int, ...]] = {
     "requests": (1, 4, 16, 64),
     "draft_len": (1, 2, 4, 8),
-    "entries": (4, 64, 1024),
+    "entries": (4, 64, 256, 1024),
     "length": (16, 64, 256, 512, 1024),
     "student": (64, 128, 192, 256),
     "vocab": (1024, 4096, 8192, 16384, 32768),
@@ -190,12 +191,13 @@ class Line:
         read = context * (teacher.kv_per_token * cell.requests + student.kv_per_token * drafted)
         layers = teacher.layers + cell.draft_len * student.layers
         weights = teacher.parameters + cell.draft_len * student.parameters
-        block = [flops, layers, weights, 1, cell.requests, cell.vocab * (checked + drafted), read]
-        return np.array(block) / tokens
+        block = [flops, layers, weights, cell.vocab * (checked + drafted), read]
+        short_rows = (cell.vocab * cell.entries) ** 0.5  # entries of those that core/top_k.py sorts
+        return np.array([*(each / tokens for each in block), short_rows, 1 / cell.length])
 
 
-CONSTANTS = ("a FLOP", "a layer's forward", "a weight that a forward reads", "a block", "a request of a block",
-             "an entry of logits", "a float of keys and values")  # fmt: skip
+CONSTANTS = ("a FLOP", "a layer's forward", "a weight that a forward reads", "an entry of logits",
+             "a float of keys and values", "an entry of a short row", "a response")  # fmt: skip
 
 
 def fit(lines: list[Line]) -> np.ndarray:
