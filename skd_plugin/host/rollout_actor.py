@@ -121,7 +121,7 @@ class SKDRollout(HostRollout):
         return (await call_worker(self.llm, "take_seconds"))[0]
 
     async def reset_prefix_cache(self) -> None:
-        await while_alive(self.llm, self.llm.reset_prefix_cache())
+        await while_alive(self.llm, super().reset_prefix_cache())
 
     async def sleep(self, level: int = 1) -> None:
         """Raises ValueError for level 2, which throws weights away: the trainer would send the student's again, but
@@ -131,7 +131,16 @@ class SKDRollout(HostRollout):
             raise ValueError(
                 f"the engine was sent to sleep at level {level}, at which its teacher would be lost; use 1"
             )
-        await super().sleep(level=level)
+        await while_alive(self.llm, super().sleep(level=level))
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        await while_alive(self.llm, super().wake_up(tags=tags))
+
+    async def pause_generation(self) -> None:
+        await while_alive(self.llm, super().pause_generation())
+
+    async def resume_generation(self) -> None:
+        await while_alive(self.llm, super().resume_generation())
 
     async def ask(self, key: str, calls: Sequence[dict[str, Any]]) -> None:
         """Begins with the responses to prompts; `calls` are arguments of `generate_responses`."""

@@ -233,6 +233,9 @@ SIGNATURES = [
      "prompt label sampling_params max_length hf_tokenizer num_samples images", "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/weight_sync.py"),
     (f"{ENGINE}:RolloutRayActor.sleep", "level", "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.wake_up", "tags", "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.pause_generation", "", "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.resume_generation", "", "host/rollout_actor.py"),
     ("openrlhf.utils.agent:AgentExecutorBase.execute",
      "prompt label sampling_params max_length hf_tokenizer llm_engine images", "host/turns.py"),
     (f"{WRAP}.init_process_group",
@@ -550,6 +553,7 @@ def test_an_engine_sleeps_at_the_level_that_keeps_its_weights(monkeypatch: pytes
 
     monkeypatch.setattr(HostRollout, "sleep", sleep)
     engine = object.__new__(SKDRollout)
+    engine.llm = None  # asked when a call takes long
     asyncio.run(engine.sleep())
     with pytest.raises(ValueError, match="at level 2, at which its teacher would be lost"):
         asyncio.run(engine.sleep(level=2))
