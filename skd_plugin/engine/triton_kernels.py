@@ -14,6 +14,15 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of an end token whose probabili
 
 
 @triton.jit
+def _row(values, stride, rows, joined, place, ENDS: tl.constexpr):
+    """Where a row begins, and what its end tokens have together, if they are joined."""
+    end = 0.0
+    if ENDS > 0:
+        end = tl.load(joined + place)
+    return values + tl.load(rows + place).to(tl.int64) * stride, end
+
+
+@triton.jit
 def _read(row, ids, inside, ends, joined, ENDS: tl.constexpr):
     """Logits in float32, end tokens as one."""
     values = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
@@ -26,16 +35,13 @@ def _read(row, ids, inside, ends, joined, ENDS: tl.constexpr):
 @triton.jit
 def rank_kernel(values, stride, rows, ends, joined, token, own, rank, size, ENDS: tl.constexpr):
     place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
+    row, end = _row(values, stride, rows, joined, place, ENDS)
     mine, my_id = tl.load(own + place), tl.load(token + place)
-    my_end = mine
-    if ENDS > 0:
-        my_end = tl.load(joined + place)
     before = tl.zeros([ENTRIES], tl.int32)
     for start in range(0, size, ENTRIES):
         ids = start + tl.arange(0, ENTRIES)
         inside = ids < size
-        logits = _read(row, ids, inside, ends, my_end, ENDS)
+        logits = _read(row, ids, inside, ends, end, ENDS)
         before += (inside & ((logits > mine) | ((logits == mine) & (ids < my_id)))).to(tl.int32)
     tl.store(rank + place, tl.sum(before, 0))
 
@@ -73,14 +79,9 @@ def look_kernel(
 ):  # fmt: skip
     """One row. Sums are kept apart for each of PIECES lanes, relative to the highest logit that the lane has met."""
     place = tl.program_id(0)
-    teacher_row = teacher + tl.load(teacher_rows + place).to(tl.int64) * teacher_stride
-    student_row = student + tl.load(student_rows + place).to(tl.int64) * student_stride
+    teacher_row, teacher_end = _row(teacher, teacher_stride, teacher_rows, teacher_joined, place, ENDS)
+    student_row, student_end = _row(student, student_stride, student_rows, student_joined, place, STUDENT_ENDS)
     shift = tl.load(shifts + place)
-    teacher_end, student_end = shift, shift
-    if ENDS > 0:
-        teacher_end = tl.load(teacher_joined + place)
-    if STUDENT_ENDS > 0:
-        student_end = tl.load(student_joined + place)
 
     highest = tl.full([PIECES], float("-inf"), tl.float32)
     own_highest = tl.full([PIECES], float("-inf"), tl.float32)
@@ -149,10 +150,7 @@ def pieces_kernel(
 ):  # fmt: skip
     """Of PIECES pieces of a row the highest logit of each, and its mass relative to it."""
     place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
-    end = tl.load(temperature + place)
-    if ENDS > 0:
-        end = tl.load(joined + place)
+    row, end = _row(values, stride, rows, joined, place, ENDS)
     piece = tl.program_id(1) * PIECES + tl.arange(0, PIECES)
     ids = piece[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
     logits = _read(row, ids, ids < size, ends, end, ENDS)
@@ -183,25 +181,16 @@ def nucleus_kernel(
     adds up what is above the edge.
     """
     place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
+    row, end = _row(values, stride, rows, joined, place, ENDS)
     warmth, share = tl.load(temperature + place), tl.load(top_p + place)
-    end = warmth
-    if ENDS > 0:
-        end = tl.load(joined + place)
-
-    every = tl.arange(0, ALL)
-    at_row = place.to(tl.int64) * pieces
-    top = tl.load(highest + at_row + every, mask=every < pieces, other=float("-inf"))
-    best = tl.max(top, 0)
-    base = _base(best)
-    own = tl.load(mass + at_row + every, mask=every < pieces, other=0.0)
-    total = tl.sum(own * _weight(top, base, warmth), 0)
+    best, _, own, _ = _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL, False)
+    base, total = _base(best), tl.sum(own, 0)
     target = share * total
+    at_row = place.to(tl.int64) * pieces
 
     # Were all entries that weigh less than the share outside, spread over all of them, they would not be as much.
-    step = tl.full([], 1 << (32 - BITS), tl.uint32)
     least = base + tl.where(warmth <= 0, 1.0, warmth) * tl.log(tl.maximum((1 - share) * total / size / 2, 1e-38))
-    edge = tl.where(share < 1, _order(least) // step * step, 0)
+    edge = tl.where(share < 1, _order(least) >> (32 - BITS) << (32 - BITS), 0)
     digit = tl.arange(0, 16)
     width = tl.full([], 1 << 28, tl.uint32)
     for _ in range(0, tl.where(share < 1, BITS // 4, 0)):
@@ -231,8 +220,8 @@ def nucleus_kernel(
             ids = piece[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
             logits = _read(row, ids, ids < size, ends, end, ENDS)
             weight, order = _weight(logits, base, warmth), _order(logits)
-            equal = _at_edge(order, edge, step) & (ids < size)
-            sums = tl.sum(tl.where(_above(order, edge, step), weight, 0.0), 1)
+            equal = _at_edge(order, edge, BITS) & (ids < size)
+            sums = tl.sum(tl.where(_above(order, edge, BITS), weight, 0.0), 1)
             equals = tl.sum(equal.to(tl.int32), 1)
             at_edge = tl.maximum(at_edge, tl.max(tl.where(equal, weight, 0.0), 1))
         tl.store(above + at_row + piece, sums, mask=piece < pieces)
@@ -248,13 +237,13 @@ def nucleus_kernel(
 
 
 @triton.jit
-def _above(order, edge, step):
-    return (order >= edge) & (order - edge >= step)
+def _above(order, edge, BITS: tl.constexpr):
+    return (order >= edge) & (order - edge >> (32 - BITS) > 0)
 
 
 @triton.jit
-def _at_edge(order, edge, step):
-    return (order >= edge) & (order - edge < step)
+def _at_edge(order, edge, BITS: tl.constexpr):
+    return (order >= edge) & (order - edge >> (32 - BITS) == 0)
 
 
 @triton.jit
@@ -301,12 +290,9 @@ def draw_kernel(
 ):  # fmt: skip
     """One token of a row: the number falls into a piece, and then to an entry of it."""
     place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
+    row, end = _row(values, stride, rows, joined, place, ENDS)
     warmth = tl.load(temperature + place)
     greedy = warmth <= 0
-    end = warmth
-    if ENDS > 0:
-        end = tl.load(joined + place)
 
     every, inside = tl.arange(0, ALL), tl.arange(0, LENGTH)
     best, top, own, tied_before = _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL, NUCLEUS)
@@ -322,11 +308,10 @@ def draw_kernel(
     logits = _read(row, ids, ids < size, ends, end, ENDS)
     weight = _weight(logits, _base(best), warmth)
     if NUCLEUS:
-        step = tl.full([], 1 << (32 - BITS), tl.uint32)
         order, edge = _order(logits), tl.load(edges + place).to(tl.uint32, bitcast=True)
-        equal = (_at_edge(order, edge, step) & (ids < size)).to(tl.int32)
+        equal = (_at_edge(order, edge, BITS) & (ids < size)).to(tl.int32)
         stays = tl.cumsum(equal, 0) - equal + _at(tied_before, every, piece) < tl.load(keeps + place)
-        weight = tl.where(_above(order, edge, step) | ((equal > 0) & stays), weight, 0.0)
+        weight = tl.where(_above(order, edge, BITS) | ((equal > 0) & stays), weight, 0.0)
     own = weight.to(tl.float64)
     sums = tl.cumsum(own, 0)
     entry = _reach(own, sums, tl.minimum(target, 1.0) * tl.max(sums, 0), LENGTH)
@@ -343,18 +328,14 @@ def warp_kernel(
 ):  # fmt: skip
     """The probabilities of one row."""
     place = tl.program_id(0)
-    row = values + tl.load(rows + place).to(tl.int64) * stride
+    row, end = _row(values, stride, rows, joined, place, ENDS)
     warmth = tl.load(temperature + place)
     greedy = warmth <= 0
-    end = warmth
-    if ENDS > 0:
-        end = tl.load(joined + place)
     best, _, own, _ = _whole(place, warmth, highest, mass, ties, keeps, weights, pieces, ALL, NUCLEUS)
     total = tl.where(greedy, 1.0, tl.sum(own, 0))
     keep, passed = tl.full([], 1, tl.int32), tl.full([], 0, tl.int32)  # of the highest, of a temperature of 0
     if NUCLEUS:
         keep = tl.where(greedy, 1, tl.load(keeps + place))
-        step = tl.full([], 1 << (32 - BITS), tl.uint32)
         edge = tl.load(edges + place).to(tl.uint32, bitcast=True)
     for start in range(0, size, PIECES * LENGTH):
         ids = start + tl.arange(0, PIECES * LENGTH)
@@ -362,7 +343,7 @@ def warp_kernel(
         above, equal = ids < size, ids < 0
         if NUCLEUS:
             order = _order(logits)
-            above, equal = _above(order, edge, step), _at_edge(order, edge, step) & (ids < size)
+            above, equal = _above(order, edge, BITS), _at_edge(order, edge, BITS) & (ids < size)
         equal = tl.where(greedy, logits == best, equal).to(tl.int32)
         stays = (equal > 0) & (tl.cumsum(equal, 0) - equal + passed < keep)
         passed += tl.sum(equal, 0)
