@@ -98,7 +98,7 @@ class RolloutConfig(Section):
             {
                 "auto": "triton on a GPU where it is installed, else torch",
                 "torch": "PyTorch's operators",
-                "triton": "kernels that write nothing of the logits' size; compared with torch at the start",
+                "triton": "kernels that make few passes over the logits; compared with torch at the start",
             }
         ),
     )
