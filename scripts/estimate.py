@@ -310,7 +310,7 @@ def scale_table(plan: Plan, gpu: Gpu, acceptance: float, length: float) -> list[
             str(gpus),
             f"{responses:,}, {tokens:,}",
             f"{time.rollout:.1f} + {time.train:.1f} + {time.sync:.1f} s",
-            f"{controller_seconds(responses, tokens):.1f} s",
+            f"{controller_seconds(responses):.1f} s",
             f"{controller_bytes(responses, tokens) / 1e6:,.0f} MB",
             f"{tokens * TRACE_BYTES / nodes / 1e6:,.0f} MB",
             f"{tokens * TRACE_BYTES / 1e6:,.0f} MB",

@@ -45,11 +45,8 @@ STEP_S = 1.0  # of Ray, OpenRLHF's loop, prompts and metrics, a step
 
 # What a step's traces cost, measured by scripts/bench_traces.py on one core of an AMD EPYC (docs/gpus.md).
 TRACE_BYTES = 562  # of a response token with 64 teacher entries, in the object store
-CONTROLLER_S = (
-    3.2e-3,
-    1e-6,
-)  # of a response, and of each of its tokens: the controller's CPU time, OpenRLHF's part in it
-CONTROLLER_BYTES = 3700, 47  # likewise: what it reads and writes
+CONTROLLER_S = 2.1e-3  # of a response: the controller's CPU time at 4,096 responses a step, OpenRLHF's part in it
+CONTROLLER_BYTES = 3700, 47  # of a response, and of each of its tokens: what it reads and writes
 
 
 def tokens_per_block(acceptance: float, draft_len: int) -> float:
@@ -156,12 +153,11 @@ def sync_seconds(student: ModelSize, gpu: Gpu, *, across_nodes: bool) -> float:
     return student.weights(2) / (NETWORK if across_nodes else gpu.link)
 
 
-def controller_seconds(responses: int, tokens: int) -> float:
+def controller_seconds(responses: int) -> float:
     """CPU time of the one process that all responses of a step go through: it makes OpenRLHF's samples and batches of
-    them. `tokens`: of all responses.
+    them.
     """
-    of_response, of_token = CONTROLLER_S
-    return responses * of_response + tokens * of_token
+    return responses * CONTROLLER_S
 
 
 def controller_bytes(responses: int, tokens: int) -> int:
