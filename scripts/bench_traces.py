@@ -4,13 +4,14 @@
     python scripts/bench_traces.py --responses 16 --hidden 4096    # with the teacher's hidden states (bfloat16)
 
 Engines and policy actors are stand-ins that make traces at random and join them to micro-batches; between them are
-OpenRLHF's and our own code: responses to Experience, a step's metrics, batches, and RayActorGroup's way to the actors.
+OpenRLHF's and our own code: prompts to the engines, responses to Experience, a step's metrics, batches, and the way of
+RayActorGroup to the actors.
 "stored": the engine's actor puts a trace into Ray's object store, the response refers to it. "carried": the trace is
 part of the response and of the batch, as before, and the controller joins all of them for the step's metrics.
 
 Each way is a process of its own, which is the controller. Bytes are those of the messages that it reads and writes, as
 Ray counts them. Memory is what the step adds to it: its own (anonymous), and the highest resident size, which counts
-the pages of the object store that it looks at. Time is from the first response to the last batch at the actors:
+the pages of the object store that it looks at. Time is from the first prompt to the last batch at the actors:
 wall time, and CPU time of the controller alone.
 """
 
@@ -31,9 +32,13 @@ os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")  # as in a run
 import ray
 import torch
 
+from skd_plugin.config.teacher import ONLY
 from skd_plugin.core.metrics import figures_of, rollout_metrics
 from skd_plugin.core.trace import Trace
+from skd_plugin.host.asked import Asking, Begun, SampledBy
+from skd_plugin.host.garbage import keep_what_is_there, look_less_often
 from skd_plugin.host.trace_store import TRACE_KEY, StoredTrace, fetch
+from skd_plugin.seams import rebind
 
 DRAFT_LEN, PROMPT, MICRO_BATCH = 5, 16, 2
 WAYS = ("carried", "stored")
@@ -68,8 +73,18 @@ class Engine:
     def __init__(self, options: argparse.Namespace) -> None:
         self._stored = options.run == "stored"
         self._trace = make_trace(options.tokens, options.top_k, options.hidden)
+        self._begun = Begun()
 
-    def generate_responses(self) -> list[dict[str, Any]]:
+    async def get_num_unfinished_requests(self) -> int:
+        return 0
+
+    async def ask(self, key: str, calls: list[dict[str, Any]]) -> None:
+        await self._begun.begin(key, self._respond, calls)
+
+    async def responses(self, key: str, prompts: int) -> list[dict[str, Any]]:
+        return await self._begun.take(key, prompts)
+
+    async def _respond(self, **_: Any) -> list[dict[str, Any]]:
         ids = self._trace.response_ids.tolist()
         return [
             {
@@ -98,15 +113,26 @@ class Policy:
         return tokens
 
 
+class Tokenizer:
+    pad_token_id = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[[1] * PROMPT for _ in texts])
+
+
 def step(options: argparse.Namespace, engines: list[Any], actors: list[Any]) -> dict[str, float]:
     """A step of the controller; what it read and wrote."""
-    samples = []
-    pending = [engines[number % len(engines)].generate_responses.remote() for number in range(options.responses)]
-    generator, maker = parts_of_a_run()
-    while pending:
-        ready, pending = ray.wait(pending)
-        for response in ray.get(ready[0]):
-            samples.append(generator._process_response_into_experience(response, max_len=PROMPT + options.tokens))
+    generator, maker = parts_of_a_run(engines)
+    rule: Any = None
+    asking = Asking(SampledBy(rule, 0))
+    samples, _, _ = generator._generate_vllm(
+        dataloader_iter=iter([(["data"], ["p"], [""], [None])] * options.responses),
+        num_prompts=options.responses,
+        dynamic_filtering=False,
+        max_len=PROMPT + options.tokens,
+        max_new_tokens=options.tokens,
+        asking=asking,
+    )
     traces = [sample.info[TRACE_KEY][0] for sample in samples]
     if options.run == "stored":
         metrics = rollout_metrics([trace.figures for trace in traces])
@@ -115,25 +141,30 @@ def step(options: argparse.Namespace, engines: list[Any], actors: list[Any]) -> 
         metrics = rollout_metrics([figures_of(Trace.join(traces), DRAFT_LEN)])
         batches = maker.split_rollout_samples(samples)
     ray.get(group_of(actors).async_run_method_batch(method_name="append", experience=batches))
-    read = size(ray.get(engines[0].generate_responses.remote())) * options.responses
+    ray.get(engines[0].ask.remote("one more", [{}]))
+    read = size(ray.get(engines[0].responses.remote("one more", 1))) * options.responses
     return {"read": read, "written": size(batches), "kl": metrics["skd/kl"]}
 
 
-def parts_of_a_run() -> tuple[Any, Any]:
+def parts_of_a_run(engines: list[Any]) -> tuple[Any, Any]:
     """OpenRLHF's sample generator and experience maker as a run without rewards has them."""
-    from skd_plugin.host.samples import RewardFreeExperienceMaker, SKDSamplesGenerator
+    from openrlhf.trainer.ppo_utils import samples_generator
 
+    from skd_plugin.host.samples import CalmBar, RewardFreeExperienceMaker, SKDSamplesGenerator, _Teacher
+
+    rebind(samples_generator, "tqdm", CalmBar)
     args = SimpleNamespace(
         train=SimpleNamespace(dynamic_batch_enable=False),
-        rollout=SimpleNamespace(micro_batch_size=MICRO_BATCH),
-        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+        rollout=SimpleNamespace(micro_batch_size=MICRO_BATCH, n_samples_per_prompt=1),
+        algo=SimpleNamespace(
+            advantage=SimpleNamespace(estimator="reinforce", is_correction_level="off"), dynamic_filtering_enable=False
+        ),
     )
-    strategy, tokenizer = SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
+    strategy, tokenizer = SimpleNamespace(args=args), Tokenizer()
     plan: Any = None
-    return (
-        SKDSamplesGenerator(strategy, None, None, tokenizer, [], plan=plan, seed=0),
-        RewardFreeExperienceMaker(None, None, None, None, None, strategy, tokenizer),
-    )
+    generator = SKDSamplesGenerator(strategy, None, None, tokenizer, engines, plan=plan, seed=0)
+    generator._teachers = {ONLY: _Teacher(None, frozenset(), engines)}
+    return generator, RewardFreeExperienceMaker(None, None, None, None, None, strategy, tokenizer)
 
 
 def group_of(actors: list[Any]) -> Any:
@@ -183,6 +214,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     )  # fmt: skip
     engines = [ray.remote(Engine).remote(options) for _ in range(options.engines)]
     actors = [ray.remote(Policy).remote() for _ in range(options.actors)]
+    keep_what_is_there(), look_less_often()
     warm_up = argparse.Namespace(**vars(options) | {"responses": 2 * len(actors)})
     step(warm_up, engines, actors)
     ray.get([actor.fit.remote() for actor in actors])

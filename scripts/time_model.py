@@ -45,7 +45,8 @@ STEP_S = 1.0  # of Ray, OpenRLHF's loop, prompts and metrics, a step
 
 # What a step's traces cost, measured by scripts/bench_traces.py on one core of an AMD EPYC (docs/gpus.md).
 TRACE_BYTES = 562  # of a response token with 64 teacher entries, in the object store
-CONTROLLER_S = 2.1e-3  # of a response: the controller's CPU time at 4,096 responses a step, OpenRLHF's part in it
+CONTROLLER_S = 0.54e-3, 0.5e-3  # of a response, and of a message of them: the controller's CPU time, OpenRLHF's in it
+MESSAGES = 512  # of a step's responses at most: AT_ONCE of host/asked.py
 CONTROLLER_BYTES = 3700, 47  # of a response, and of each of its tokens: what it reads and writes
 
 
@@ -157,7 +158,8 @@ def controller_seconds(responses: int) -> float:
     """CPU time of the one process that all responses of a step go through: it makes OpenRLHF's samples and batches of
     them.
     """
-    return responses * CONTROLLER_S
+    of_response, of_message = CONTROLLER_S
+    return responses * of_response + min(responses, MESSAGES) * of_message
 
 
 def controller_bytes(responses: int, tokens: int) -> int:

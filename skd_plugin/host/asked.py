@@ -4,7 +4,9 @@ OpenRLHF hands a prompt on to an engine's actor as it is, so what travels with i
 an engine may have requests of several steps, or of a step and an evaluation, under way.
 
 OpenRLHF sends an engine one message a prompt. Of 64 the last comes 50 ms after the first, while the engine samples for
-the few that are there. Here an engine's prompts go in one message and reach it together (`Gathered`, `Begun`).
+the few that are there. Here an engine's prompts go in one message and reach it together (`Gathered`, `Begun`). Nor do
+the responses come one by one: whenever OpenRLHF waits for one, Ray looks at all that are left, which for 4,096 took
+half of the controller's time.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import ray
 
 from skd_plugin.engine.sampling_rule import SamplingRule
+
+AT_ONCE = 512  # messages of responses that the controller waits for
+
+Respond = Callable[..., Awaitable[list[Any]]]
 
 # Of the event loop: in fewer a request of OpenRLHF's single-turn executor has reached the engine. The messages that
 # wait for the responses come behind it then; Ray takes them in other threads, which would hold this one up.
@@ -77,40 +84,69 @@ class Gathered:
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._key = engine, uuid.uuid4().hex
-        self._calls: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
         self.get_num_unfinished_requests = engine.get_num_unfinished_requests
-        self.generate_responses = SimpleNamespace(remote=self._gather)
-
-    def _gather(self, **call: Any) -> tuple[Gathered, int]:
-        self._calls.append(call)
-        return self, len(self._calls) - 1
+        self.generate_responses = SimpleNamespace(remote=lambda **call: self.calls.append(call))
 
     def ask(self) -> ray.ObjectRef:
         """Sends the calls; what is returned has arrived when the engine has begun with them."""
-        return self._engine.ask.remote(self._key, self._calls)
+        return self._engine.ask.remote(self._key, self.calls)
 
-    def response(self, number: int) -> ray.ObjectRef:
-        """Of a call that the engine has begun with, for which it is asked once."""
-        return self._engine.responses.remote(self._key, number)
+    def answers(self, most: int) -> list[ray.ObjectRef]:
+        """Responses to all calls, one or more, which the engine has begun with, in messages of about as many calls
+        each: those that end first in the first, and so on. To be called once.
+
+        Args:
+            most: messages, 1 or more.
+        """
+        number = min(most, len(self.calls))
+        ends = [len(self.calls) * place // number for place in range(number + 1)]
+        return [self._engine.responses.remote(self._key, end - start) for start, end in pairwise(ends)]
 
 
 class Begun:
     """At the engine's end: the calls that came together, until they are answered."""
 
     def __init__(self) -> None:
-        self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
+        self._messages: dict[str, _Calls] = {}
 
-    async def begin(self, key: str, respond: Callable[..., Awaitable[Any]], calls: Sequence[dict[str, Any]]) -> None:
-        async def answer(call: dict[str, Any]) -> Any:  # what is wrong with a call is told to who waits for its answer
-            return await respond(**call)
-
-        for number, call in enumerate(calls):
-            self._tasks[key, number] = asyncio.create_task(answer(call))
+    async def begin(self, key: str, respond: Respond, calls: Sequence[dict[str, Any]]) -> None:
+        self._messages[key] = _Calls(respond, calls)
         for _ in range(ROUNDS):
             await together()
 
-    async def take(self, key: str, number: int) -> Any:
-        return await self._tasks.pop((key, number))
+    async def take(self, key: str, number: int) -> list[Any]:
+        """Responses to the calls of a message that end next, so many."""
+        calls = self._messages[key]
+        try:
+            return await calls.next(number)
+        finally:
+            if not calls.left:
+                self._messages.pop(key, None)
+
+
+class _Calls:
+    """Of one message, as they end."""
+
+    def __init__(self, respond: Respond, calls: Sequence[dict[str, Any]]) -> None:
+        async def answer(call: dict[str, Any]) -> list[Any]:  # what is wrong with one is told to who takes it
+            return await respond(**call)
+
+        self.left = len(calls)
+        self._ended: asyncio.Queue[asyncio.Task[list[Any]]] = asyncio.Queue()
+        self._turn = asyncio.Lock()  # who asked first gets the first
+        self._under_way = [asyncio.create_task(answer(call)) for call in calls]
+        for task in self._under_way:
+            task.add_done_callback(self._ended.put_nowait)
+
+    async def next(self, number: int) -> list[Any]:
+        """Raises at once what one of them raised: it ends the run."""
+        responses = []
+        async with self._turn:
+            self.left -= number
+            for _ in range(number):
+                responses += (await self._ended.get()).result()
+        return responses
 
 
 async def together() -> None:

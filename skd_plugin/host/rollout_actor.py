@@ -146,9 +146,9 @@ class SKDRollout(HostRollout):
         """Begins with the responses to prompts; `calls` are arguments of `generate_responses`."""
         await self._begun.begin(key, self.generate_responses, calls)
 
-    async def responses(self, key: str, place: int) -> list[dict[str, Any]]:
-        """To one of the prompts that came with this key."""
-        return await self._begun.take(key, place)
+    async def responses(self, key: str, prompts: int) -> list[dict[str, Any]]:
+        """To so many of the prompts that came with this key: those that end next."""
+        return await self._begun.take(key, prompts)
 
     async def generate_responses(
         self, prompt: AskedPrompt, *, num_samples: int, hf_tokenizer: SentOnce, **kwargs: Any

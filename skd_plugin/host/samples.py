@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -20,7 +20,7 @@ from skd_plugin.config.schema import SKDConfig
 from skd_plugin.core.rng import derive_seed
 from skd_plugin.core.trace import Drawn
 from skd_plugin.engine.sampling_rule import RulePlan, SamplingRule
-from skd_plugin.host.asked import Asking, Gathered, SampledBy
+from skd_plugin.host.asked import AT_ONCE, Asking, Gathered, SampledBy
 from skd_plugin.host.batch import per_token
 from skd_plugin.host.sent_once import SentOnce
 from skd_plugin.host.teacher_prompts import TeacherForm, teacher_of, teacher_prompt, teachers_lengths
@@ -48,9 +48,13 @@ class _Teacher(NamedTuple):
 
 
 class CalmBar(tqdm):
-    """OpenRLHF's bar over the responses of a step, in host.log: ten times a second at most. OpenRLHF would draw it for
-    each response, which takes the controller as long as the response itself.
+    """OpenRLHF's bar over a step, in host.log: ten times a second at most. OpenRLHF would draw it for each message of
+    responses, which takes the controller as long as the message itself; and it would count them as prompts, of which
+    there may be more.
     """
+
+    def __init__(self, prompts: Iterable[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs, unit=" messages")
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         super().set_postfix(*args, **{**kwargs, "refresh": False})
@@ -138,29 +142,28 @@ class SKDSamplesGenerator(SamplesGenerator):
         self, prompts: list[str], labels: list[str], *, images: list[Any], asking: Asking, **kwargs: Any
     ) -> list[Any]:
         """OpenRLHF's, which hands on to the engines what it is given as prompts: those of each teacher to the engines
-        that have it, an engine's in one message. Results are in the prompts' order. The tokenizer that it gives to
+        that have it, an engine's in one message. Results are of several prompts each. The tokenizer that it gives to
         each call is sent once.
         """
         read = self.tokenizer([str(prompt) for prompt in prompts], add_special_tokens=False).input_ids
         for prompt, ids in zip(prompts, read, strict=True):
             self._check_length(prompt, len(ids), kwargs["max_len"], kwargs["max_new_tokens"] or 1)
         asked = asking.prompts(prompts)
-        answers: list[Any] = [None] * len(prompts)  # of each prompt its engine's `Gathered`, and its number there
         all_gathered: list[Gathered] = []
         for places, engines in self._dispatched(prompts):
             part = copy(self)
             part.vllm_engines, part.tokenizer = [Gathered(engine) for engine in engines], self._sent_tokenizer
-            handed_out = super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
+            super(SKDSamplesGenerator, part)._dispatch_prompts_to_vllm(
                 [asked[i] for i in places],
                 [labels[i] for i in places],
                 images=[images[i] for i in places],
                 **kwargs,
             )
-            for place, answer in zip(places, handed_out, strict=True):
-                answers[place] = answer
-            all_gathered += part.vllm_engines
+            all_gathered += [engine for engine in part.vllm_engines if engine.calls]
         ray.get([gathered.ask() for gathered in all_gathered])
-        return [gathered.response(number) for gathered, number in answers]
+        # Where OpenRLHF filters, it keeps or drops what comes in a message as one.
+        most = len(prompts) if self.args.algo.dynamic_filtering_enable else max(1, AT_ONCE // len(all_gathered))
+        return [answer for gathered in all_gathered for answer in gathered.answers(most)]
 
     def _dispatched(self, prompts: Sequence[str]) -> Iterator[tuple[list[int], list[Any]]]:
         """Places of the prompts of each teacher, with its engines."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,14 +28,19 @@ class Engine:
     def __init__(self) -> None:
         self.asked: list[AskedPrompt] = []
         self.messages = 0
-        self._calls: dict[str, list[dict[str, Any]]] = {}
+        self.answered: list[int] = []  # prompts in each message of responses
+        self._calls: dict[str, Iterator[dict[str, Any]]] = {}
         self.get_num_unfinished_requests = SimpleNamespace(remote=lambda: 0)
         self.ask = SimpleNamespace(remote=self._ask)
-        self.responses = SimpleNamespace(remote=lambda key, number: self._generate(**self._calls[key][number]))
+        self.responses = SimpleNamespace(remote=self._responses)
 
     def _ask(self, key: str, calls: list[dict[str, Any]]) -> None:
         self.messages += 1
-        self._calls[key] = calls
+        self._calls[key] = iter(calls)
+
+    def _responses(self, key: str, number: int) -> Any:
+        self.answered.append(number)
+        return [response for call in islice(self._calls[key], number) for response in self._generate(**call)]
 
     def _generate(self, *, prompt: AskedPrompt, num_samples: int, **_: Any) -> Any:
         self.asked.append(pickle.loads(pickle.dumps(prompt)))
@@ -107,6 +114,22 @@ def test_each_prompt_has_the_rule_and_the_seed_of_its_step_or_evaluation(generat
     assert engine.messages == 4, "prompts did not go in one message"
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+def test_responses_come_in_few_messages_but_one_by_one_where_each_is_filtered(
+    generator: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, filtered: bool
+) -> None:
+    """OpenRLHF means the scores of what comes in a message, to keep or drop all of it."""
+    from skd_plugin.host import samples as ours
+
+    monkeypatch.setattr(ours, "AT_ONCE", 2)
+    generator.args.rollout.batch_size = 5
+    generator.args.algo.dynamic_filtering_enable = filtered
+    generator.args.algo.dynamic_filtering_range = (0.0, 1.0)
+    samples, *_ = generator.generate_samples(max_len=16, max_new_tokens=4)
+    assert engine.answered == ([1] * 5 if filtered else [2, 3])
+    assert len(samples) == 5 * SAMPLES
+
+
 def test_the_bar_over_responses_is_not_drawn_for_each_of_them() -> None:
     from skd_plugin.host.samples import CalmBar
 
@@ -117,7 +140,7 @@ def test_the_bar_over_responses_is_not_drawn_for_each_of_them() -> None:
         bar.update()
     bar.close()
     first, last = (line for line in drawn.getvalue().split("\r") if line.strip())
-    assert "0/200" in first and "200/200" in last and "prompts_consumed=199" in last
+    assert "0 messages" in first and "200 messages" in last and "prompts_consumed=199" in last
 
 
 def test_responses_to_a_prompt_that_is_sent_twice_are_numbered_through() -> None:

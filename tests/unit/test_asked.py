@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from skd_plugin.host.asked import Begun, Gathered, together
 
@@ -20,33 +23,85 @@ def test_calls_are_gathered_and_sent_as_one() -> None:
     )
     one, other = Gathered(engine), Gathered(engine)
     assert one.get_num_unfinished_requests == "how many"
-    handed_out = [one.generate_responses.remote(prompt=prompt, label="") for prompt in ("a", "b")]
-    assert handed_out == [(one, 0), (one, 1)] and not sent
+    for prompt in "abcdefg":
+        one.generate_responses.remote(prompt=prompt, label="")
+    other.generate_responses.remote(prompt="z", label="")
+    assert not sent
     one.ask(), other.ask()
-    (key, calls), (other_key, none) = sent
-    assert [call["prompt"] for call in calls] == ["a", "b"] and none == []
+    (key, calls), (other_key, alone) = sent
+    assert [call["prompt"] for call in calls] == list("abcdefg") and len(alone) == 1
     assert key != other_key, "one message would take the answers of another"
-    assert [gathered.response(number) for gathered, number in handed_out] == [(key, 0), (key, 1)]
+    assert one.answers(3) == [(key, 2), (key, 2), (key, 3)]
+    assert one.answers(20) == [(key, 1)] * 7
+    assert other.answers(3) == [(other_key, 1)]
 
 
-def test_a_call_is_answered_whoever_else_fails() -> None:
-    async def respond(prompt: str) -> str:
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=12), st.integers(1, 12), st.randoms())
+def test_every_response_is_answered_once_in_the_order_in_which_they_end(
+    samples: list[int], most: int, random: Random
+) -> None:
+    """Args: samples: responses to each prompt."""
+
+    async def run() -> tuple[list[list[Any]], list[int]]:
+        may_end = [asyncio.Event() for _ in samples]
+
+        async def respond(prompt: int) -> list[tuple[int, int]]:
+            await may_end[prompt].wait()
+            return [(prompt, number) for number in range(samples[prompt])]
+
+        begun = Begun()
+        engine = SimpleNamespace(
+            get_num_unfinished_requests=None,
+            ask=SimpleNamespace(remote=lambda key, calls: begun.begin(key, respond, calls)),
+            responses=SimpleNamespace(remote=lambda key, number: asyncio.ensure_future(begun.take(key, number))),
+        )
+        gathered = Gathered(engine)
+        for prompt in range(len(samples)):
+            gathered.generate_responses.remote(prompt=prompt)
+        await gathered.ask()
+        answers, order = gathered.answers(most), list(range(len(samples)))
+        random.shuffle(order)
+        for place in order:
+            may_end[place].set()
+            for _ in range(5):
+                await together()
+            ended = order[: order.index(place) + 1]
+            arrived = [
+                prompt for answer in answers if answer.done() for prompt, number in answer.result() if not number
+            ]
+            assert arrived == ended[: len(arrived)]
+            assert len(ended) - len(arrived) < -(-len(samples) // most), "a message waits for more than its own"
+        found = await asyncio.gather(*answers)
+        assert not begun._messages, "answers are kept when they have been taken"
+        return found, order
+
+    answers, order = asyncio.run(run())
+    assert len(answers) == min(most, len(samples))
+    flat = [response for answer in answers for response in answer]
+    assert flat == [(prompt, number) for prompt in order for number in range(samples[prompt])]
+
+
+def test_a_message_says_at_once_what_failed_in_it() -> None:
+    async def respond(prompt: str) -> list[str]:
         if prompt == "bad":
             raise ValueError("a bad prompt")
-        return f"of {prompt}"
+        if prompt == "endless":
+            await asyncio.Event().wait()
+        return [f"of {prompt}"]
 
     async def run() -> list[Any]:
         begun = Begun()
-        await begun.begin("x", respond, [{"prompt": "good"}, {"prompt": "bad"}, {"question": "?"}])
-        await begun.begin("y", respond, [{"prompt": "later"}])
-        calls = [("y", 0), ("x", 2), ("x", 1), ("x", 0)]
+        await begun.begin("x", respond, [{"prompt": "good"}, {"prompt": "bad"}, {"prompt": "endless"}])
+        await begun.begin("y", respond, [{"question": "?"}])
+        calls = [("y", 1), ("x", 1), ("x", 2)]
         answers = await asyncio.gather(*(begun.take(*call) for call in calls), return_exceptions=True)
-        assert not begun._tasks, "answers are kept when they have been taken"
+        assert not begun._messages, "answers are kept when they have been taken"
         return answers
 
-    later, unknown, bad, good = asyncio.run(run())
-    assert (later, good) == ("of later", "of good")
-    assert "question" in str(unknown) and "a bad prompt" in str(bad)
+    unknown, good, bad = asyncio.run(asyncio.wait_for(run(), 30))
+    assert good == ["of good"]
+    assert isinstance(unknown, TypeError) and "question" in str(unknown)
+    assert isinstance(bad, ValueError) and "a bad prompt" in str(bad)
 
 
 @pytest.mark.parametrize("inside", [0, 3])
