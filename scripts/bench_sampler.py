@@ -178,12 +178,13 @@ class Step:
             for _ in range(self.options.draft_len)
         ]
         assert drafting.logits_LBV is not None
-        self.table.keep_proposals(self.ids, drafting.logits_LBV)
-        return torch.stack(tokens, dim=1)
+        token_BL = torch.stack(tokens, dim=1)
+        self.table.keep_proposals(self.ids, drafting.logits_LBV, token_BL)
+        return token_BL
 
-    def schedule(self, token_BL: torch.Tensor) -> None:
-        """vLLM's part between the two: its scheduler has the drafts in ordinary memory."""
-        self.table.schedule(dict(zip(self.ids, token_BL.tolist(), strict=True)))
+    def schedule(self) -> None:
+        """vLLM's part between the two: its scheduler knows how many drafts there are."""
+        self.table.schedule({name: [0] * self.options.draft_len for name in self.ids})
 
     def verify(self, token_BL: torch.Tensor) -> torch.Tensor:
         metadata: Any = SimpleNamespace(
@@ -210,13 +211,13 @@ def measure(step: Any, device: str, repeats: int) -> dict[str, Any]:
         start = synchronize(device)
         token_BL = step.draft()
         drafted = synchronize(device)
-        step.schedule(token_BL)
+        step.schedule()
         before = synchronize(device)
         step.verify(token_BL)
         times.append((drafted - start, synchronize(device) - before))
     with Counted() as draft:
         token_BL = step.draft()
-    step.schedule(token_BL)
+    step.schedule()
     with Counted() as verify:
         step.verify(token_BL)
     from skd_plugin.core.trace import Source, Trace
@@ -240,7 +241,7 @@ def peak(step: Any, device: str) -> int:
 
     def whole() -> None:
         token_BL = step.draft()
-        step.schedule(token_BL)
+        step.schedule()
         step.verify(token_BL)
 
     if device == "cuda":

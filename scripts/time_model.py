@@ -36,9 +36,9 @@ TRAINING_SHARE = 0.3  # of the FLOPs, in forward and backward of a small model i
 PINNED = 20e9  # bytes a second between a GPU and its node's pinned memory, one direction: PCIe 4, less its overhead
 NETWORK = 20e9  # bytes a second between nodes: 200 Gbit/s, less its overhead
 FORWARD_S = 1e-3  # of any forward in the engine, however small: kernels to start, in CUDA graphs
-BLOCK_S = (
-    8e-3  # of a block beside its forwards: scheduler, sampler and traces in Python, without asynchronous scheduling
-)
+# Of a block beside its forwards: scheduler, sampler and traces in Python. Some of it passes while the student drafts,
+# which is not taken off.
+BLOCK_S = 8e-3
 MICRO_BATCH_S = 0.1  # of a micro-batch beside its FLOPs: kernels to start, DeepSpeed's hooks
 UPDATE_S = 0.1  # of the optimizer beside its bytes
 STEP_S = 1.0  # of Ray, OpenRLHF's loop, prompts and metrics, a step

@@ -124,7 +124,7 @@ class SKDDrafter(DraftModelProposer):
                 **others,
             )
         assert drafting.logits_LBV is not None
-        self._table.keep_proposals(request_ids, drafting.logits_LBV)
+        self._table.keep_proposals(request_ids, drafting.logits_LBV, tokens_BL)
         return tokens_BL
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, torch.Tensor, Any]:

@@ -34,10 +34,17 @@ class InFlight:
     progress: Sequence[int] = (0, NOTHING, 0, 0)  # a column of `RequestRows.progress_4B`
 
 
-class Waiting(NamedTuple):
-    """The student's logits at a request's proposals, which wait for the teacher."""
+class Proposed(NamedTuple):
+    """What the student has proposed to B requests together, and its logits there."""
 
-    logits_LBV: torch.Tensor  # of all requests that were drafted together
+    logits_LBV: torch.Tensor
+    token_BL: torch.Tensor
+
+
+class Waiting(NamedTuple):
+    """A request's proposals, which wait for the teacher."""
+
+    among: Proposed
     row: int  # the request's place among these B
 
 
@@ -165,11 +172,22 @@ class RequestTable:
         drafts = [self._scheduled.get(request_id, ()) for request_id in request_ids]
         return [len(own) if own and own[0] >= 0 else 0 for own in drafts]
 
-    def keep_proposals(self, request_ids: Sequence[str], logits_LBV: torch.Tensor) -> None:
-        """The student's logits where it has proposed tokens. They wait for the teacher, and not always for the next
-        step: a request for which that has no room keeps its drafts, but vLLM forgets their distributions.
+    def keep_proposals(self, request_ids: Sequence[str], logits_LBV: torch.Tensor, token_BL: torch.Tensor) -> None:
+        """Tokens that the student has proposed, with its logits there. They wait for the teacher, and not always for
+        the next step: a request for which that has no room keeps its drafts, but vLLM forgets their distributions.
         """
-        self._waiting.update(zip(request_ids, map(Waiting, repeat(logits_LBV), range(len(request_ids))), strict=True))
+        proposed = Proposed(logits_LBV, token_BL)
+        self._waiting.update(zip(request_ids, map(Waiting, repeat(proposed), range(len(request_ids))), strict=True))
+
+    def drafts(
+        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor, place_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The proposals [N] that are verified now, on the device. Arguments and errors: see `take_proposals`."""
+        calls, call_N, row_N = self._calls(request_ids, counts, request_N)
+        stride_C = torch.tensor([call.token_BL.shape[1] for call in calls])
+        tokens = [call.token_BL.flatten() for call in calls]
+        gathered, order_N = self._gathered(tokens, call_N, row_N * stride_C[call_N] + place_N)
+        return gathered if len(calls) == 1 else gathered[to_device(order_N, self._device)]
 
     def take_proposals(
         self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor, place_N: torch.Tensor
@@ -185,8 +203,23 @@ class RequestTable:
         Raises:
             RuntimeError: vLLM scheduled drafts that the student did not propose; their distribution is unknown.
         """
-        sources: dict[int, torch.Tensor] = {}
-        source_B, row_B = [0] * len(counts), [0] * len(counts)
+        calls, call_N, row_N = self._calls(request_ids, counts, request_N)
+        for request_id, count in zip(request_ids, counts, strict=True):
+            if count:
+                del self._waiting[request_id]
+        stride_C = torch.tensor([call.logits_LBV.shape[1] for call in calls])
+        logits, at_N = [call.logits_LBV.flatten(0, 1) for call in calls], place_N * stride_C[call_N] + row_N
+        # Where some have waited longer than others, their rows are copied.
+        return (logits[0], at_N) if len(calls) == 1 else self._gathered(logits, call_N, at_N)
+
+    def _calls(
+        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor
+    ) -> tuple[list[Proposed], torch.Tensor, torch.Tensor]:
+        """With which call of the drafter the proposals came: the calls; of each proposal its call, and its request's
+        row in that, both int64 [N] in ordinary memory.
+        """
+        calls: list[Proposed] = []
+        call_B, row_B = [0] * len(counts), [0] * len(counts)
         for place, (request_id, count) in enumerate(zip(request_ids, counts, strict=True)):
             if not count:
                 continue
@@ -196,19 +229,25 @@ class RequestTable:
                     "engine's max_model_len is too small for its drafts. Start it with the arguments of "
                     "skd_plugin.engine.arguments."
                 )
-            logits_LBV, row_B[place] = self._waiting.pop(request_id)
-            source_B[place] = id(logits_LBV)
-            sources[source_B[place]] = logits_LBV
-        row_N = torch.tensor(row_B)[request_N]
-        if len(sources) == 1:
-            (logits_LBV,) = sources.values()
-            return logits_LBV.flatten(0, 1), place_N * logits_LBV.shape[1] + row_N
-        # Some have waited longer than others: only here are their rows copied.
-        source_N, copied, order = torch.tensor(source_B)[request_N], [], []
-        for key, logits_LBV in sources.items():
-            own = (source_N == key).nonzero().squeeze(1)
-            rows = place_N[own] * logits_LBV.shape[1] + row_N[own]
-            copied.append(logits_LBV.flatten(0, 1)[to_device(rows, self._device)])
+            among, row_B[place] = self._waiting[request_id]
+            call_B[place] = next((n for n, call in enumerate(calls) if call is among), len(calls))
+            if call_B[place] == len(calls):
+                calls.append(among)
+        return calls, torch.tensor(call_B)[request_N], torch.tensor(row_B)[request_N]
+
+    def _gathered(
+        self, rows_of_calls: list[torch.Tensor], call_N: torch.Tensor, at_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of several tensors in one, and the place there of each that was asked for, int64 [N].
+
+        Args:
+            call_N: the tensor in which each is.
+            at_N: and its place in that.
+        """
+        copied, order = [], []
+        for number, rows in enumerate(rows_of_calls):
+            own = (call_N == number).nonzero().squeeze(1)
+            copied.append(rows[to_device(at_N[own], self._device)])
             order.append(own)
         return torch.cat(copied), torch.cat(order).argsort()
 
@@ -297,6 +336,15 @@ class RequestTable:
             row_of={p.trace_id: row for row, p in enumerate(params)},
             progress_4B=torch.tensor([*chain(*(request.progress for request in requests))]).view(-1, 4).T.contiguous(),
         )
+
+
+def places(counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of so many proposals of each request: these numbers [B], the request of each proposal [N], and its place among
+    those of its request [N]; int64, in ordinary memory.
+    """
+    counts_B = torch.tensor(counts)
+    request_N = torch.arange(len(counts)).repeat_interleave(counts_B, output_size=sum(counts))
+    return counts_B, request_N, torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N]
 
 
 def not_finite(records: Iterable[Record]) -> FloatingPointError | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from skd_plugin.core.copies import to_device
@@ -19,7 +18,8 @@ from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.core.verify import Verdict, assemble_block, judge_groups
 from skd_plugin.engine.recorder import Part, Recorder
-from skd_plugin.engine.request_table import RequestRows, RequestTable
+from skd_plugin.engine.request_table import RequestRows, RequestTable, places
+from skd_plugin.engine.unread_drafts import Sampled
 
 
 class SKDSampler:
@@ -49,11 +49,11 @@ class SKDSampler:
         self._runner, self._table, self._recorder = runner, table, recorder
         self._hidden_SJ, self._rows = hidden_SJ, rows
 
-    def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+    def __call__(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> Sampled:
         with self._table.clock.part("sample"):
             return self._sample(logits, metadata)
 
-    def _sample(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+    def _sample(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> Sampled:
         request_ids = self._runner.input_batch.req_ids
         batch, counts = self._table.rows(request_ids), self._table.draft_counts(request_ids)
         width = 1 if metadata is None else self._runner.num_spec_tokens + 1
@@ -64,7 +64,7 @@ class SKDSampler:
         undrafted = [row for row, count in enumerate(counts) if not count]
         if undrafted:
             token_BL[undrafted, 0] = self._undrafted(batch, undrafted)
-        return SamplerOutput(sampled_token_ids=to_device(token_BL, logits.device), logprobs_tensors=None)
+        return Sampled(token_BL, logits.device)
 
     def _verify(
         self, batch: RequestRows, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]
@@ -75,9 +75,8 @@ class SKDSampler:
         keep (`judge_groups`), and for the verdict; once more where a response may be in a leg of the teacher. What is
         recorded arrives later.
         """
-        counts_B, scheduled_B = torch.tensor(counts), torch.tensor(metadata.num_draft_tokens)
-        request_N = torch.arange(len(counts)).repeat_interleave(counts_B, output_size=sum(counts))
-        place_N = torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N]
+        counts_B, request_N, place_N = places(counts)
+        scheduled_B = torch.tensor(metadata.num_draft_tokens)
         # Of all scheduled drafts, one a row and request by request: _calc_spec_decode_metadata.
         entry_N = (scheduled_B.cumsum(0) - scheduled_B)[request_N] + place_N
         student_SV, student_row_N = self._table.take_proposals(

@@ -20,6 +20,7 @@ from skd_plugin.engine.recorder import Record, Recorder
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
 from skd_plugin.engine.scheduler import seconds_of
+from skd_plugin.engine.unread_drafts import UnreadDrafts
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
@@ -89,6 +90,7 @@ class SKDWorker(RecordingWorker):
         )
         runner.drafter = SKDDrafter(self.vllm_config, runner.device, runner, self._skd_requests, self._skd_rows)
         runner._sample = SKDSampler(runner, self._skd_requests, self._skd_recorder, rows=self._skd_rows)
+        UnreadDrafts(runner, self._skd_requests)
         self._skd_hidden = options["skd_teacher_hidden"]
         self._skd_teacher_moves = options["skd_teacher_moves"]
 

@@ -41,6 +41,11 @@ HASHES = [  # vLLM code, hash, our file, what we assume of it
      "every token of the engine goes through one call of self._sample, before the drafter proposes"),
     (f"{RUNNER}._bookkeeping_sync", "8996e31d2657", "engine/sampler.py",
      "it drops the -1 entries and the discarded rows of what the sampler returns"),
+    (f"{RUNNER}._prepare_input_ids", "78e88c9bebd1", "engine/unread_drafts.py",
+     "where nothing was kept on the device it copies the host's inputs, into which ours then writes the drafts"),
+    (f"{RUNNER}._get_draft_token_ids_cpu", "ba5ab5706e8f", "engine/unread_drafts.py", "it waits for the drafts"),
+    (f"{SCHEDULER}.update_draft_token_ids", "b70aecf28692", "engine/unread_drafts.py",
+     "it keeps what it is told, and looks at it for structured outputs alone"),
     (f"{RUNNER}._calc_spec_decode_metadata", "4e97ff3297ee", "engine/sampler.py",
      "its indices pick the teacher's logits"),
     (f"{RUNNER}.propose_draft_token_ids", "5a5d20a973b9", "engine/drafter.py",
@@ -90,6 +95,12 @@ def test_source_is_the_one_that_was_read(path: str, expected: str, ours: str, be
 
 SIGNATURES = [
     (f"{RUNNER}._sample", "logits spec_decode_metadata", "engine/sampler.py"),
+    (f"{RUNNER}._prepare_input_ids", "scheduler_output num_reqs total_num_scheduled_tokens cu_num_tokens",
+     "engine/unread_drafts.py"),
+    (f"{RUNNER}._bookkeeping_sync",
+     "scheduler_output sampler_output logits hidden_states num_scheduled_tokens", "engine/unread_drafts.py"),
+    (f"{RUNNER}._get_draft_token_ids_cpu", "", "engine/unread_drafts.py"),
+    ("vllm.v1.outputs:SamplerOutput.__init__", "sampled_token_ids logprobs_tensors", "engine/unread_drafts.py"),
     (f"{DRAFTER}.__init__", "vllm_config device runner", "engine/drafter.py"),
     (f"{DRAFTER}._create_draft_vllm_config", "", "engine/drafter.py"),
     (f"{DRAFTER}._get_model", "", "engine/drafter.py"),
@@ -142,11 +153,11 @@ def test_signature(path: str, names: str, ours: str) -> None:
 @pytest.mark.parametrize(
     "name",
     "requests device drafter input_batch discard_request_mask use_async_scheduling num_spec_tokens model_config "
-    "speculative_config".split(),
+    "speculative_config input_ids prepare_inputs_event _draft_token_ids _draft_token_req_ids".split(),
 )
 def test_runner_has_the_attribute(name: str) -> None:
     assert name in attributes_set(find(f"{RUNNER}.__init__")), (
-        f"GPUModelRunner sets no {name} any more; revisit skd_plugin/engine/worker.py and engine/sampler.py"
+        f"GPUModelRunner sets no {name} any more; revisit skd_plugin/engine/worker.py, sampler.py and unread_drafts.py"
     )
 
 
@@ -178,7 +189,12 @@ def test_sampler_is_called_through_the_instance() -> None:
         for call in (n for n in ast.walk(method) if isinstance(n, ast.Call)):
             callers.setdefault(ast.unparse(call.func), set()).add(method.name)
     assert callers["self._sample"] == {"sample_tokens"}, "revisit skd_plugin/engine/worker.py"
-    assert "GPUModelRunner._sample" not in callers, "revisit skd_plugin/engine/worker.py"
+    ours = "revisit skd_plugin/engine/unread_drafts.py"
+    assert callers["self._prepare_input_ids"] == {"_prepare_inputs"}, ours
+    assert callers["self._bookkeeping_sync"] == {"sample_tokens"}, ours
+    assert callers["self._get_draft_token_ids_cpu"] == {"take_draft_token_ids", "_sample"}, ours
+    for name in ("_sample", "_prepare_input_ids", "_bookkeeping_sync", "_get_draft_token_ids_cpu"):
+        assert f"GPUModelRunner.{name}" not in callers, "revisit skd_plugin/engine/worker.py"
     for sampler in ("self.sampler", "self.rejection_sampler"):
         assert callers[sampler] <= {"_sample", "_dummy_sampler_run"}, "tokens come from another place; see sampler.py"
 
@@ -188,8 +204,49 @@ def test_cpu_runner_shares_the_code_that_we_replace() -> None:
 
     runner = find(RUNNER)
     assert issubclass(CPUModelRunner, runner), "revisit _check_runner in skd_plugin/engine/worker.py"
-    for name in ("_sample", "sample_tokens", "_bookkeeping_sync", "propose_draft_token_ids"):
+    for name in (
+        "_sample", "sample_tokens", "_bookkeeping_sync", "propose_draft_token_ids", "_prepare_input_ids",
+        "take_draft_token_ids", "_get_draft_token_ids_cpu",
+    ):  # fmt: skip
         assert getattr(CPUModelRunner, name) is getattr(runner, name), f"{name}; revisit skd_plugin/engine/sampler.py"
+
+
+OURS_OF_DRAFTS = "revisit skd_plugin/engine/unread_drafts.py"
+
+
+def test_bookkeeping_reads_the_tokens_and_log_probs_of_a_step_alone() -> None:
+    """It is given another record of them than the drafter."""
+    tree = tree_of(find(f"{RUNNER}._bookkeeping_sync"))
+    read = {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "sampler_output"
+    }
+    assert read == {"sampled_token_ids", "logprobs_tensors"}, OURS_OF_DRAFTS
+    source = inspect.getsource(find(f"{RUNNER}.sample_tokens"))
+    assert source.index("propose_draft_token_ids(sampled_token_ids)") < source.index("self._bookkeeping_sync("), (
+        f"drafts no longer wait for the bookkeeping: is anything left to gain? {OURS_OF_DRAFTS}"
+    )
+
+
+def test_scheduler_counts_drafts_and_reads_none() -> None:
+    tree = tree_of(find(f"{SCHEDULER}.update_from_output"))
+    drafts = "scheduled_spec_token_ids"
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == drafts and isinstance(n.ctx, ast.Load)]
+    counted = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n) == f"len({drafts})"]
+    tested = [n for n in ast.walk(tree) if isinstance(n, ast.If) and drafts in ast.unparse(n.test)]
+    assert len(uses) == len(counted) + len(tested) and counted, OURS_OF_DRAFTS
+
+
+def test_inputs_are_made_when_the_last_ones_have_left_pinned_memory() -> None:
+    """Where the runner has an event for it, as ours has on a GPU: else nobody would wait in a step without drafts."""
+    execute, prepare = (inspect.getsource(find(f"{RUNNER}.{name}")) for name in ("execute_model", "_prepare_inputs"))
+    assert execute.index("self.synchronize_input_prep()") < execute.index("self._prepare_inputs("), OURS_OF_DRAFTS
+    assert execute.index("self.synchronize_input_prep()") < execute.index("self._update_states("), OURS_OF_DRAFTS
+    wait = inspect.getsource(find(f"{RUNNER}.synchronize_input_prep"))
+    order = [wait.index(f"self.prepare_inputs_event.{call}()") for call in ("synchronize", "record")]
+    assert order == sorted(order), OURS_OF_DRAFTS
+    assert prepare.index("self._prepare_input_ids(") < prepare.index("self._calc_spec_decode_metadata("), (
+        OURS_OF_DRAFTS
+    )
 
 
 def test_a_kept_block_reads_as_its_tokens() -> None:
@@ -231,7 +288,7 @@ FIELDS = [
      "query_start_loc query_start_loc_cpu seq_lens num_actual_tokens max_query_len block_table_tensor slot_mapping "
      "_seq_lens_cpu seq_lens_cpu_upper_bound _num_computed_tokens_cpu _num_computed_tokens_cache "
      "_token_to_req_indices_cache", "engine/drafter.py"),
-    ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/sampler.py"),
+    ("vllm.v1.outputs:SamplerOutput", "sampled_token_ids logprobs_tensors", "engine/unread_drafts.py"),
     ("vllm.v1.worker.gpu_input_batch:CachedRequestState", "sampling_params", "engine/request_table.py"),
     ("vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids scheduled_spec_decode_tokens",
      "engine/worker.py"),
@@ -253,7 +310,7 @@ def test_sampler_output_needs_nothing_more() -> None:
     from vllm.v1.outputs import SamplerOutput
 
     required = [f.name for f in dataclasses.fields(SamplerOutput) if f.default is dataclasses.MISSING]
-    assert set(required) == {"sampled_token_ids", "logprobs_tensors"}, "revisit skd_plugin/engine/sampler.py"
+    assert set(required) == {"sampled_token_ids", "logprobs_tensors"}, OURS_OF_DRAFTS
 
 
 def test_input_batch_has_what_the_sampler_reads() -> None:

@@ -13,7 +13,7 @@ from skd_plugin.core.gates import GATES
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.core.verify import Group
 from skd_plugin.engine.recorder import _FIGURES, Part
-from skd_plugin.engine.request_table import RequestTable
+from skd_plugin.engine.request_table import RequestTable, places
 from tests.requests import make_request
 from tests.rules import make_rule
 
@@ -95,29 +95,45 @@ def test_placeholders_are_no_drafts(worker: Worker) -> None:
     assert worker.table.draft_counts(["b"]) == [0]
 
 
-def taken(worker: Worker, request_ids: list[str], counts: list[int]) -> torch.Tensor:
-    """The student's logits at each proposal."""
-    request_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    place_N = torch.cat([torch.arange(count) for count in counts])
+def keep(worker: Worker, request_ids: list[str], draft_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_LBV = torch.randn(draft_len, len(request_ids), 9)
+    token_BL = torch.randint(9, (len(request_ids), draft_len))
+    worker.table.keep_proposals(request_ids, logits_LBV, token_BL)
+    return logits_LBV, token_BL
+
+
+def taken(worker: Worker, request_ids: list[str], counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """The student's logits at each proposal, and the proposals."""
+    counts_B, request_N, place_N = places(counts)
+    assert counts_B.tolist() == counts
+    tokens = worker.table.drafts(request_ids, counts, request_N, place_N)
     logits, rows = worker.table.take_proposals(request_ids, counts, request_N, place_N)
-    return logits[rows]
+    return logits[rows], tokens.tolist()
+
+
+def test_places_of_proposals() -> None:
+    _, request_N, place_N = places([2, 0, 3])
+    assert request_N.tolist() == [0, 0, 2, 2, 2] and place_N.tolist() == [0, 1, 0, 1, 2]
 
 
 def test_proposals_wait_for_their_step(worker: Worker) -> None:
-    """Of two requests with two drafts each, one is verified a step later, and then in part, between newer ones."""
-    first_LBV, second_LBV = torch.randn(2, 2, 9), torch.randn(2, 2, 9)
-    worker.table.keep_proposals(["a", "b"], first_LBV)
-    assert torch.equal(taken(worker, ["a", "b"], [0, 2]), first_LBV[:, 1])
-    worker.table.keep_proposals(["c", "b"], second_LBV)
-    expected = torch.cat([second_LBV[:, 1], first_LBV[:1, 0], second_LBV[:, 0]])
-    assert torch.equal(taken(worker, ["b", "a", "c"], [2, 1, 2]), expected)
+    """Of two requests with three drafts each, one is verified a step later, and then in part, between newer ones of
+    which each has two.
+    """
+    first_LBV, first_BL = keep(worker, ["a", "b"], 3)
+    logits, tokens = taken(worker, ["a", "b"], [0, 3])
+    assert torch.equal(logits, first_LBV[:, 1]) and tokens == first_BL[1].tolist()
+    second_LBV, second_BL = keep(worker, ["c", "b"], 2)
+    logits, tokens = taken(worker, ["b", "a", "c"], [2, 1, 2])
+    assert torch.equal(logits, torch.cat([second_LBV[:, 1], first_LBV[:1, 0], second_LBV[:, 0]]))
+    assert tokens == [*second_BL[1].tolist(), first_BL[0, 0].item(), *second_BL[0].tolist()]
     with pytest.raises(RuntimeError, match="did not propose, for request a: the engine's max_model_len is too small"):
         taken(worker, ["a"], [1])
 
 
 def test_proposals_of_an_ended_request_do_not_wait(worker: Worker) -> None:
     worker.table.rows(["a"])
-    worker.table.keep_proposals(["a"], torch.randn(2, 1, 9))
+    keep(worker, ["a"], 2)
     worker.end("a")
     assert not worker.table._waiting
 

@@ -17,6 +17,7 @@ from skd_plugin.engine.recorder import Recorder
 from skd_plugin.engine.request import RequestParams
 from skd_plugin.engine.request_table import RequestTable
 from skd_plugin.engine.sampler import SKDSampler
+from skd_plugin.engine.unread_drafts import UNREAD, Sampled, UnreadDrafts
 from tests.pretended_gpu import GPU, PretendedGpu, held, to_gpu
 
 REQUESTS, DRAFT_LEN, VOCAB, TOP_K, PROMPT = 6, 3, 50, 4, 5
@@ -80,8 +81,9 @@ class Engine:
         )
         drafting = Drafting(self.table.rows(self.ids), self._put(torch.full((size,), PROMPT)), DRAFT_LEN)
         tokens = [SKDDrafter._sample_draft_tokens(drafter, None, drafting)[0] for _ in range(DRAFT_LEN)]
-        self.table.keep_proposals(self.ids, drafting.logits_LBV)
-        return torch.stack(tokens, dim=1)
+        token_BL = torch.stack(tokens, dim=1)
+        self.table.keep_proposals(self.ids, drafting.logits_LBV, token_BL)
+        return token_BL
 
     def verify(self, token_BL: torch.Tensor, drafted: list[bool]) -> torch.Tensor:
         """Tokens [B, L + 1]; where nothing was drafted vLLM schedules placeholders."""
@@ -173,3 +175,41 @@ def test_two_waits_a_step_and_none_a_drafted_token(name: str) -> None:
         for name, tensor in vars(expected.trace()).items():
             torch.testing.assert_close(getattr(found, name), tensor, equal_nan=True)
     assert len(traces[2]) == 0 and traces[1].source.tolist() == [3] * DRAFT_LEN
+
+
+@torch.no_grad()
+def test_nobody_waits_for_drafts_before_they_are_verified() -> None:
+    """Of six requests the third joins with a placeholder, the fourth has room for two drafts, and the last one waited
+    for a step.
+    """
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    there = Engine([SamplingSettings(5)] * REQUESTS, GPU)
+    runner, books, read = there.runner, [[7], [8, 9], [3], [4], [5], [6]], [4, 4, 5, 3, 4, 4]
+    runner.device = GPU
+    runner._bookkeeping_sync = lambda plan, sampled, *rest: RejectionSampler.parse_output(
+        sampled.sampled_token_ids, 50
+    )[0]
+    runner._prepare_input_ids = lambda *plan: runner.input_ids.gpu.fill_(0)
+    runner.input_ids = SimpleNamespace(gpu=to_gpu(torch.full((sum(read),), -5, dtype=torch.int32)))
+    UnreadDrafts(runner, there.table)
+    emitted_BL = torch.full((REQUESTS, DRAFT_LEN + 1), -1, dtype=torch.int32)
+    for row, tokens in enumerate(books):
+        emitted_BL[row, : len(tokens)] = torch.tensor(tokens)
+    with PretendedGpu() as gpu:
+        earlier_BL, token_BL = there.draft(), there.draft()
+        waited = there.ids[-1:]
+        there.table.keep_proposals(waited, to_gpu(torch.zeros(DRAFT_LEN, 1, VOCAB)), earlier_BL[-1:])
+        runner._draft_token_ids, runner._draft_token_req_ids = token_BL, there.ids
+        assert runner._bookkeeping_sync(None, Sampled(emitted_BL, GPU), None, None, 0) == books
+        numbers, ids = runner._get_draft_token_ids_cpu()
+        assert numbers == [[UNREAD] * DRAFT_LEN] * REQUESTS and ids == there.ids
+        numbers[2], numbers[3] = [-1] * 4, numbers[3][:2]
+        there.table.schedule(dict(zip(ids, numbers, strict=True)))
+        runner._prepare_input_ids(None, REQUESTS, sum(read), np.cumsum(read, dtype=np.int32))
+        assert not gpu.waits, gpu.waits
+    drafts, expected = held(token_BL).tolist(), []
+    for row, (number, own) in enumerate(zip(read, drafts, strict=True)):
+        kept = {2: [], 3: own[:2], 5: held(earlier_BL)[5].tolist()}.get(row, own)
+        expected += [0] * (number - len(kept)) + kept
+    assert held(runner.input_ids.gpu).tolist() == expected
