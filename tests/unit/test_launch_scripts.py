@@ -21,7 +21,9 @@ STAND_INS = {
     'exit "$(cat ray_status 2>/dev/null || echo 0)"',
     "srun": "exec /bin/sleep 3600",
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; fi',
-    "python": "head -n 1 nodes_up; sed -i 1d nodes_up",  # how many nodes are up, at each look
+    # How many nodes are up, at each look; two are when Ray has been started on both.
+    "python": '[ "$(head -n 1 nodes_up)" != 2 ] || until [ "$(grep -c ^srun calls)" = 2 ]; do /bin/sleep 0.01; done; '
+    "head -n 1 nodes_up; sed -i 1d nodes_up",
     "sleep": "exit 0",
 }
 
