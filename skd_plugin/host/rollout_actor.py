@@ -120,6 +120,9 @@ class SKDRollout(HostRollout):
         """That went to each part of the engine's work since the last call."""
         return (await call_worker(self.llm, "take_seconds"))[0]
 
+    async def init_process_group(self, *args: Any, **kwargs: Any) -> None:
+        await while_alive(self.llm, super().init_process_group(*args, **kwargs))
+
     async def reset_prefix_cache(self) -> None:
         await while_alive(self.llm, super().reset_prefix_cache())
 

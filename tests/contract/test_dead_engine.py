@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-# Made once, before the first step; and those in whose place `receive_student` is.
-OTHERS = {"__init__", "init_process_group", "update_weight", "update_weight_cuda_ipc"}
+# Those in whose place `receive_student` is, and requests, which end with the engine.
+OTHERS = {"__init__", "update_weight", "update_weight_cuda_ipc", "generate", "get_num_unfinished_requests"}
+ARGUMENTS = {"init_process_group": 7}  # their number
 
 
 class Dead:
@@ -32,11 +33,11 @@ def test_every_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     vars(actor).update(llm=Dead(), _student_version=0, _begun=SimpleNamespace())
     host = vars(rollout_actor.HostRollout).items()
     calls = {name for name, method in host if inspect.isfunction(method) and "self.llm." in inspect.getsource(method)}
-    calls -= OTHERS | {"generate", "get_num_unfinished_requests"}  # requests end with the engine
-    assert {"wake_up", "sleep", "pause_generation", "resume_generation", "reset_prefix_cache"} <= calls
+    calls -= OTHERS
+    assert {"wake_up", "sleep", "pause_generation", "resume_generation", "reset_prefix_cache", *ARGUMENTS} <= calls
 
     async def call(name: str) -> None:
-        await asyncio.wait_for(getattr(actor, name)(), timeout=20)
+        await asyncio.wait_for(getattr(actor, name)(*[None] * ARGUMENTS.get(name, 0)), timeout=20)
 
     for name in [*calls, "describe_skd", "take_seconds"]:
         with pytest.raises(RuntimeError, match="the engine is dead"):

@@ -231,6 +231,8 @@ SIGNATURES = [
      "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.generate_responses",
      "prompt label sampling_params max_length hf_tokenizer num_samples images", "host/rollout_actor.py"),
+    (f"{ENGINE}:RolloutRayActor.init_process_group",
+     "master_address master_port rank_offset world_size group_name backend use_ray", "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.reset_prefix_cache", "", "host/weight_sync.py"),
     (f"{ENGINE}:RolloutRayActor.sleep", "level", "host/rollout_actor.py"),
     (f"{ENGINE}:RolloutRayActor.wake_up", "tags", "host/rollout_actor.py"),
