@@ -49,6 +49,24 @@ class Waiting(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Scheduled:
+    """The drafts of the student that a step verifies. Tensors are int64 and in ordinary memory."""
+
+    request_ids: list[str]
+    counts: list[int]  # of each request, 0 of one without
+    counts_B: torch.Tensor  # the same
+    request_N: torch.Tensor  # the request of each draft, its place in the batch
+    place_N: torch.Tensor  # the draft's place among those of its request
+
+    @classmethod
+    def of(cls, request_ids: Sequence[str], counts: Sequence[int]) -> Scheduled:
+        counts_B = torch.tensor(counts)
+        request_N = torch.arange(len(counts)).repeat_interleave(counts_B, output_size=sum(counts))
+        place_N = torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N]
+        return cls([*request_ids], [*counts], counts_B, request_N, place_N)
+
+
+@dataclass(frozen=True)
 class RequestRows:
     """The parameters of a batch, one entry a request, and what happened while the batch was this one."""
 
@@ -128,7 +146,8 @@ class RequestTable:
         self._device = device
         self._teacher_top_k = teacher_top_k
         self._in_flight: dict[str, InFlight] = {}
-        self._scheduled: Mapping[str, Sequence[int]] = {}  # drafts that this step verifies
+        self._to_verify: Mapping[str, Sequence[int]] = {}  # drafts of this step
+        self._scheduled: Scheduled | None = None  # the same
         self._waiting: dict[str, Waiting] = {}
         self._batches: dict[int, list[RequestRows]] = {}  # in which each trace that was not fetched has taken part
         self._last_part: Part | None = None
@@ -162,15 +181,18 @@ class RequestTable:
         """Args: drafts: that a step verifies, by request, from vLLM's scheduler: on a GPU the sampler would have to
         wait for them.
         """
-        self._scheduled = drafts
+        self._to_verify, self._scheduled = drafts, None
 
-    def draft_counts(self, request_ids: Sequence[str]) -> list[int]:
-        """Drafts of the student that this step verifies, of each request.
+    def scheduled(self, request_ids: Sequence[str]) -> Scheduled:
+        """What this step verifies of these requests; made once where it is asked for again.
 
         vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
         """
-        drafts = [self._scheduled.get(request_id, ()) for request_id in request_ids]
-        return [len(own) if own and own[0] >= 0 else 0 for own in drafts]
+        if self._scheduled is None or self._scheduled.request_ids != request_ids:
+            drafts = [self._to_verify.get(request_id, ()) for request_id in request_ids]
+            counts = [len(own) if own and own[0] >= 0 else 0 for own in drafts]
+            self._scheduled = Scheduled.of(request_ids, counts)
+        return self._scheduled
 
     def keep_proposals(self, request_ids: Sequence[str], logits_LBV: torch.Tensor, token_BL: torch.Tensor) -> None:
         """Tokens that the student has proposed, with its logits there. They wait for the teacher, and not always for
@@ -179,48 +201,37 @@ class RequestTable:
         proposed = Proposed(logits_LBV, token_BL)
         self._waiting.update(zip(request_ids, map(Waiting, repeat(proposed), range(len(request_ids))), strict=True))
 
-    def drafts(
-        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor, place_N: torch.Tensor
-    ) -> torch.Tensor:
-        """The proposals [N] that are verified now, on the device. Arguments and errors: see `take_proposals`."""
-        calls, call_N, row_N = self._calls(request_ids, counts, request_N)
+    def drafts(self, now: Scheduled) -> torch.Tensor:
+        """The drafts [N] that are verified now, on the device. Errors: see `take_proposals`."""
+        calls, call_N, row_N = self._calls(now)
         stride_C = torch.tensor([call.token_BL.shape[1] for call in calls])
         tokens = [call.token_BL.flatten() for call in calls]
-        gathered, order_N = self._gathered(tokens, call_N, row_N * stride_C[call_N] + place_N)
+        gathered, order_N = self._gathered(tokens, call_N, row_N * stride_C[call_N] + now.place_N)
         return gathered if len(calls) == 1 else gathered[to_device(order_N, self._device)]
 
-    def take_proposals(
-        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor, place_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's logits [S, V] where it has made proposals that are verified now, and the row of each
-        proposal in them, int64 [N] in ordinary memory. Each request's are taken once.
-
-        Args:
-            counts: proposals of each request; N is their sum.
-            request_N: the request of each proposal, its place in the batch, in ordinary memory.
-            place_N: the proposal's place among those of its request, in ordinary memory.
+    def take_proposals(self, now: Scheduled) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's logits [S, V] where it has made the drafts that are verified now, and the row of each draft
+        in them, int64 [N] in ordinary memory. Each request's are taken once.
 
         Raises:
             RuntimeError: vLLM scheduled drafts that the student did not propose; their distribution is unknown.
         """
-        calls, call_N, row_N = self._calls(request_ids, counts, request_N)
-        for request_id, count in zip(request_ids, counts, strict=True):
+        calls, call_N, row_N = self._calls(now)
+        for request_id, count in zip(now.request_ids, now.counts, strict=True):
             if count:
                 del self._waiting[request_id]
         stride_C = torch.tensor([call.logits_LBV.shape[1] for call in calls])
-        logits, at_N = [call.logits_LBV.flatten(0, 1) for call in calls], place_N * stride_C[call_N] + row_N
+        logits, at_N = [call.logits_LBV.flatten(0, 1) for call in calls], now.place_N * stride_C[call_N] + row_N
         # Where some have waited longer than others, their rows are copied.
         return (logits[0], at_N) if len(calls) == 1 else self._gathered(logits, call_N, at_N)
 
-    def _calls(
-        self, request_ids: Sequence[str], counts: Sequence[int], request_N: torch.Tensor
-    ) -> tuple[list[Proposed], torch.Tensor, torch.Tensor]:
-        """With which call of the drafter the proposals came: the calls; of each proposal its call, and its request's
-        row in that, both int64 [N] in ordinary memory.
+    def _calls(self, now: Scheduled) -> tuple[list[Proposed], torch.Tensor, torch.Tensor]:
+        """With which calls of the drafter the drafts came: the calls; of each draft its call, and its request's row
+        in that, both int64 [N] in ordinary memory.
         """
         calls: list[Proposed] = []
-        call_B, row_B = [0] * len(counts), [0] * len(counts)
-        for place, (request_id, count) in enumerate(zip(request_ids, counts, strict=True)):
+        call_B, row_B = [0] * len(now.counts), [0] * len(now.counts)
+        for place, (request_id, count) in enumerate(zip(now.request_ids, now.counts, strict=True)):
             if not count:
                 continue
             if request_id not in self._waiting:
@@ -233,7 +244,7 @@ class RequestTable:
             call_B[place] = next((n for n, call in enumerate(calls) if call is among), len(calls))
             if call_B[place] == len(calls):
                 calls.append(among)
-        return calls, torch.tensor(call_B)[request_N], torch.tensor(row_B)[request_N]
+        return calls, torch.tensor(call_B)[now.request_N], torch.tensor(row_B)[now.request_N]
 
     def _gathered(
         self, rows_of_calls: list[torch.Tensor], call_N: torch.Tensor, at_N: torch.Tensor
@@ -336,15 +347,6 @@ class RequestTable:
             row_of={p.trace_id: row for row, p in enumerate(params)},
             progress_4B=torch.tensor([*chain(*(request.progress for request in requests))]).view(-1, 4).T.contiguous(),
         )
-
-
-def places(counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of so many proposals of each request: these numbers [B], the request of each proposal [N], and its place among
-    those of its request [N]; int64, in ordinary memory.
-    """
-    counts_B = torch.tensor(counts)
-    request_N = torch.arange(len(counts)).repeat_interleave(counts_B, output_size=sum(counts))
-    return counts_B, request_N, torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N]
 
 
 def not_finite(records: Iterable[Record]) -> FloatingPointError | None:

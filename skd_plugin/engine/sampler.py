@@ -18,7 +18,7 @@ from skd_plugin.core.proposals import Proposals
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.core.verify import Verdict, assemble_block, judge_groups
 from skd_plugin.engine.recorder import Part, Recorder
-from skd_plugin.engine.request_table import RequestRows, RequestTable, places
+from skd_plugin.engine.request_table import RequestRows, RequestTable, Scheduled
 from skd_plugin.engine.unread_drafts import Sampled
 
 
@@ -55,19 +55,19 @@ class SKDSampler:
 
     def _sample(self, logits: torch.Tensor, metadata: SpecDecodeMetadata | None) -> Sampled:
         request_ids = self._runner.input_batch.req_ids
-        batch, counts = self._table.rows(request_ids), self._table.draft_counts(request_ids)
+        batch, now = self._table.rows(request_ids), self._table.scheduled(request_ids)
         width = 1 if metadata is None else self._runner.num_spec_tokens + 1
-        token_BL = torch.full((len(counts), width), NOTHING, dtype=torch.int32)
-        if any(counts):
+        token_BL = torch.full((len(now.counts), width), NOTHING, dtype=torch.int32)
+        if any(now.counts):
             assert metadata is not None
-            token_BL[:] = self._verify(batch, logits[:, : self._table.vocab_size], metadata, counts)
-        undrafted = [row for row, count in enumerate(counts) if not count]
+            token_BL[:] = self._verify(batch, now, logits[:, : self._table.vocab_size], metadata)
+        undrafted = [row for row, count in enumerate(now.counts) if not count]
         if undrafted:
             token_BL[undrafted, 0] = self._undrafted(batch, undrafted)
         return Sampled(token_BL, logits.device)
 
     def _verify(
-        self, batch: RequestRows, logits: torch.Tensor, metadata: SpecDecodeMetadata, counts: list[int]
+        self, batch: RequestRows, now: Scheduled, logits: torch.Tensor, metadata: SpecDecodeMetadata
     ) -> torch.Tensor:
         """Tokens [B, L + 1] of the requests with drafts, in ordinary memory; rows without stay empty.
 
@@ -75,13 +75,11 @@ class SKDSampler:
         keep (`judge_groups`), and for the verdict; once more where a response may be in a leg of the teacher. What is
         recorded arrives later.
         """
-        counts_B, request_N, place_N = places(counts)
+        request_N, place_N = now.request_N, now.place_N
         scheduled_B = torch.tensor(metadata.num_draft_tokens)
         # Of all scheduled drafts, one a row and request by request: _calc_spec_decode_metadata.
         entry_N = (scheduled_B.cumsum(0) - scheduled_B)[request_N] + place_N
-        student_SV, student_row_N = self._table.take_proposals(
-            self._runner.input_batch.req_ids, counts, request_N, place_N
-        )
+        student_SV, student_row_N = self._table.take_proposals(now)
         sent = torch.stack([request_N, entry_N, self._lengths(batch)[request_N] + place_N, student_row_N])
         on_device, entry, position, student_row = to_device(sent, logits.device)
         proposals = Proposals(
@@ -101,11 +99,11 @@ class SKDSampler:
             verdict, after_N = hand_over(proposals, settings, draft_N, verdict, batch.legs, request_N, place_N)
 
         def to_block(value_N: torch.Tensor) -> torch.Tensor:
-            shape = (len(counts), self._runner.num_spec_tokens + 1)
+            shape = (len(now.counts), self._runner.num_spec_tokens + 1)
             return value_N.new_zeros(shape).index_put_((request_N, place_N), value_N)
 
         kept_N = verdict.token_N == draft_N
-        token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), counts_B)
+        token_BL = assemble_block(to_block(draft_N), to_block(kept_N), to_block(verdict.token_N), now.counts_B)
         emitted_M = (token_BL[request_N, place_N] != NOTHING).nonzero().squeeze(1)
         batch.note_emitted(token_BL)
         if batch.hands_over:

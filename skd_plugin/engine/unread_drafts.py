@@ -17,7 +17,7 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 
 from skd_plugin.core.copies import to_device
-from skd_plugin.engine.request_table import RequestTable, places
+from skd_plugin.engine.request_table import RequestTable
 
 UNREAD = 0  # in a draft's place until it is on the device; vLLM takes -1 for a place without a draft
 
@@ -56,11 +56,9 @@ class UnreadDrafts:
     ) -> None:
         """Args: cu_num_tokens: int [B], tokens that the step reads of each request and those before it."""
         self._make_input_ids(scheduler_output, num_reqs, total_num_scheduled_tokens, cu_num_tokens)
-        request_ids = self._runner.input_batch.req_ids
-        counts = self._table.draft_counts(request_ids)
-        if not any(counts):
-            return
-        counts_B, request_N, place_N = places(counts)
-        entry_N = (torch.from_numpy(cu_num_tokens[: len(counts)]) - counts_B)[request_N] + place_N  # they come last
-        draft_N = self._table.drafts(request_ids, counts, request_N, place_N)
-        self._runner.input_ids.gpu[to_device(entry_N, draft_N.device)] = draft_N.int()
+        now = self._table.scheduled(self._runner.input_batch.req_ids)
+        if any(now.counts):
+            ends_B = torch.from_numpy(cu_num_tokens[: len(now.counts)])
+            entry_N = (ends_B - now.counts_B)[now.request_N] + now.place_N  # a request's drafts come last
+            draft_N = self._table.drafts(now)
+            self._runner.input_ids.gpu[to_device(entry_N, draft_N.device)] = draft_N.int()

@@ -13,7 +13,7 @@ from skd_plugin.core.gates import GATES
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.core.verify import Group
 from skd_plugin.engine.recorder import _FIGURES, Part
-from skd_plugin.engine.request_table import RequestTable, places
+from skd_plugin.engine.request_table import RequestTable, Scheduled
 from tests.requests import make_request
 from tests.rules import make_rule
 
@@ -90,9 +90,11 @@ def test_a_request_of_another_maker_is_refused(worker: Worker) -> None:
 
 def test_placeholders_are_no_drafts(worker: Worker) -> None:
     worker.table.schedule({"a": [-1, -1], "b": [5, 6]})
-    assert worker.table.draft_counts(["c", "b", "a"]) == [0, 2, 0]
+    now = worker.table.scheduled(["c", "b", "a"])
+    assert now.counts == [0, 2, 0] and worker.table.scheduled(["c", "b", "a"]) is now
+    assert worker.table.scheduled(["b"]).counts == [2]
     worker.table.schedule({})
-    assert worker.table.draft_counts(["b"]) == [0]
+    assert worker.table.scheduled(["b"]).counts == [0]
 
 
 def keep(worker: Worker, request_ids: list[str], draft_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,16 +106,16 @@ def keep(worker: Worker, request_ids: list[str], draft_len: int) -> tuple[torch.
 
 def taken(worker: Worker, request_ids: list[str], counts: list[int]) -> tuple[torch.Tensor, list[int]]:
     """The student's logits at each proposal, and the proposals."""
-    counts_B, request_N, place_N = places(counts)
-    assert counts_B.tolist() == counts
-    tokens = worker.table.drafts(request_ids, counts, request_N, place_N)
-    logits, rows = worker.table.take_proposals(request_ids, counts, request_N, place_N)
+    now = Scheduled.of(request_ids, counts)
+    tokens = worker.table.drafts(now)
+    logits, rows = worker.table.take_proposals(now)
     return logits[rows], tokens.tolist()
 
 
-def test_places_of_proposals() -> None:
-    _, request_N, place_N = places([2, 0, 3])
-    assert request_N.tolist() == [0, 0, 2, 2, 2] and place_N.tolist() == [0, 1, 0, 1, 2]
+def test_places_of_drafts() -> None:
+    now = Scheduled.of("abc", [2, 0, 3])
+    assert now.request_N.tolist() == [0, 0, 2, 2, 2] and now.place_N.tolist() == [0, 1, 0, 1, 2]
+    assert now.counts_B.tolist() == now.counts == [2, 0, 3] and now.request_ids == ["a", "b", "c"]
 
 
 def test_proposals_wait_for_their_step(worker: Worker) -> None:
