@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -155,7 +156,13 @@ def stages(*, hub: bool, cpu: bool) -> list[Stage]:
             "packed sequences under flash attention, dynamic batches",
             [*one, *([] if cpu else [*ASLEEP, *FAST])],
         ),
-        train("train-awake", "the same 20 steps without sleep and packing: their losses", one, on_cpu=False),
+        train(
+            "train-awake",
+            "the same 20 steps without sleep and packing: their losses, and where a step goes in the GPU's own time",
+            one,
+            on_cpu=False,
+            pages=("docs/reference.md",),
+        ),
         train(
             "train-full-vocabulary",
             "20 steps of the loss over all tokens",
@@ -235,7 +242,10 @@ def steps_of(folder: Path) -> list[str]:
     shown = [step for index, step in enumerate(steps) if index in (0, 1) or index % 5 == 4]
     rows = [["step", *names]]
     rows += [[str(step["step"]), *(f"{step[name]:.4g}" if name in step else "-" for name in names)] for step in shown]
-    return ["  ".join(f"{cell:>15}" for cell in row) for row in rows]
+    table = ["  ".join(f"{cell:>15}" for cell in row) for row in rows]
+    parts = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
+    times = [f"{name[5:]} {1e3 * median(own):.1f}" for name, own in parts.items() if name.startswith("time/")]
+    return [*table, f"a step in ms, medians of {len(steps)}: {', '.join(times)}"] if steps else table
 
 
 def report(results: Sequence[Result], words: Sequence[str]) -> str:

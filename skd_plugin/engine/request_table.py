@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from skd_plugin.core.clock import Clock
+from skd_plugin.core.clock import clock_on
 from skd_plugin.core.copies import to_device
 from skd_plugin.core.gates import GATES
 from skd_plugin.core.hand_over import Legs
@@ -141,7 +141,7 @@ class RequestTable:
         self.vocab_size = vocab_size
         self.ends_E = torch.tensor(end_ids, device=device) if end_ids else None
         self.student_version = 0  # updates that the student has had
-        self.clock = Clock()
+        self.clock = clock_on(device)
         self._states = states
         self._device = device
         self._teacher_top_k = teacher_top_k

@@ -15,7 +15,7 @@ from skd_plugin import trust
 from skd_plugin.config.objective import Coefficients
 from skd_plugin.config.schema import SKDConfig
 from skd_plugin.config.teacher import teacher_words
-from skd_plugin.core.clock import REST, Clock
+from skd_plugin.core.clock import REST, clock_on
 from skd_plugin.core.losses import make_token_loss, whole_vocabulary_loss
 from skd_plugin.core.token_weights import make_weigher
 from skd_plugin.host import on_cpu, shards
@@ -50,7 +50,7 @@ class SKDActorTrainer(host.ActorPPOTrainer):
         skd = self.args.skd
         vocab = common_vocab_size(skd.any_teacher.model_name_or_path, self.args.actor.model_name_or_path)
         token_level_loss = self.args.actor.loss_agg_mode == "token-mean"
-        self.clock = Clock()
+        self.clock = clock_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         rebind(DeepspeedStrategy, "backward", self.clock.part("backward")(DeepspeedStrategy.backward))
         rebind(DeepspeedStrategy, "optimizer_step", self.clock.part("optimizer")(DeepspeedStrategy.optimizer_step))
         follow = skd.teacher.follow if skd.teacher is not None else None

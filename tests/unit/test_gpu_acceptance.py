@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import gpu_acceptance
 import pytest
 import torch
-from gpu_acceptance import Stage
+from gpu_acceptance import Stage, steps_of
 
 from skd_plugin.config.host_options import host_parser
 from skd_plugin.prepare.load_run import load_run
@@ -93,3 +94,13 @@ def test_patience_is_for_slow_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_acceptance.main(["--cpu", "--only", "law", "--patience", "2.5"]) == 0
     (law,) = (stage for stage in STAGES if stage.name == "law")
     assert [(stage.name, stage.limit_s) for stage in planned] == [("law", round(2.5 * law.limit_s))]
+
+
+def test_report_of_a_run_has_losses_and_where_its_steps_go(tmp_path: Path) -> None:
+    lines = [{"step": n, "skd/loss": 0.5 / n, "time/step": 1.0 + n, "time/draft": 0.25} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    *table, times = steps_of(tmp_path)
+    assert [line.split()[:2] for line in table] == [["step", "skd/loss"], ["1", "0.5"], ["2", "0.25"]]
+    assert times == "a step in ms, medians of 3: step 3000.0, draft 250.0"
+    (tmp_path / "metrics.jsonl").unlink()
+    assert len(steps_of(tmp_path)) == 1

@@ -37,7 +37,9 @@ def root(tmp_path: Path) -> Path:
         shutil.copy(script, tmp_path / "scripts")
     for name, act in STAND_INS.items():
         path = tmp_path / "bin" / name
-        path.write_text(f'#!/bin/bash\n(printf "{name}"; printf " <%s>" "$@"; echo) >>{tmp_path}/calls\n{act}\n')
+        # In one piece: several of them write at the same time.
+        call = f'call=$(printf "{name}"; printf " <%s>" "$@"); echo "$call" >>{tmp_path}/calls'
+        path.write_text(f"#!/bin/bash\n{call}\n{act}\n")
         path.chmod(0o755)
     return tmp_path
 
