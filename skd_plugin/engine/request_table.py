@@ -57,13 +57,40 @@ class Scheduled:
     counts_B: torch.Tensor  # the same
     request_N: torch.Tensor  # the request of each draft, its place in the batch
     place_N: torch.Tensor  # the draft's place among those of its request
+    calls: list[Proposed]  # of the drafter, from which they are
+    call_N: torch.Tensor  # of each draft
+    row_N: torch.Tensor  # its request's row in that
 
     @classmethod
-    def of(cls, request_ids: Sequence[str], counts: Sequence[int]) -> Scheduled:
+    def of(cls, request_ids: Sequence[str], counts: Sequence[int], waiting: Mapping[str, Waiting]) -> Scheduled:
+        """Raises RuntimeError: vLLM scheduled drafts that the student did not propose."""
+        calls: dict[int, Proposed] = {}
+        numbers: dict[int, int] = {}  # of the same, in their order
+        call_B, row_B = [0] * len(counts), [0] * len(counts)
+        for place, (request_id, count) in enumerate(zip(request_ids, counts, strict=True)):
+            if not count:
+                continue
+            if request_id not in waiting:
+                raise RuntimeError(
+                    f"vLLM scheduled draft tokens that the student did not propose, for request {request_id}: the "
+                    "engine's max_model_len is too small for its drafts. Start it with the arguments of "
+                    "skd_plugin.engine.arguments."
+                )
+            among, row_B[place] = waiting[request_id]
+            calls[id(among)] = among
+            call_B[place] = numbers.setdefault(id(among), len(numbers))
         counts_B = torch.tensor(counts)
         request_N = torch.arange(len(counts)).repeat_interleave(counts_B, output_size=sum(counts))
-        place_N = torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N]
-        return cls([*request_ids], [*counts], counts_B, request_N, place_N)
+        return cls(
+            request_ids=[*request_ids],
+            counts=[*counts],
+            counts_B=counts_B,
+            request_N=request_N,
+            place_N=torch.arange(len(request_N)) - (counts_B.cumsum(0) - counts_B)[request_N],
+            calls=[*calls.values()],
+            call_N=torch.tensor(call_B)[request_N],
+            row_N=torch.tensor(row_B)[request_N],
+        )
 
 
 @dataclass(frozen=True)
@@ -187,11 +214,14 @@ class RequestTable:
         """What this step verifies of these requests; made once where it is asked for again.
 
         vLLM pads a request that has one token to read and joins a running batch with placeholder drafts of -1.
+
+        Raises:
+            RuntimeError: it scheduled drafts that the student did not propose; their distribution is unknown.
         """
         if self._scheduled is None or self._scheduled.request_ids != request_ids:
             drafts = [self._to_verify.get(request_id, ()) for request_id in request_ids]
             counts = [len(own) if own and own[0] >= 0 else 0 for own in drafts]
-            self._scheduled = Scheduled.of(request_ids, counts)
+            self._scheduled = Scheduled.of(request_ids, counts, self._waiting)
         return self._scheduled
 
     def keep_proposals(self, request_ids: Sequence[str], logits_LBV: torch.Tensor, token_BL: torch.Tensor) -> None:
@@ -202,60 +232,35 @@ class RequestTable:
         self._waiting.update(zip(request_ids, map(Waiting, repeat(proposed), range(len(request_ids))), strict=True))
 
     def drafts(self, now: Scheduled) -> torch.Tensor:
-        """The drafts [N] that are verified now, on the device. Errors: see `take_proposals`."""
-        calls, call_N, row_N = self._calls(now)
-        stride_C = torch.tensor([call.token_BL.shape[1] for call in calls])
-        tokens = [call.token_BL.flatten() for call in calls]
-        gathered, order_N = self._gathered(tokens, call_N, row_N * stride_C[call_N] + now.place_N)
-        return gathered if len(calls) == 1 else gathered[to_device(order_N, self._device)]
+        """Those that are verified now [N], on the device."""
+        stride_C = torch.tensor([call.token_BL.shape[1] for call in now.calls])
+        at_N = now.row_N * stride_C[now.call_N] + now.place_N
+        tokens, order_N = self._gathered([call.token_BL.flatten() for call in now.calls], now.call_N, at_N)
+        return tokens[to_device(order_N, self._device)]
 
     def take_proposals(self, now: Scheduled) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's logits [S, V] where it has made the drafts that are verified now, and the row of each draft
         in them, int64 [N] in ordinary memory. Each request's are taken once.
-
-        Raises:
-            RuntimeError: vLLM scheduled drafts that the student did not propose; their distribution is unknown.
         """
-        calls, call_N, row_N = self._calls(now)
         for request_id, count in zip(now.request_ids, now.counts, strict=True):
             if count:
                 del self._waiting[request_id]
-        stride_C = torch.tensor([call.logits_LBV.shape[1] for call in calls])
-        logits, at_N = [call.logits_LBV.flatten(0, 1) for call in calls], now.place_N * stride_C[call_N] + row_N
-        # Where some have waited longer than others, their rows are copied.
-        return (logits[0], at_N) if len(calls) == 1 else self._gathered(logits, call_N, at_N)
-
-    def _calls(self, now: Scheduled) -> tuple[list[Proposed], torch.Tensor, torch.Tensor]:
-        """With which calls of the drafter the drafts came: the calls; of each draft its call, and its request's row
-        in that, both int64 [N] in ordinary memory.
-        """
-        calls: list[Proposed] = []
-        call_B, row_B = [0] * len(now.counts), [0] * len(now.counts)
-        for place, (request_id, count) in enumerate(zip(now.request_ids, now.counts, strict=True)):
-            if not count:
-                continue
-            if request_id not in self._waiting:
-                raise RuntimeError(
-                    f"vLLM scheduled draft tokens that the student did not propose, for request {request_id}: the "
-                    "engine's max_model_len is too small for its drafts. Start it with the arguments of "
-                    "skd_plugin.engine.arguments."
-                )
-            among, row_B[place] = self._waiting[request_id]
-            call_B[place] = next((n for n, call in enumerate(calls) if call is among), len(calls))
-            if call_B[place] == len(calls):
-                calls.append(among)
-        return calls, torch.tensor(call_B)[now.request_N], torch.tensor(row_B)[now.request_N]
+        stride_C = torch.tensor([call.logits_LBV.shape[1] for call in now.calls])
+        at_N = now.place_N * stride_C[now.call_N] + now.row_N
+        return self._gathered([call.logits_LBV.flatten(0, 1) for call in now.calls], now.call_N, at_N)
 
     def _gathered(
         self, rows_of_calls: list[torch.Tensor], call_N: torch.Tensor, at_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of several tensors in one, and the place there of each that was asked for, int64 [N].
+        """Several tensors as one, and the place there of each row that was asked for, int64 [N].
 
         Args:
             call_N: the tensor in which each is.
             at_N: and its place in that.
         """
-        copied, order = [], []
+        if len(rows_of_calls) == 1:
+            return rows_of_calls[0], at_N
+        copied, order = [], []  # some have waited longer than others: only here are rows copied
         for number, rows in enumerate(rows_of_calls):
             own = (call_N == number).nonzero().squeeze(1)
             copied.append(rows[to_device(at_N[own], self._device)])

@@ -13,7 +13,7 @@ from skd_plugin.core.gates import GATES
 from skd_plugin.core.trace import NOTHING, Source
 from skd_plugin.core.verify import Group
 from skd_plugin.engine.recorder import _FIGURES, Part
-from skd_plugin.engine.request_table import RequestTable, Scheduled
+from skd_plugin.engine.request_table import RequestTable
 from tests.requests import make_request
 from tests.rules import make_rule
 
@@ -90,6 +90,7 @@ def test_a_request_of_another_maker_is_refused(worker: Worker) -> None:
 
 def test_placeholders_are_no_drafts(worker: Worker) -> None:
     worker.table.schedule({"a": [-1, -1], "b": [5, 6]})
+    keep(worker, ["a", "b"], 2)
     now = worker.table.scheduled(["c", "b", "a"])
     assert now.counts == [0, 2, 0] and worker.table.scheduled(["c", "b", "a"]) is now
     assert worker.table.scheduled(["b"]).counts == [2]
@@ -106,14 +107,17 @@ def keep(worker: Worker, request_ids: list[str], draft_len: int) -> tuple[torch.
 
 def taken(worker: Worker, request_ids: list[str], counts: list[int]) -> tuple[torch.Tensor, list[int]]:
     """The student's logits at each proposal, and the proposals."""
-    now = Scheduled.of(request_ids, counts)
+    worker.table.schedule({name: [0] * count for name, count in zip(request_ids, counts, strict=True)})
+    now = worker.table.scheduled(request_ids)
     tokens = worker.table.drafts(now)
     logits, rows = worker.table.take_proposals(now)
     return logits[rows], tokens.tolist()
 
 
-def test_places_of_drafts() -> None:
-    now = Scheduled.of("abc", [2, 0, 3])
+def test_places_of_drafts(worker: Worker) -> None:
+    keep(worker, ["a", "b", "c"], 3)
+    worker.table.schedule({"a": [0, 0], "c": [0, 0, 0]})
+    now = worker.table.scheduled(["a", "b", "c"])
     assert now.request_N.tolist() == [0, 0, 2, 2, 2] and now.place_N.tolist() == [0, 1, 0, 1, 2]
     assert now.counts_B.tolist() == now.counts == [2, 0, 3] and now.request_ids == ["a", "b", "c"]
 
