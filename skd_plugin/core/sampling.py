@@ -1,6 +1,6 @@
 """How a response is sampled: its settings; temperature, nucleus and inverse-CDF sampling, each row with its own.
 
-Nothing here waits for a value of a tensor, and no row is sorted.
+Nothing here waits for a value of a tensor on a GPU, and no long row is sorted.
 
 Shapes: N rows, V vocabulary entries, E entries of a part of a row.
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from skd_plugin.core.copies import to_device
+from skd_plugin.core.top_k import top_k
 
 KEEP_ALL = 2**31 - 1  # a K that no vocabulary reaches: every proposal is kept; a limit that nothing reaches
 
@@ -141,8 +142,39 @@ def warp(
     return probs_NV
 
 
+SEARCHED = 4096  # entries of a row, below which searching all of it for its nucleus is as fast
+HIGHEST = 128  # of a longer one, among which its nucleus mostly is
+
+
 def _nucleus(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
-    """The nucleus of each row without a sort.
+    """The nucleus of each row. On a CPU it is looked for among a long row's highest entries first; a GPU would have to
+    be waited for, to say of which rows it is not there.
+    """
+    if probs_NV.device.type != "cpu" or probs_NV.shape[1] < SEARCHED:
+        return _searched_nucleus(probs_NV, top_p_N)
+    nucleus_NV, found_N = _nucleus_of_highest(probs_NV, top_p_N)
+    if not bool(found_N.all()):
+        nucleus_NV[~found_N] = _searched_nucleus(probs_NV[~found_N], top_p_N[~found_N])
+    return nucleus_NV
+
+
+def _nucleus_of_highest(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nucleus of each row whose highest entries have all of it, and which rows these are, bool [N]."""
+    top_p_N1 = top_p_N[:, None]
+    by_id_NM = top_k(probs_NV, HIGHEST)[1].sort(-1).values
+    high_NM, order_NM = probs_NV.gather(1, by_id_NM).sort(dim=-1, descending=True, stable=True)
+    sum_NM = high_NM.cumsum(-1, dtype=torch.float64)
+    kept_NM = high_NM * (sum_NM - high_NM < top_p_N1)
+    # Entries that are as probable as the lowest of these may be elsewhere, too, with lower ids.
+    ends_here_N = ~((kept_NM > 0) & (high_NM == high_NM[:, -1:])).any(-1)
+    found_N = (sum_NM[:, -1] >= top_p_N) & ends_here_N | (top_p_N >= 1)
+    kept_NM /= kept_NM.sum(-1, keepdim=True)
+    nucleus_NV = torch.zeros_like(probs_NV).scatter_(1, by_id_NM.gather(1, order_NM), kept_NM)
+    return torch.where(top_p_N1 < 1, nucleus_NV, probs_NV), found_N
+
+
+def _searched_nucleus(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
+    """Without a sort.
 
     The probability of the token that crosses is found bit by bit, from the highest on: the largest float32 number
     such that what is at least as probable reaches top_p. Floats that are not negative are in the order of their bits.

@@ -1,6 +1,7 @@
 """Warping against a slow numpy reference, and the distribution of a draw."""
 
 from dataclasses import fields
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -59,6 +60,31 @@ def test_warp_of_any_row(logits, temperature, top_p):
         return
     warped = warp_one([float(x) for x in logits], temperature, top_p)
     np.testing.assert_allclose(warped, slow_warp(np.array(logits, dtype=float), temperature, top_p), atol=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(-4, 4), min_size=12, max_size=12), min_size=1, max_size=5),
+    top_p=st.lists(st.sampled_from([0.05, 0.31, 0.5, 0.72, 0.9, 0.99, 1.0]), min_size=5, max_size=5),
+)
+def test_nucleus_among_the_highest_of_a_long_row(rows, top_p):
+    """Rows that count as long, with many ties; of some the highest five have all of it, of others not."""
+    probs = torch.tensor(rows).float().softmax(-1)
+    wanted = torch.tensor(top_p[: len(rows)])
+    ordered = probs.double().sort(-1, descending=True).values.cumsum(-1)
+    if ((ordered - wanted[:, None]).abs() < 1e-6)[wanted < 1].any():
+        return  # rounding decides
+    with mock.patch.multiple(sampling, SEARCHED=12, HIGHEST=5):
+        found = sampling._nucleus(probs, wanted)
+    torch.testing.assert_close(found, sampling._searched_nucleus(probs, wanted))
+    assert torch.equal(found > 0, sampling._searched_nucleus(probs, wanted) > 0)
+
+
+def test_a_long_row_of_nan_has_no_nucleus():
+    probs = torch.randn(3, sampling.SEARCHED).softmax(-1)
+    probs[1] = float("nan")
+    found = sampling._nucleus(probs, torch.full((3,), 0.02))
+    assert found[1].isnan().all() and not found[[0, 2]].isnan().any()
 
 
 def test_temperature_zero_takes_the_first_of_equal_logits():
