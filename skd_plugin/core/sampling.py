@@ -167,10 +167,9 @@ def _nucleus_of_highest(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> tuple[
     kept_NM = high_NM * (sum_NM - high_NM < top_p_N1)
     # Entries that are as probable as the lowest of these may be elsewhere, too, with lower ids.
     ends_here_N = ~((kept_NM > 0) & (high_NM == high_NM[:, -1:])).any(-1)
-    found_N = (sum_NM[:, -1] >= top_p_N) & ends_here_N | (top_p_N >= 1)
+    found_N = (sum_NM[:, -1] >= top_p_N) & ends_here_N & (top_p_N < 1)
     kept_NM /= kept_NM.sum(-1, keepdim=True)
-    nucleus_NV = torch.zeros_like(probs_NV).scatter_(1, by_id_NM.gather(1, order_NM), kept_NM)
-    return torch.where(top_p_N1 < 1, nucleus_NV, probs_NV), found_N
+    return torch.zeros_like(probs_NV).scatter_(1, by_id_NM.gather(1, order_NM), kept_NM), found_N
 
 
 def _searched_nucleus(probs_NV: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
