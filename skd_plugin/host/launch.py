@@ -13,17 +13,22 @@ import runpy
 import secrets
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from skd_plugin import cpu, trust
 from skd_plugin.config.host_options import HOST_MODULE, HostOptions
 from skd_plugin.config.run import Run
 from skd_plugin.host import on_cpu
 from skd_plugin.run_folder import RunFolder, Status
+from skd_plugin.seams import rebind
 from skd_plugin.tasks import reward
+
+RAY_START_S = 90.0  # that Ray's node has to come up in; Ray gives it 30, which may be too few on a busy machine
 
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], None]
 
@@ -43,6 +48,7 @@ def main(run_dir: str) -> None:
 
     import_user_code(run.host)
     status.stage("starting Ray")
+    wait_longer_for_ray()
     ray.init(**ray_options(run, own_ray=own_ray))
     bind(run)
     status.stage("starting the engine and the trainer")
@@ -77,6 +83,25 @@ def close_ray() -> None:
     """
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.pop("RAY_ADDRESS", None)  # of another Ray, or "local": vLLM would look there
+
+
+def wait_longer_for_ray() -> None:
+    """Where this process starts a Ray of its own."""
+    from ray._private import services
+
+    look = services.get_node  # raises RuntimeError while the node is not there
+
+    def get_node(gcs_address: str, node_id: str) -> Any:
+        until = time.monotonic() + RAY_START_S
+        while True:
+            try:
+                return look(gcs_address, node_id)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.5)
+
+    rebind(services, "get_node", get_node)
 
 
 def import_user_code(options: HostOptions) -> None:

@@ -55,6 +55,7 @@ REBOUND = [  # what we put something else in place of, where it is looked up, ou
     (f"{ACTOR}:Actor", f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "host/policy_actor.py"),
     (f"{ACTOR}:ActorPPOTrainer", f"{ACTOR}:PolicyModelActor.init_model_from_pretrained", "host/policy_actor.py"),
     ("openrlhf.utils:get_strategy", HOST_MODULE, "host/bind.py"),
+    ("ray._private.services:get_node", "ray._private.node:Node.__init__", "host/launch.py"),
     (f"{ENGINE}:RolloutRayActor", f"{ENGINE}:create_vllm_engines", "host/bind.py"),
     (f"{ENGINE}:TokensPrompt", f"{ENGINE}:RolloutRayActor.generate", "host/rollout_actor.py"),
     (f"{ACTOR}:PolicyModelActor", HOST_MODULE, "host/bind.py"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from skd_plugin import cpu
+from skd_plugin.host import launch
 from skd_plugin.host.launch import _report_to, import_user_code, own_programs_first
 from skd_plugin.run_folder import Status
 
@@ -69,3 +70,28 @@ def test_processes_on_a_cpu_have_one_thread_or_as_many_as_the_shell_says(
     if of_the_shell:
         monkeypatch.setenv("OMP_NUM_THREADS", of_the_shell)
     assert cpu.environment()["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize("late", [3, 1000])
+def test_rays_node_may_come_late(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    """Or never: then Ray's own error is the one that is seen. Args: late: how often it is not there."""
+    from ray._private import services
+
+    now, looks = [0.0], []
+
+    def look(*node: str) -> str:
+        looks.append(node)
+        if len(looks) <= late:
+            raise RuntimeError("no such node")
+        return "a node"
+
+    monkeypatch.setattr(services, "get_node", look)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    launch.wait_longer_for_ray()
+    if late == 3:
+        assert services.get_node("address", "id") == "a node" and looks == [("address", "id")] * 4
+        return
+    with pytest.raises(RuntimeError, match="no such node"):
+        services.get_node("address", "id")
+    assert launch.RAY_START_S < now[0] < launch.RAY_START_S + 1
