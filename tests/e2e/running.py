@@ -114,12 +114,17 @@ def wait_until_gone(folder: Path) -> None:
     wait_for(lambda: not processes_with(folder), "the end of every process of the run")
 
 
-def processes_with(folder: Path) -> list[psutil.Process]:
-    """Processes of the run, found by the id that each inherits; it begins with the run folder."""
+def processes_with(folder: Path, name: str = "") -> list[psutil.Process]:
+    """Processes of the run, found by the id that each inherits; it begins with the run folder.
+
+    Args:
+        name: that is in theirs or in their command line; they end at any time.
+    """
     left = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SKD_RUN_ID", "").startswith(f"{folder}:"):
+            own = process.environ().get("SKD_RUN_ID", "").startswith(f"{folder}:")
+            if own and name in " ".join([process.name(), *process.cmdline()]):
                 left.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -16,8 +16,7 @@ def kill_one(folder: Path, name: str) -> str:
     """Output of an endless run in which a process with this name is killed."""
     process = start(folder, "skd.task.train_prompts=4000", *UNMEASURED)
     wait_for_checkpoint(folder, process)
-    victim = next(p for p in processes_with(folder) if name in " ".join(p.cmdline()) + p.name())
-    victim.kill()
+    processes_with(folder, name)[0].kill()
     output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1, output
     assert not processes_with(folder)

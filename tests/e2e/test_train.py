@@ -93,8 +93,7 @@ def refuses_a_stranger(folder: Path) -> None:
     """Ray takes no work from a process that has not the run's token, whatever address it comes from."""
     ports = {
         connection.laddr.port
-        for process in processes_with(folder)
-        if process.name().startswith("gcs_server")
+        for process in processes_with(folder, "gcs_server")
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
@@ -122,7 +121,7 @@ def test_ctrl_c_ends_the_run_and_leaves_no_process(tmp_path):
 def test_a_killed_skd_takes_its_processes_with_it(tmp_path):
     """kill -9 of the command that the user started: it cannot clean up, so the host must notice, at whatever it is."""
     process = start(tmp_path, *UNMEASURED)
-    wait_for(lambda: any(p.name().startswith("gcs_server") for p in processes_with(tmp_path)), "Ray of the run")
+    wait_for(lambda: processes_with(tmp_path, "gcs_server"), "Ray of the run")
     process.kill()
     process.communicate()
     wait_until_gone(tmp_path)
