@@ -30,7 +30,8 @@ from skd_plugin.run_folder import RunFolder
 
 RULE_STATE = "skd_rule"  # key in OpenRLHF's checkpoint of what a controller has learned
 # Parts of a step between its last response and its weights in the engines.
-TRAINING_PARTS = frozenset("experience traces batches forward backward optimizer ray sync".split())
+FETCHING = "fetching"  # of traces by the trainers: with the engines' part one number, `traces`
+TRAINING_PARTS = frozenset(["experience", FETCHING, *"batches forward backward optimizer ray sync".split()])
 STEP_METRICS = "skd_metrics"  # key in the status of a training step, on its way to the loggers
 
 
@@ -125,7 +126,7 @@ class TrainingSide:
         with self.clock.part("ray"):
             status = super().ppo_train(global_steps)
         seconds = status.pop(SECONDS, {})  # none in a step that trains the critic alone
-        self.clock.split("experience", {"traces": seconds.pop("traces", 0.0)})
+        self.clock.split("experience", {FETCHING: seconds.pop("traces", 0.0)})
         self.clock.split("ray", seconds)
         return status
 
@@ -198,8 +199,9 @@ class TrainingSide:
         """Seconds since the last step's line, evaluations left out: of all, and of the parts, which add up to them."""
         parts = self.clock.lap()
         parts.pop("evaluation", None)
-        training = [seconds for name, seconds in parts.items() if name in TRAINING_PARTS]
-        times = {"step": sum(parts.values()), "train": sum(training)} | parts
+        times = {"step": sum(parts.values()), "train": sum(parts.get(name, 0.0) for name in TRAINING_PARTS)}
+        fetching = parts.pop(FETCHING, 0.0)
+        times |= parts | {"traces": parts.get("traces", 0.0) + fetching}
         return {f"time/{name}": seconds for name, seconds in times.items()}
 
     def log_evaluation(self: Any, step: int, metrics: dict[str, float]) -> None:

@@ -157,13 +157,13 @@ def test_the_parts_of_a_step_add_up_to_it(check) -> None:
             spend(100)
         with trainer.clock.part("requests"):
             spend(20)
-        trainer.clock.split("requests", {"draft": 6.0, "verify": 9.0})
+        trainer.clock.split("requests", {"draft": 6.0, "verify": 9.0, "traces": 0.5})  # which is no training
         status, _ = trainer.train_step([], step)
         trainer.save_logs_and_checkpoints(step + 1, status)
     first, second = ({n.removeprefix("time/"): v for n, v in r.items() if n.startswith("time/")} for r in written)
     assert first == {
         **{"step": 33, "train": 13, "rollout": 0, "rest": 0},
-        **{"requests": 5, "draft": 6, "verify": 9, "experience": 0.75, "traces": 0.25, "sync": 2},
+        **{"requests": 4.5, "draft": 6, "verify": 9, "experience": 0.75, "traces": 0.75, "sync": 2},
         **{"forward": 3, "backward": 4, "optimizer": 1, "batches": 0.5, "ray": 1.5},
     }
     assert second == first | {"save": 32, "step": 65}
