@@ -48,7 +48,8 @@ def main(run_dir: str) -> None:
 
     import_user_code(run.host)
     status.stage("starting Ray")
-    wait_longer_for_ray()
+    if own_ray:
+        wait_longer_for_ray()
     ray.init(**ray_options(run, own_ray=own_ray))
     bind(run)
     status.stage("starting the engine and the trainer")
